@@ -1,0 +1,209 @@
+"""ProPy: a prompt pyramid on a frozen CLIP (Pan et al., Findings of EMNLP 2025).
+
+Symbols, here and in every module:
+    B    videos                      N_f  sampled frames of a video (32)
+    T    texts, all of those videos  N_e  event prompts, over all levels of the pyramid (42)
+    W    tokens of a text            N_p  visual prompts per layer (4)
+    L    layers (12)                 n_1  events of the bottom level (16)
+    G²   patches of a frame (7×7)    D_v, D_t, D  width of vision, text, joint space
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, build_clip, end_of_text
+from modules.adapter import TemporalAdapter
+from modules.interaction import event_key_counts, expand_attention, text_layer, video_layer
+from modules.prompts import PyramidPrompts
+from modules.pyramid import PromptPyramid
+from modules.similarity import event_scores
+
+# The logit scale (before exp) stays in this range while it is trained.
+MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.1, 4.6052
+
+
+class ProPy(nn.Module):
+    """Videos and sentences into one space, an embedding per event of the pyramid.
+
+    Args:
+        clip: the backbone; everything below ``clip`` is frozen unless ``freeze_clip`` is False.
+        pyramid: the events.
+        num_prompts: N_p.
+        adapter_channels: C of the temporal adapters.
+        adapter_kernel: k of the temporal adapters, in frames.
+        num_adapter_layers: the first so many layers have an adapter; all, if there are fewer.
+        freeze_clip: train the prompts, their projections and the adapters only.
+
+    Raises:
+        ValueError: more text than visual layers, or a negative number.
+    """
+
+    def __init__(
+        self,
+        clip: CLIP,
+        pyramid: PromptPyramid,
+        num_prompts: int = 4,
+        adapter_channels: int = 384,
+        adapter_kernel: int = 5,
+        num_adapter_layers: int = 12,
+        freeze_clip: bool = True,
+    ) -> None:
+        super().__init__()
+        sizes = clip.sizes
+        if sizes.text_layers > sizes.vision_layers:
+            raise ValueError(
+                f"{sizes.text_layers} text layers, but only {sizes.vision_layers} visual ones "
+                "whose prompts they could take"
+            )
+        if min(num_prompts, num_adapter_layers) < 0:
+            raise ValueError("the numbers of visual prompts and adapter layers cannot be negative")
+        self.clip = clip.requires_grad_(not freeze_clip)
+        self.pyramid = pyramid
+        self.num_prompts = num_prompts
+        self.prompts = PyramidPrompts(
+            pyramid.num_events,
+            num_prompts,
+            sizes.vision_layers,
+            sizes.vision_width,
+            sizes.text_width,
+            sizes.patch_size,
+        )
+        self.adapters = nn.ModuleList(
+            TemporalAdapter(sizes.vision_width, adapter_channels, adapter_kernel)
+            for _ in range(min(num_adapter_layers, sizes.vision_layers))
+        )
+        grid_tokens = sizes.grid**2 + 1
+        constants = {
+            "visibility": pyramid.visibility(num_prompts, grid_tokens),
+            "event_key_counts": event_key_counts(pyramid, num_prompts, grid_tokens),
+            "image_mean": torch.tensor(IMAGE_MEAN).view(3, 1, 1),
+            "image_std": torch.tensor(IMAGE_STD).view(3, 1, 1),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+
+    @property
+    def input_resolution(self) -> int:
+        """Side of the square frames, in pixels."""
+        return self.clip.sizes.input_resolution
+
+    def encode_video(
+        self, frames: Tensor, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Event embeddings of videos (§3.2, §3.3).
+
+        Args:
+            frames: [B, N_f, 3, H, W], uint8, or float and normalised with CLIP's mean and std.
+            return_attention: also what every event attends to.
+
+        Returns:
+            [B, N_e, D], not normalised; with attention also [L, B, N_e, keys], averaged over heads,
+            with the columns of ``visibility``.
+
+        Raises:
+            ValueError: another number or size of frames than the model's.
+        """
+        side = self.input_resolution
+        expected = (self.pyramid.num_frames, 3, side, side)
+        if tuple(frames.shape[1:]) != expected:
+            raise ValueError(f"frames are [B, {expected}], not {list(frames.shape)}")
+        visual, prompts = self.clip.visual, self.prompts
+        x = visual.embed(self._normalize(frames).flatten(0, 1))  # [B·N_f, 1+G², D_v]
+        events = prompts.event_prompts.expand(len(frames), -1, -1)  # [B, N_e, D_v]
+        blocks = visual.transformer.resblocks
+        bias = self.event_key_counts.double().log()
+        attention = []
+        for layer, block in enumerate(blocks):
+            x, events, weights = video_layer(
+                block,
+                self.adapters[layer] if layer < len(self.adapters) else None,
+                x,
+                events,
+                prompts.visual_prompts[layer],
+                bias,
+                last=layer == len(blocks) - 1,
+                return_attention=return_attention,
+            )
+            if return_attention:
+                attention.append(expand_attention(weights, self.pyramid, self.num_prompts))
+        embeddings = visual.head(events)
+        return (embeddings, torch.stack(attention)) if return_attention else embeddings
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        """Text embeddings (§3.4), read at each row's end-of-text token.
+
+        Args:
+            token_ids: int64 [T, W], 0-padded; W is at most CLIP's context length.
+
+        Returns:
+            [T, D], not normalised.
+        """
+        x = self.clip.embed_tokens(token_ids)  # [T, W, D_t]
+        end = end_of_text(token_ids)
+        prefixes = self.prompts.text_prefixes()  # [L, N_p, D_t]
+        blocks = self.clip.transformer.resblocks
+        for layer, block in enumerate(blocks):
+            # nothing but the end-of-text token is read behind the last layer
+            read = end if layer == len(blocks) - 1 else None
+            x = text_layer(block, x, prefixes[layer], read)
+        return self.clip.text_head(x.squeeze(1))
+
+    def scores(self, texts: Tensor, events: Tensor) -> Tensor:
+        """Scaled similarity of texts and videos: the best event's cosine × exp(logit_scale).
+
+        Args:
+            texts: [T, D].
+            events: [B, N_e, D].
+
+        Returns:
+            [T, B], at least float32.
+        """
+        return event_scores(texts, events).amax(dim=-1) * self.clip.logit_scale.exp()
+
+    def forward(self, frames: Tensor, token_ids: Tensor) -> Tensor:
+        """Scores of every text against every video of a batch, [T, B]."""
+        return self.scores(self.encode_text(token_ids), self.encode_video(frames))
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the logit scale in its range; to be called after every optimizer step."""
+        self.clip.logit_scale.clamp_(MIN_LOGIT_SCALE, MAX_LOGIT_SCALE)
+
+    def _normalize(self, frames: Tensor) -> Tensor:
+        if frames.is_floating_point():
+            return frames
+        return (frames.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
+
+
+def build_model(
+    clip_weights: Path | str | Mapping[str, Tensor],
+    pyramid: Path | str | Mapping,
+    num_prompts: int = 4,
+    adapter_channels: int = 384,
+    adapter_kernel: int = 5,
+    num_adapter_layers: int = 12,
+    freeze_clip: bool = True,
+) -> ProPy:
+    """ProPy with the published setting as defaults, new parameters drawn from torch's generator.
+
+    Args:
+        clip_weights: OpenAI's file, a state dict's file, or a state dict.
+        pyramid: a JSON file or its content (see ``PromptPyramid.from_config``).
+
+    Raises:
+        WeightsError, PyramidError: from the two files; ValueError: settings that do not fit them.
+    """
+    return ProPy(
+        build_clip(clip_weights),
+        PromptPyramid.from_config(pyramid),
+        num_prompts,
+        adapter_channels,
+        adapter_kernel,
+        num_adapter_layers,
+        freeze_clip,
+    )

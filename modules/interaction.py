@@ -1,0 +1,149 @@
+"""One layer of ProPy on a frozen CLIP block: the frames with their adapter, the events with their
+ancestor–descendant attention (§3.3), and the prompted text layer (§3.4).
+
+Numbers are those of the plain definition, work is not: keys and values of the frames are projected
+once for both sides, prompts are one set of keys for all their copies, and what the last layer would
+compute for nobody is left out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modules.adapter import TemporalAdapter
+from modules.pyramid import PromptPyramid
+from modules.transformer import HEAD_WIDTH, ResidualAttentionBlock
+
+
+def event_key_counts(pyramid: PromptPyramid, num_prompts: int, grid_tokens: int) -> Tensor:
+    """How many copies of each key an event sees, over the keys as this module orders them.
+
+    A prompt has one copy per bottom-level event. n visible copies weigh as much as one key with
+    log n added to its logit, so the logarithm of the counts is the attention's mask. Whole numbers
+    are kept because they are exact in every dtype the model may be moved to.
+
+    Args:
+        num_prompts: N_p.
+        grid_tokens: 1+G² tokens of a frame.
+
+    Returns:
+        int64 [N_e, N_e + N_p + N_f·(1+G²)]. Keys: events; prompts; tokens of frame 0, of frame 1, …
+    """
+    copies = pyramid.related[:, -pyramid.num_bottom_events :].sum(dim=1, keepdim=True)
+    frames = pyramid.frames_of_event.repeat_interleave(grid_tokens, dim=1)
+    return torch.cat([pyramid.related, copies.expand(-1, num_prompts), frames], dim=1)
+
+
+def expand_attention(weights: Tensor, pyramid: PromptPyramid, num_prompts: int) -> Tensor:
+    """Attention over this module's keys, in the column order of ``PromptPyramid.visibility``.
+
+    Args:
+        weights: [B, N_e, N_e + N_p + N_f·(1+G²)].
+
+    Returns:
+        [B, N_e, N_e + N_p·n_1 + (1+G²)·N_f]; a prompt's weight is split equally over its visible
+        copies.
+    """
+    num_events = pyramid.num_events
+    events, prompts, frames = weights.tensor_split([num_events, num_events + num_prompts], dim=-1)
+    copies = pyramid.related[:, -pyramid.num_bottom_events :].to(weights)  # [N_e, n_1]
+    shares = copies / copies.sum(dim=1, keepdim=True)
+    prompts = (prompts.unsqueeze(-1) * shares.unsqueeze(1)).flatten(-2)
+    frames = frames.unflatten(-1, (pyramid.num_frames, -1)).transpose(-2, -1).flatten(-2)
+    return torch.cat([events, prompts, frames], dim=-1)
+
+
+def video_layer(
+    block: ResidualAttentionBlock,
+    adapter: TemporalAdapter | None,
+    frames: Tensor,
+    events: Tensor,
+    prompts: Tensor,
+    bias: Tensor,
+    *,
+    last: bool = False,
+    return_attention: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Both sides of one layer; each sees what the layer before has left.
+
+    Args:
+        block: CLIP's block; its norms, attention and MLP serve every token.
+        adapter: the layer's temporal adapter, if it has one.
+        frames: [B·N_f, 1+G², D_v].
+        events: [B, N_e, D_v].
+        prompts: this layer's visual prompts, [N_p, D_v].
+        bias: the log of ``event_key_counts``, added to the events' attention logits.
+        last: frames are not needed after this layer, only their keys and values in it.
+        return_attention: also the events' attention, averaged over heads.
+
+    Returns:
+        frames (None after the last layer), events, and the attention [B, N_e, keys] or None.
+    """
+    attn = block.attn
+    num_frames = len(frames) // len(events)
+    first = "k" if last else "q"
+    *frame_queries, keys, values = attn.project(block.ln_1(frames), first)
+    batch = len(events)
+    q, *event_keys_values = attn.project(block.ln_1(events))
+    prompt_keys_values = attn.project(block.ln_1(prompts).unsqueeze(0), "k")
+    k, v = (
+        torch.cat([e, p.expand(batch, -1, -1, -1), f.reshape(batch, -1, *f.shape[2:])], dim=1)
+        for e, p, f in zip(event_keys_values, prompt_keys_values, (keys, values), strict=True)
+    )  # [B, N_e + N_p + N_f·(1+G²), heads, 64]
+    bias = bias.to(q.dtype)
+    events = block.feed_forward(events + attn.attend(q, k, v, mask=bias))
+    attention = _attention_weights(q, k, bias) if return_attention else None
+    if last:
+        return None, events, attention
+
+    attended = attn.attend(*frame_queries, keys, values)  # [B·N_f, 1+G², D_v]
+    frames = frames + attended
+    if adapter is not None:
+        mixed = adapter(attended[:, 1:], num_frames)
+        frames = torch.cat([frames[:, :1], frames[:, 1:] + mixed], dim=1)
+    return block.feed_forward(frames), events, attention
+
+
+def text_layer(
+    block: ResidualAttentionBlock, words: Tensor, prefix: Tensor, read: Tensor | None = None
+) -> Tensor:
+    """CLIP's text block over [SOS, prefix, words …] whose prefix outputs are dropped again.
+
+    Since the prefix is replaced before the next layer, it only serves as keys and values. A postfix
+    would stand behind every word, out of sight under the causal mask.
+
+    Args:
+        words: SOS and the other tokens, [T, W, D_t].
+        prefix: this layer's text prompts, [N_p, D_t].
+        read: int64 [T]; compute this one position of each text only.
+
+    Returns:
+        [T, W, D_t], or [T, 1, D_t] with ``read``.
+    """
+    attn, batch = block.attn, len(words)
+    normed = block.ln_1(words)
+    position = torch.arange(words.shape[1], device=words.device)
+    if read is None:
+        q, *keys_values = attn.project(normed)
+        rows = position.unsqueeze(0)  # [1, W]
+    else:
+        keys_values = attn.project(normed, "k")
+        row = torch.arange(batch, device=words.device), read
+        (q,) = attn.project(normed[row].unsqueeze(1), "q", "q")
+        words, rows = words[row].unsqueeze(1), read.unsqueeze(1)  # [T, 1]
+    prefix_keys_values = attn.project(block.ln_1(prefix).unsqueeze(0), "k")
+    k, v = (
+        torch.cat([p.expand(batch, -1, -1, -1), w], dim=1)
+        for p, w in zip(prefix_keys_values, keys_values, strict=True)
+    )  # [T, N_p + W, heads, 64]
+    sees_prefix = (rows > 0).unsqueeze(-1).expand(-1, -1, len(prefix))  # SOS stands before it
+    sees_words = rows.unsqueeze(-1) >= position
+    mask = torch.cat([sees_prefix, sees_words], dim=-1).unsqueeze(1)  # [1 or T, 1, rows, N_p + W]
+    return block.feed_forward(words + attn.attend(q, k, v, mask=mask))
+
+
+def _attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q kᵀ / 8 + bias), averaged over heads: [B, N_e, keys]."""
+    logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / HEAD_WIDTH**0.5 + bias
+    return logits.softmax(dim=-1).mean(dim=1)

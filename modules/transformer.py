@@ -1,0 +1,129 @@
+"""The pre-norm transformer block of CLIP, one definition for the image and the text tower.
+
+Parameter names and arithmetic follow OpenAI's release (Radford et al., 2021), so its weights load
+unchanged: LayerNorm in at least float32, QuickGELU, 64 channels per attention head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HEAD_WIDTH = 64  # every CLIP model of OpenAI's has 64 channels per head
+QUICK_GELU_SLOPE = 1.702
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in at least float32, whatever the input's dtype; returns the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x · σ(1.702 x), written as silu(1.702 x) / 1.702 because silu has a fused backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x * QUICK_GELU_SLOPE) / QUICK_GELU_SLOPE
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention whose projections can be used one by one.
+
+    ``nn.MultiheadAttention`` has the same parameters, but hides queries, keys and values: ProPy's
+    event side needs the keys and values which the frame side has computed.
+
+    Args:
+        width: channels D, a multiple of 64.
+
+    Raises:
+        ValueError: the width is not a multiple of the head width.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        if width % HEAD_WIDTH:
+            raise ValueError(f"width {width} is not a multiple of {HEAD_WIDTH} channels per head")
+        self.width = width
+        self.num_heads = width // HEAD_WIDTH
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor, first: str = "q", last: str = "v") -> tuple[Tensor, ...]:
+        """Queries, keys and values of tokens, from the first to the last letter asked for.
+
+        Args:
+            x: normalised tokens, [B, N, D].
+            first, last: a range of the letters q, k, v; the default is all three, in one product.
+
+        Returns:
+            One [B, N, heads, 64] view per letter.
+        """
+        start, stop = "qkv".index(first), "qkv".index(last) + 1
+        rows = slice(start * self.width, stop * self.width)
+        x = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])  # [B, N, m·D]
+        return x.unflatten(-1, (stop - start, self.num_heads, HEAD_WIDTH)).unbind(-3)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+    ) -> Tensor:
+        """softmax(q kᵀ / 8 + mask) v of every head, through the output projection.
+
+        Args:
+            q: [B, N, heads, 64]; k, v: [B, M, heads, 64].
+            mask: what to add to the logits, or True where a query sees a key; broadcast to
+                [B, heads, N, M].
+            causal: a query sees the keys up to its own position.
+
+        Returns:
+            [B, N, D].
+        """
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out_proj(heads.transpose(1, 2).flatten(-2))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x += attention(ln_1(x)); x += mlp(ln_2(x)), with OpenAI's parameter names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = SelfAttention(width)
+        self.ln_1 = LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", QuickGELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.ln_2 = LayerNorm(width)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x + mlp(ln_2(x)), [..., N, D]."""
+        return x + self.mlp(self.ln_2(x))
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """Plain CLIP: every token attends to all tokens, or to itself and those before it.
+
+        Args:
+            x: tokens, [B, N, D].
+            causal: True in the text tower.
+        """
+        return self.feed_forward(
+            x + self.attn.attend(*self.attn.project(self.ln_1(x)), causal=causal)
+        )
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; ProPy walks over ``resblocks`` itself."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width) for _ in range(layers))
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, causal)
+        return x
