@@ -210,8 +210,10 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers stumble over
         reason = str(error).strip().splitlines()[0]
-        raise WeightsError(f"{path}: neither a TorchScript archive nor a state dict: {reason}. "
-                           "If the download broke off, fetch it again") from error
+        raise WeightsError(
+            f"{path}: neither a TorchScript archive nor a state dict: {reason}. "
+            "If the download broke off, fetch it again"
+        ) from error
     if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
         raise WeightsError(f"{path}: not a state dict, but a {type(state).__name__}")
     return {key: value.float() for key, value in state.items() if key not in ARCHIVE_EXTRAS}

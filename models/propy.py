@@ -169,6 +169,18 @@ class ProPy(nn.Module):
         """Scores of every text against every video of a batch, [T, B]."""
         return self.scores(self.encode_text(token_ids), self.encode_video(frames))
 
+    def unreachable_parameters(self) -> set[str]:
+        """Names of parameters that never get a gradient, kept for the authors' checkpoint format.
+
+        Text postfixes stand behind the token that is read; the last layer's frames are not used
+        beyond their keys and values, so its adapter works for nobody.
+        """
+        dead = {f"prompts.postfix_proj.{name}" for name in ("weight", "bias")}
+        if len(self.adapters) == self.clip.sizes.vision_layers:
+            last = len(self.adapters) - 1
+            dead |= {f"adapters.{last}.{name}" for name, _ in self.adapters[-1].named_parameters()}
+        return dead
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the logit scale in its range; to be called after every optimizer step."""

@@ -1,4 +1,4 @@
-"""The temporal adapter of ST-Adapter (Pan et al., 2022): a bottleneck with a convolution over time."""
+"""ST-Adapter's temporal adapter (Pan et al., 2022): a bottleneck with a convolution over time."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class PromptPyramid:
             steps, rest = divmod(len(below) - window, stride)
             if steps < 0 or rest:
                 raise PyramidError(
-                    f"level {number} [{window}, {stride}] does not fit the {len(below)} nodes below: "
-                    f"({len(below)} - {window}) / {stride} + 1 must be a whole number above 0"
+                    f"level {number} [{window}, {stride}] does not fit the {len(below)} nodes "
+                    f"below: ({len(below)} - {window}) / {stride} + 1 must be whole and positive"
                 )
             starts = range(0, steps * stride + 1, stride)
             below = [(below[i][0], below[i + window - 1][1]) for i in starts]
@@ -160,7 +160,7 @@ def _window_and_stride(number: int, level: object) -> tuple[int, int]:
 
 
 def _levels_of_offsets(num_frames: object, offsets: Sequence) -> list[tuple[int, int]]:
-    """(c, o) per level of the offset form, from every level's segment length and stride in frames."""
+    """(c, o) per level of the offset form, from the levels' segment lengths and strides."""
     if not _is_count(num_frames) or num_frames & (num_frames - 1):
         raise PyramidError(f"the offset form needs Nf to be a power of two: {num_frames!r}")
     depth = num_frames.bit_length() - 1

@@ -15,7 +15,7 @@ QUICK_GELU_SLOPE = 1.702
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in at least float32, whatever the input's dtype; returns the input's dtype."""
+    """LayerNorm computed in at least float32; the result has the input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)

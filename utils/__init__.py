@@ -1,0 +1,1 @@
+"""The run, not the network: training, evaluation, checkpoints, logs."""

@@ -1,0 +1,238 @@
+"""Training and evaluation: one epoch of steps, a corpus to embeddings, embeddings to metrics.
+
+Both evaluations are readings of the same embeddings: videos and texts are embedded once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from modules.losses import video_text_loss
+from modules.similarity import best_event_scores
+from utils.misc import autocast, peak_memory_gib
+from utils.optim import set_learning_rate
+from utils.retrieval_metrics import retrieval_metrics
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names step and videos."""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    skipped: bool  # by the loss scaler, because a gradient was not finite
+
+
+def train_step(
+    model: nn.Module,
+    batch: dict,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    precision: str = "fp32",
+    parts: int = 1,
+    clip_grad_norm: float = 1.0,
+) -> StepResult:
+    """One optimizer step on one batch of videos with all their captions.
+
+    Args:
+        batch: {frames [B,N_f,3,H,W], token_ids [T,W], text_to_video [T]} on the model's device.
+        precision: of the forward; similarity and loss are float32 in any case.
+        parts: compute the batch in so many parts, to save memory. The result is that of the whole
+            batch, negatives included: see ``_backward_in_parts``.
+        clip_grad_norm: largest norm of the gradient after unscaling.
+
+    Raises:
+        TrainingError: the loss is not finite and no loss scaler is there to skip the step.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    if parts == 1:
+        with autocast(batch["frames"].device, precision):
+            events = model.encode_video(batch["frames"])
+            texts = model.encode_text(batch["token_ids"])
+        loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
+        scaler.scale(loss).backward()
+    else:
+        loss = _backward_in_parts(model, batch, scaler, precision, parts)
+    if not scaler.is_enabled() and not loss.isfinite():
+        names = ", ".join(batch.get("vid_names", ["unknown"]))
+        raise TrainingError(f"the loss is {loss.item()} on the batch of videos {names}")
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(
+        [p for p in model.parameters() if p.grad is not None], clip_grad_norm
+    )
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    model.clamp_logit_scale()
+    return StepResult(loss.item(), grad_norm.item(), scaler.get_scale() < scale)
+
+
+def _backward_in_parts(
+    model: nn.Module, batch: dict, scaler: torch.amp.GradScaler, precision: str, parts: int
+) -> Tensor:
+    """Gradients of the whole batch's loss, holding the activations of one part at a time.
+
+    Adding up the losses of small batches would be another loss: a text would meet only the videos
+    of its own part. Instead (Gao et al., 2021, "GradCache") all embeddings are computed without
+    their graphs, the loss gives each its gradient, and every part is encoded once more to pass
+    that on. A third more work, the same numbers.
+    """
+    sides = ((model.encode_video, batch["frames"]), (model.encode_text, batch["token_ids"]))
+    device = batch["frames"].device
+    embeddings = []
+    for encode, inputs in sides:
+        with torch.no_grad(), autocast(device, precision):
+            embeddings.append(torch.cat([encode(part) for part in inputs.chunk(parts)]))
+    events, texts = (x.requires_grad_() for x in embeddings)
+    loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
+    scaler.scale(loss).backward()
+    for (encode, inputs), whole in zip(sides, (events, texts), strict=True):
+        gradients = whole.grad.chunk(parts)
+        for part, gradient in zip(inputs.chunk(parts), gradients, strict=True):
+            with autocast(device, precision):
+                embedding = encode(part)
+            embedding.backward(gradient)
+    return loss.detach()
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Iterable[dict],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    learning_rate: Callable[[int], float],
+    first_step: int,
+    device: torch.device,
+    log: logging.Logger,
+    precision: str = "fp32",
+    parts: int = 1,
+    clip_grad_norm: float = 1.0,
+    display_every: int = 50,
+) -> dict[str, float]:
+    """All batches of one epoch.
+
+    Args:
+        loader: batches as ``dataloaders.datasets.training_loader`` makes them.
+        learning_rate: the rate before a step, by its number counted from 0 over the whole run.
+        first_step: number of this epoch's first step.
+        display_every: log a line every so many steps.
+
+    Returns:
+        Means of loss and grad_norm; the last lr; steps and skipped_steps; data_time and step_time
+        in seconds (waiting for a batch, working on it); peak memory in GiB.
+
+    Raises:
+        TrainingError: a loss that is not finite, with the step's number.
+    """
+    model.train()
+    sums = dict.fromkeys(("loss", "grad_norm", "skipped_steps", "data_time", "step_time"), 0.0)
+    step, rate, started = first_step, 0.0, time.perf_counter()
+    with tqdm(loader, desc="train", unit="step", dynamic_ncols=True, leave=False) as progress:
+        for batch in progress:
+            batch = to_device(batch, device)
+            loaded = time.perf_counter()
+            rate = learning_rate(step)
+            set_learning_rate(optimizer, rate)
+            try:
+                result = train_step(
+                    model,
+                    batch,
+                    optimizer,
+                    scaler,
+                    precision=precision,
+                    parts=parts,
+                    clip_grad_norm=clip_grad_norm,
+                )
+            except TrainingError as error:
+                raise TrainingError(f"step {step}: {error}") from None
+            step += 1
+            done = time.perf_counter()
+            sums["loss"] += result.loss
+            sums["grad_norm"] += result.grad_norm
+            sums["skipped_steps"] += result.skipped
+            sums["data_time"] += loaded - started
+            sums["step_time"] += done - loaded
+            started = done
+            steps = step - first_step
+            shown = {
+                "loss": f"{result.loss:.3f}",
+                "lr": f"{rate:.1e}",
+                "data": f"{sums['data_time'] / steps:.2f}s",
+                "step": f"{sums['step_time'] / steps:.2f}s",
+                "mem": f"{peak_memory_gib(device):.1f}GiB",
+            }
+            progress.set_postfix(shown)
+            if steps % display_every == 0:
+                log.info("step %d  %s", step, "  ".join(f"{k} {v}" for k, v in shown.items()))
+    steps = step - first_step
+    means = {k: v / steps for k, v in sums.items() if k != "skipped_steps"}
+    counts = {"steps": steps, "skipped_steps": int(sums["skipped_steps"])}
+    return means | counts | {"lr": rate, "memory_gib": peak_memory_gib(device)}
+
+
+@dataclass
+class Embeddings:
+    """A corpus as the model sees it, in float32 on the model's device."""
+
+    events: Tensor  # [V, N_e, D]
+    texts: Tensor  # [T, D]
+
+
+@torch.inference_mode()
+def embed_corpus(
+    model: nn.Module,
+    videos: Iterable[dict],
+    texts: Sequence[dict],
+    device: torch.device,
+) -> Embeddings:
+    """Every video and every text of a split, once each, in float32.
+
+    Args:
+        videos: batches {frames, indices} as ``evaluation_video_loader`` makes them, in order.
+        texts: batches {token_ids, indices} of ``evaluation_text_batches``, in any order.
+    """
+    model.eval()
+    events = []
+    for batch in tqdm(videos, desc="videos", unit="batch", dynamic_ncols=True, leave=False):
+        events.append(model.encode_video(batch["frames"].to(device, non_blocking=True)))
+    indices, features = [], []
+    for batch in tqdm(texts, desc="texts", unit="batch", dynamic_ncols=True, leave=False):
+        indices.append(batch["indices"])
+        features.append(model.encode_text(batch["token_ids"].to(device)))
+    in_order = torch.empty_like(torch.cat(features))
+    in_order[torch.cat(indices).to(device)] = torch.cat(features)
+    return Embeddings(torch.cat(events), in_order)
+
+
+def evaluate_prvr(
+    embeddings: Embeddings, target: Tensor, normalize_events: bool = True
+) -> dict[str, float]:
+    """Partially relevant video retrieval: the rank of every text's video among all of the split.
+
+    Args:
+        target: int64 [T], the right video of each text.
+        normalize_events: False is the authors' evaluation of ActivityNet, where longer vectors win.
+    """
+    scores = best_event_scores(embeddings.texts, embeddings.events, normalize_events)
+    return retrieval_metrics(scores, target.to(scores.device))
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on the device; names stay."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for key, value in batch.items()
+    }

@@ -1,0 +1,70 @@
+"""Small things of a run: seeds, devices, precision, git revision, the parameter report."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+AUTOCAST_DTYPE = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, numpy and torch. Frame sampling and shuffling have generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device() -> torch.device:
+    """The first CUDA GPU, or the CPU. float32 means float32: TF32 is switched off."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Autocast of a training forward: float16 for amp, bfloat16 for bf16, nothing for fp32."""
+    dtype = AUTOCAST_DTYPE[precision]
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of the GPU's tensors, or this process's on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # absent on Windows, where a GPU is the only supported device
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def git_revision() -> str:
+    """Commit of the checkout this runs from, with -dirty if it was changed; "unknown" outside."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def parameter_report(model: nn.Module, dead: set[str]) -> dict[str, int]:
+    """Number of parameters: all, trained, and trained ones that a gradient can reach.
+
+    Args:
+        dead: names of parameters that are trained in name only.
+    """
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(trained.values()),
+        "reached_by_gradient": sum(n for name, n in trained.items() if name not in dead),
+    }
