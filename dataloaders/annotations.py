@@ -1,0 +1,248 @@
+"""Reads annotation files: one JSON object a line, every line checked before anything is used.
+
+All problems of a file are reported at once, each with its line, the field and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MAX_REPORTED = 20  # problems spelled out; the rest is counted
+MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer text is a mistake
+MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
+
+
+class AnnotationError(Exception):
+    """An annotation file that cannot be used; the message lists the problems with their lines."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """One caption.
+
+    Attributes:
+        desc_id: name of the caption, unique within its file.
+        desc: the caption.
+        vid_name: name of the video; its file is ``<video_dir>/<vid_name>.mp4``.
+        duration: seconds of the video, according to this line.
+        windows: the described moments, (start, end) in seconds; None where no times are known.
+        query_type: TVR's ``type``: about the video (v), the subtitles (t) or both (vt).
+    """
+
+    desc_id: str | int
+    desc: str
+    vid_name: str
+    duration: float
+    windows: tuple[tuple[float, float], ...] | None
+    query_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video of a split: its name and its duration in seconds."""
+
+    vid_name: str
+    duration: float
+
+
+def read_annotations(path: str | Path) -> list[Query]:
+    """Reads an annotation file (UTF-8 JSONL) in the order of its lines.
+
+    A line is ``{"vid_name": str, "desc_id": str|int, "desc": str, "duration": seconds, "ts": [s, e]
+    or [[s, e], …], "type": str}``; ``ts`` and ``type`` may be absent, further fields are ignored.
+    A byte order mark, CRLF and blank lines do no harm. Times past the duration stay as they are:
+    the public data sets have many. A window whose end lies before its start stays too, as there
+    are a few in the public training files, but a warning lists them: no prediction can hit it.
+
+    Raises:
+        AnnotationError: the file cannot be read, or lines are wrong: all problems, up to a limit,
+            as ``file:line: field: what: remedy``.
+    """
+    path = Path(path)
+    queries: list[Query] = []
+    problems: list[str] = []
+    reversed_windows: list[str] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        query, wrong = _parse_line(line)
+        if query is not None:
+            # The exported results name a query by the text of its id, so 7 and "7" are the same.
+            first = line_of_id.setdefault(str(query.desc_id), number)
+            if first != number:
+                wrong.append(f"desc_id: {query.desc_id!r} is also on line {first}: make it unique")
+            if any(end < start for start, end in query.windows or ()):
+                reversed_windows.append(f"{path}:{number}")
+            queries.append(query)
+        problems += [f"{path}:{number}: {what}" for what in wrong]
+    if problems:
+        raise AnnotationError(_shorten(problems))
+    if not queries:
+        raise AnnotationError(f"{path}: no annotations in it: one JSON object a line is expected")
+    if reversed_windows:
+        count = len(reversed_windows)
+        logger.warning(
+            f"{count} of {len(queries)} queries have a window that ends before it starts; they stay"
+            f" as they are:\n{_shorten(reversed_windows)}"
+        )
+    return queries
+
+
+def corpus_videos(queries: Iterable[Query]) -> list[Video]:
+    """The videos in the order of their first appearance, with the duration of that line."""
+    videos: dict[str, Video] = {}
+    for query in queries:
+        videos.setdefault(query.vid_name, Video(query.vid_name, query.duration))
+    return list(videos.values())
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        remedy = "see annotations/README.md for where it comes from"
+        raise AnnotationError(f"{path}: no such annotation file: {remedy}")
+    try:
+        return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse_line(line: bytes) -> tuple[Query | None, list[str]]:
+    """The query of a line, or None and what is wrong with it."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return None, [f"line: byte {error.start + 1} is not UTF-8: save the file as UTF-8"]
+    except json.JSONDecodeError as error:
+        what = f"not JSON ({error.msg}, column {error.colno})"
+        return None, [f"line: {what}: write one JSON object a line"]
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets without end
+        return None, ["line: not an annotation: write one JSON object a line"]
+    if not isinstance(record, dict):
+        return None, [f"line: {_show(record)} is not a JSON object: write one JSON object a line"]
+    return _build_query(record)
+
+
+def _build_query(record: dict) -> tuple[Query | None, list[str]]:
+    values = {}
+    problems = []
+    for field, check in CHECKS.items():
+        if field not in record and field not in OPTIONAL:
+            problems.append(f"{field}: missing: every line needs {', '.join(REQUIRED)}")
+            continue
+        try:
+            values[field] = check(record.get(field))
+        except ValueError as error:
+            problems.append(f"{field}: {error}")
+    if problems:
+        return None, problems
+    values["windows"] = values.pop("ts")
+    values["query_type"] = values.pop("type")
+    return Query(**values), []
+
+
+def _check_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{_show(value)} is not a text: put it in double quotes")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{_show(value)} holds half a surrogate pair: remove it") from None
+    return value
+
+
+def _check_name(value: object) -> str:
+    name = _check_text(value)
+    if not name.strip():
+        raise ValueError("it is empty: name the video file, without its ending")
+    if "/" in name or ".." in name or any(ord(letter) < 32 for letter in name):
+        remedy = "name a file of the video folder itself, without its ending"
+        raise ValueError(f"{_show(name)} holds '/', '..' or a control character: {remedy}")
+    if len(name.encode("utf-8")) > MAX_NAME:
+        raise ValueError(f"{_show(name)} is longer than {MAX_NAME} bytes: shorten the file name")
+    return name
+
+
+def _check_id(value: object) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{_show(value)} is neither a text nor a whole number: give it a name")
+    if not value:
+        raise ValueError("it is empty: give the query a name of its own")
+    return _check_text(value)
+
+
+def _check_caption(value: object) -> str:
+    caption = _check_text(value)
+    if not caption.strip():
+        raise ValueError("the caption is empty: write one or remove the line")
+    if len(caption) > MAX_CAPTION:
+        raise ValueError(f"the caption has {len(caption)} characters: {MAX_CAPTION} is the limit")
+    return caption
+
+
+def _check_seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{_show(value)} is not a number: write seconds, without quotes")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{_show(value)} is not a time: write seconds from 0 on")
+    return seconds
+
+
+def _check_duration(value: object) -> float:
+    duration = _check_seconds(value)
+    if duration == 0:
+        raise ValueError("it is 0: write the length of the video in seconds")
+    return duration
+
+
+def _check_windows(value: object) -> tuple[tuple[float, float], ...] | None:
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise ValueError(f"{_show(value)} is no list: write [start, end] or [[start, end], …]")
+    windows = value if isinstance(value[0], list) else [value]
+    for window in windows:
+        if not isinstance(window, list) or len(window) != 2:
+            raise ValueError(f"{_show(window)} is no window: write [start, end] in seconds")
+    return tuple((_check_seconds(start), _check_seconds(end)) for start, end in windows)
+
+
+def _check_type(value: object) -> str | None:
+    return None if value is None else _check_text(value)
+
+
+CHECKS = {
+    "vid_name": _check_name,
+    "desc_id": _check_id,
+    "desc": _check_caption,
+    "duration": _check_duration,
+    "ts": _check_windows,
+    "type": _check_type,
+}
+OPTIONAL = ("ts", "type")
+REQUIRED = tuple(field for field in CHECKS if field not in OPTIONAL)
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _shorten(lines: list[str]) -> str:
+    shown = lines[:MAX_REPORTED]
+    if len(lines) > MAX_REPORTED:
+        shown.append(f"and {len(lines) - MAX_REPORTED} more")
+    return "\n".join(shown)

@@ -1,0 +1,276 @@
+"""From queries and a video folder to batches: training items, evaluation videos, evaluation texts.
+
+A training item is one video with all its captions. What it holds depends on (seed, epoch, item)
+alone, never on the number of workers or on where a resumed epoch starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+
+from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.tokenizer import tokenize
+from dataloaders.video import VideoError, load_clip
+
+MAX_LISTED = 20  # missing files spelled out; the rest is counted
+
+
+class ClipLoader:
+    """Iterates over batches (dicts), read ahead by worker processes; ``len()`` batches in all.
+
+    A clip that cannot be read raises its VideoError here, without the worker's traceback. A worker
+    that dies (killed, out of memory, crashed in a decoder) raises one that names the files which
+    were being read.
+    """
+
+    def __init__(self, dataset: _Clips, batches, collate, num_workers: int, pin_memory: bool):
+        self._dataset = dataset
+        self._batches = batches
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            # DataLoader draws a seed for its workers that nothing here uses; drawn from a generator
+            # of its own it leaves torch's global state alone, which resuming restores.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[dict]:
+        try:
+            for batch in self._loader:
+                if isinstance(batch, VideoError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            files = ", ".join(str(path) for path in self._dataset.files_in_hand()) or "none"
+            raise VideoError(
+                f"a loader worker died ({error}); files being read: {files}. If memory ran out,"
+                " lower num_thread_reader or the batch size; otherwise prepare these files again"
+                " with `bash scripts/prepare.sh`"
+            ) from error
+
+
+class TrainingLoader(ClipLoader):
+    """A ClipLoader whose order and frames change with the epoch."""
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the epoch of the next iteration, which starts at its batch ``first_batch``.
+
+        ``len()`` stays the number of batches of a whole epoch.
+
+        Raises:
+            ValueError: there is no such batch.
+        """
+        if not 0 <= first_batch <= len(self):
+            raise ValueError(f"first_batch is {first_batch}, but an epoch has {len(self)} batches")
+        self._batches.epoch = epoch
+        self._batches.first_batch = first_batch
+
+
+def training_loader(
+    queries: Sequence[Query],
+    video_dir: str | Path,
+    *,
+    num_frames: int,
+    size: int,
+    max_words: int,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> TrainingLoader:
+    """Shuffled batches of videos with all their captions; an incomplete last batch is dropped.
+
+    A batch holds ``frames`` uint8 [B, N_f, 3, size, size], ``token_ids`` int64 [T, W] (0-padded),
+    ``text_to_video`` int64 [T] (the text's row in ``frames``) and ``vid_names`` (B names). Captions
+    of a video keep the order of the annotations.
+
+    Raises:
+        VideoError: video files are missing (here); a clip cannot be read (when iterating).
+        ValueError: there are fewer videos than one batch takes.
+    """
+    dataset = _TrainingClips(queries, seed, video_dir, num_frames, size, num_workers)
+    if len(dataset) < batch_size:
+        raise ValueError(
+            f"{len(dataset)} training videos do not fill one batch of {batch_size}:"
+            " lower batch_size or add videos"
+        )
+    batches = _ShuffledBatches(len(dataset), batch_size, seed)
+    collate = partial(_collate_training, max_words=max_words)
+    return TrainingLoader(dataset, batches, collate, num_workers, pin_memory)
+
+
+def evaluation_video_loader(
+    videos: Sequence[Video],
+    video_dir: str | Path,
+    *,
+    num_frames: int,
+    size: int,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> ClipLoader:
+    """The videos in their order, all of them, with the evaluation frames.
+
+    A batch holds ``frames`` uint8 [B, N_f, 3, size, size] and ``indices`` int64 [B], which are
+    positions in ``videos``.
+
+    Raises:
+        VideoError: video files are missing (here); a clip cannot be read (when iterating).
+    """
+    dataset = _EvaluationClips(videos, video_dir, num_frames, size, num_workers)
+    batches = [list(rows) for rows in _chunks(len(dataset), batch_size)]
+    return ClipLoader(dataset, batches, _collate_evaluation, num_workers, pin_memory)
+
+
+def evaluation_text_batches(
+    queries: Sequence[Query], max_words: int, batch_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """All captions in their order: ``token_ids`` int64 [T, W] and ``indices`` int64 [T]."""
+    return [
+        {
+            "token_ids": tokenize([queries[row].desc for row in rows], max_words),
+            "indices": torch.tensor(rows),
+        }
+        for rows in _chunks(len(queries), batch_size)
+    ]
+
+
+class _Clips(Dataset):
+    """Videos of a split whose files are there; knows which of them its workers are reading."""
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        video_dir: str | Path,
+        num_frames: int,
+        size: int,
+        num_workers: int,
+    ):
+        self.names = [video.vid_name for video in videos]
+        self.files = [Path(video_dir) / f"{name}.mp4" for name in self.names]
+        _check_files(self.files, Path(video_dir))
+        self.num_frames = num_frames
+        self.size = size
+        # Shared with the workers: the item that each has in hand, -1 for none.
+        self._in_hand = torch.full((max(num_workers, 1),), -1).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def files_in_hand(self) -> list[Path]:
+        return [self.files[item] for item in self._in_hand.tolist() if item >= 0]
+
+    def _load(self, item: int, generator: np.random.RandomState | None = None) -> torch.Tensor:
+        worker = get_worker_info()
+        slot = worker.id if worker else 0
+        self._in_hand[slot] = item
+        try:
+            return load_clip(self.files[item], self.num_frames, self.size, generator)
+        finally:
+            self._in_hand[slot] = -1
+
+
+class _EvaluationClips(_Clips):
+    """Item i: video i, or the VideoError its file raised (which the ClipLoader raises)."""
+
+    def __getitem__(self, item: int) -> dict | VideoError:
+        try:
+            return {"frames": self._load(item), "indices": item}
+        except VideoError as error:
+            return error
+
+
+class _TrainingClips(_Clips):
+    """Item (epoch, i): video i and all its captions, or the VideoError its file raised."""
+
+    def __init__(self, queries: Sequence[Query], seed: int, *clips):
+        super().__init__(corpus_videos(queries), *clips)
+        self.seed = seed
+        captions: dict[str, list[str]] = {}
+        for query in queries:
+            captions.setdefault(query.vid_name, []).append(query.desc)
+        self.captions = [captions[name] for name in self.names]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict | VideoError:
+        epoch, item = key
+        generator = np.random.RandomState([self.seed, epoch, item])
+        try:
+            frames = self._load(item, generator)
+        except VideoError as error:
+            return error
+        return {"frames": frames, "captions": self.captions[item], "vid_name": self.names[item]}
+
+
+class _ShuffledBatches(Sampler):
+    """Batches of keys (epoch, item), in an order drawn from (seed, epoch)."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int):
+        self.num_items = num_items
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        return self.num_items // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.RandomState([self.seed, self.epoch]).permutation(self.num_items)
+        whole = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
+        for items in whole[self.first_batch :].tolist():
+            yield [(self.epoch, item) for item in items]
+
+
+def _collate_evaluation(items: list[dict | VideoError]) -> dict | VideoError:
+    return _first_error(items) or default_collate(items)
+
+
+def _collate_training(items: list[dict | VideoError], max_words: int) -> dict | VideoError:
+    error = _first_error(items)
+    if error is not None:
+        return error
+    counts = torch.tensor([len(item["captions"]) for item in items])
+    return {
+        "frames": default_collate([item["frames"] for item in items]),
+        "token_ids": tokenize([text for item in items for text in item["captions"]], max_words),
+        "text_to_video": torch.arange(len(items)).repeat_interleave(counts),
+        "vid_names": [item["vid_name"] for item in items],
+    }
+
+
+def _first_error(items: list[dict | VideoError]) -> VideoError | None:
+    return next((item for item in items if isinstance(item, VideoError)), None)
+
+
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _check_files(files: Sequence[Path], video_dir: Path) -> None:
+    """Raises a VideoError that lists the files which are not there; one look into the folder."""
+    if not video_dir.is_dir():
+        raise VideoError(f"{video_dir}: no such video folder: set video_dir")
+    present = {path.name for path in video_dir.iterdir()}
+    missing = [path.name for path in files if path.name not in present]
+    if missing:
+        listed = "\n".join(missing[:MAX_LISTED])
+        more = f"\nand {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+        raise VideoError(
+            f"{video_dir}: {len(missing)} of {len(files)} video files are missing: set video_dir,"
+            f" or make them with `bash scripts/prepare.sh`:\n{listed}{more}"
+        )
