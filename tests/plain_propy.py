@@ -1,0 +1,122 @@
+"""ProPy written down plainly, the way the paper describes it and without any shortcut.
+
+Everything a token could attend to is concatenated and masked, prompts are copied and carried
+through the MLP, frames are projected for both sides, attention weights are explicit, the adapter is
+a Conv3d. The program's shortcuts are tested, and its speed is measured, against this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import ProPy
+
+
+def heads_of(x: Tensor) -> Tensor:
+    """[B, N, D] to [B, heads, N, 64]."""
+    return x.unflatten(-1, (-1, 64)).transpose(1, 2)
+
+
+def attention(block, queries: Tensor, others: Tensor, visible: Tensor | None) -> tuple:
+    """Explicit multi-head attention of normalised queries over normalised others."""
+    attn = block.attn
+    weight, bias = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+    q = heads_of(F.linear(queries, weight[0], bias[0])) / 8
+    k, v = (heads_of(F.linear(others, weight[i], bias[i])) for i in (1, 2))
+    logits = q @ k.transpose(-1, -2)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, float("-inf"))
+    weights = logits.softmax(dim=-1)
+    out = (weights @ v).transpose(1, 2).flatten(-2)
+    return F.linear(out, attn.out_proj.weight, attn.out_proj.bias), weights.mean(dim=1)
+
+
+def mlp(block, x: Tensor) -> Tensor:
+    hidden = F.linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    hidden = hidden * torch.sigmoid(1.702 * hidden)
+    return x + F.linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
+
+
+def adapt(adapter, patches: Tensor, num_frames: int, grid: int) -> Tensor:
+    """fc1, a grouped Conv3d over time, fc2, on [B·N_f, G², D_v]."""
+    x = F.linear(patches, adapter.fc1.weight, adapter.fc1.bias)
+    x = x.unflatten(1, (grid, grid)).unflatten(0, (-1, num_frames)).permute(0, 4, 1, 2, 3)
+    weight = adapter.conv.weight.unsqueeze(-1)  # [C, 1, k, 1, 1]
+    padding = (weight.shape[2] // 2, 0, 0)
+    x = F.conv3d(x, weight, adapter.conv.bias, padding=padding, groups=len(weight))
+    x = x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
+    return F.linear(x, adapter.fc2.weight, adapter.fc2.bias)
+
+
+def encode_video(model: ProPy, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised frames [B,N_f,3,H,W] to embeddings [B,N_e,D] and attention [L,B,N_e,keys]."""
+    visual, pyramid = model.clip.visual, model.pyramid
+    batch, num_frames = frames.shape[:2]
+    grid = model.clip.sizes.grid
+    x = visual.conv1(frames.flatten(0, 1)).flatten(2).transpose(1, 2)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
+    x = visual.ln_pre(x + visual.positional_embedding)
+    events = model.prompts.event_prompts.expand(batch, -1, -1)
+    all_weights = []
+    for layer, block in enumerate(visual.transformer.resblocks):
+        copies = model.prompts.visual_prompts[layer].repeat_interleave(
+            pyramid.num_bottom_events, dim=0
+        )  # prompt-major, as the columns of the visibility
+        tokens = x.unflatten(0, (batch, num_frames)).transpose(1, 2).flatten(1, 2)  # token-major
+        everything = torch.cat([events, copies.expand(batch, -1, -1), tokens], dim=1)
+        seen, weights = attention(
+            block, block.ln_1(events), block.ln_1(everything), model.visibility
+        )
+        all_weights.append(weights)
+        carried = torch.cat([events + seen, copies.expand(batch, -1, -1)], dim=1)
+        normed = block.ln_1(x)
+        attended, _ = attention(block, normed, normed, None)
+        if layer < len(model.adapters):
+            mixed = adapt(model.adapters[layer], attended[:, 1:], num_frames, grid)
+            attended = torch.cat([attended[:, :1], attended[:, 1:] + mixed], dim=1)
+        x = mlp(block, x + attended)
+        events = mlp(block, carried)[:, : pyramid.num_events]
+    tokens = x.unflatten(0, (batch, num_frames)).flatten(1, 2)
+    everything = visual.ln_post(torch.cat([events, tokens], dim=1)) @ visual.proj
+    return everything[:, : pyramid.num_events], torch.stack(all_weights)
+
+
+def encode_text(model: ProPy, token_ids: Tensor) -> Tensor:
+    """Token ids [T,W] to features [T,D], prefix and postfix prompts in the sequence."""
+    clip, prompts = model.clip, model.prompts
+    x = clip.token_embedding(token_ids) + clip.positional_embedding[: token_ids.shape[1]]
+    length = x.shape[1] + 2 * model.num_prompts
+    causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+    for layer, block in enumerate(clip.transformer.resblocks):
+        before = prompts.prefix_proj(prompts.visual_prompts[layer]).expand(len(x), -1, -1)
+        after = prompts.postfix_proj(prompts.visual_prompts[layer]).expand(len(x), -1, -1)
+        sequence = torch.cat([x[:, :1], before, x[:, 1:], after], dim=1)
+        normed = block.ln_1(sequence)
+        sequence = mlp(block, sequence + attention(block, normed, normed, causal)[0])
+        words = sequence[:, 1 + model.num_prompts : length - model.num_prompts]
+        x = torch.cat([sequence[:, :1], words], dim=1)
+    x = clip.ln_final(x)
+    end = [row.index(max(row)) for row in token_ids.tolist()]
+    return x[torch.arange(len(x)), end] @ clip.text_projection
+
+
+def scores(model: ProPy, texts: Tensor, events: Tensor) -> Tensor:
+    """[T, B]: the largest cosine over a video's events, scaled."""
+    texts = texts / texts.norm(dim=-1, keepdim=True)
+    events = events / events.norm(dim=-1, keepdim=True)
+    cosines = torch.stack([texts @ video.T for video in events], dim=1)
+    return cosines.max(dim=-1).values * model.clip.logit_scale.exp()
+
+
+def loss(similarity: Tensor, text_to_video: Tensor) -> Tensor:
+    """The two directions, with a loop over texts and one over videos."""
+    rows = [
+        similarity[t].logsumexp(0) - similarity[t, v] for t, v in enumerate(text_to_video.tolist())
+    ]
+    columns = [
+        similarity[:, v].logsumexp(0) - similarity[text_to_video == v, v].logsumexp(0)
+        for v in range(similarity.shape[1])
+    ]
+    return (torch.stack(rows).mean() + torch.stack(columns).mean()) / 2

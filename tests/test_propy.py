@@ -1,0 +1,215 @@
+"""The shortcuts against ProPy written down plainly, and what callers may rely on."""
+
+from __future__ import annotations
+
+import plain_propy
+import pytest
+import torch
+from golden_model import GoldenModel
+
+from dataloaders.tokenizer import tokenize
+from models import build_model
+from models.clip import WeightsError
+from modules.losses import video_text_loss
+from utils.engine import train_step
+from utils.misc import parameter_report
+from utils.optim import build_optimizer
+
+PYRAMID = {"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]}
+
+
+def random_model(seed: int = 0, pyramid: dict = PYRAMID, **settings) -> torch.nn.Module:
+    """A tiny model whose adapters, zero at the start of training, do something."""
+    torch.manual_seed(seed)
+    settings = {"num_prompts": 3, "adapter_channels": 16, "adapter_kernel": 3} | settings
+    model = build_model(GoldenModel.read("m3").clip_state(), pyramid, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("prompts.", "adapters.")):
+                parameter.normal_(std=0.2)
+    return model.double()
+
+
+def random_batch(model, videos: int = 3, seed: int = 1) -> dict:
+    torch.manual_seed(seed)
+    side, frames = model.input_resolution, model.pyramid.num_frames
+    captions = ["a dog", "a man opens the door", "two", "she walks <|endoftext|> away", "x y z"]
+    return {
+        "frames": torch.randn(videos, frames, 3, side, side, dtype=torch.float64),
+        "token_ids": tokenize(captions, max_words=12),
+        "text_to_video": torch.tensor([0, 1, 1, 2, 2]) % videos,
+    }
+
+
+@pytest.mark.parametrize(
+    "pyramid",
+    [PYRAMID, {"Nf": 8, "offset": [1, 1, 0]}, {"Nf": 4, "H": [[4, 1]]}, {"Nf": 1, "H": [[1, 1]]}],
+)
+@pytest.mark.parametrize("adapters", [0, 2, 3])
+def test_equals_plain_definition(pyramid, adapters: int) -> None:
+    model = random_model(pyramid=pyramid, num_adapter_layers=adapters)
+    batch = random_batch(model)
+    events, attention = model.encode_video(batch["frames"], return_attention=True)
+    texts = model.encode_text(batch["token_ids"])
+    plain_events, plain_attention = plain_propy.encode_video(model, batch["frames"])
+    plain_texts = plain_propy.encode_text(model, batch["token_ids"])
+    torch.testing.assert_close(events, plain_events, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attention, plain_attention, rtol=0, atol=1e-12)
+    torch.testing.assert_close(texts, plain_texts, rtol=0, atol=1e-12)
+
+    loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
+    plain_loss = plain_propy.loss(
+        plain_propy.scores(model, plain_texts, plain_events), batch["text_to_video"]
+    )
+    torch.testing.assert_close(loss, plain_loss, rtol=0, atol=1e-12)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ours = torch.autograd.grad(loss, trained.values(), allow_unused=True)
+    plain = torch.autograd.grad(plain_loss, trained.values(), allow_unused=True)
+    for name, a, b in zip(trained, ours, plain, strict=True):
+        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
+        assert (a - b).abs().max() < 1e-10, name
+
+
+def test_postfix_prompts_cannot_change_a_text() -> None:
+    model = random_model()
+    token_ids = random_batch(model)["token_ids"]
+    before = plain_propy.encode_text(model, token_ids)
+    with torch.no_grad():
+        model.prompts.postfix_proj.weight.normal_()
+    assert torch.equal(before, plain_propy.encode_text(model, token_ids))
+
+
+def test_uint8_frames_are_normalised_on_the_device() -> None:
+    model = random_model().float()
+    frames = torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8)
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    normalised = (frames.float() / 255 - mean) / std
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.encode_video(frames), model.encode_video(normalised), rtol=0, atol=1e-5
+        )
+
+
+def test_padding_and_batch_mates_do_not_change_an_embedding() -> None:
+    model = random_model()
+    batch = random_batch(model)
+    with torch.no_grad():
+        alone = model.encode_text(tokenize(["a dog"], 12))
+        together = model.encode_text(batch["token_ids"])
+        torch.testing.assert_close(alone[0], together[0], rtol=0, atol=1e-12)
+        one = model.encode_video(batch["frames"][1:2])
+        all_videos = model.encode_video(batch["frames"])
+    torch.testing.assert_close(one[0], all_videos[1], rtol=0, atol=1e-12)
+
+
+def test_events_see_their_own_frames_only() -> None:
+    """Without adapters, a frame outside of an event's relatives' spans cannot reach it."""
+    model = random_model(num_adapter_layers=0)
+    frames = random_batch(model, videos=1)["frames"]
+    changed = frames.clone()
+    changed[:, -1] += 1
+    with torch.no_grad():
+        difference = (model.encode_video(frames) - model.encode_video(changed)).abs().amax(-1)[0]
+    spans = model.pyramid.spans
+    assert (difference[spans[:, 1] == 8] > 1e-6).all()
+    # whoever is no relative of a relative that holds the last frame: nobody in a pyramid, whose
+    # top sees all and is seen by all, once there are two layers; so look at one layer's attention
+    _, attention = model.encode_video(frames, return_attention=True)
+    assert (attention[:, 0][:, ~model.visibility] == 0).all()
+    torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
+    """Accumulation gives loss and gradients of one batch, negatives of all parts included."""
+    results = []
+    for count in (1, parts):
+        model = random_model()
+        optimizer = build_optimizer(model, 0.0, 1.0, 0.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        step = train_step(
+            model, random_batch(model), optimizer, scaler, parts=count, clip_grad_norm=1e9
+        )
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((step, gradients))
+    (whole, gradients), (in_parts, part_gradients) = results
+    assert in_parts.loss == pytest.approx(whole.loss, abs=1e-12)
+    assert in_parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-10)
+    assert gradients.keys() == part_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(part_gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "amp"])
+def test_mixed_precision_stays_close(precision: str) -> None:
+    model = random_model().float()
+    batch = random_batch(model)
+    batch["frames"] = batch["frames"].float()
+    losses = []
+    for mode in ("fp32", precision):
+        scaler = torch.amp.GradScaler("cpu", enabled=mode == "amp")
+        optimizer = build_optimizer(model, 0.0, 1.0, 0.0)
+        losses.append(train_step(model, batch, optimizer, scaler, precision=mode).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[1] != losses[0], "autocast did nothing"
+
+
+def test_only_new_parameters_train_on_a_frozen_clip() -> None:
+    model = random_model()
+    frozen = {n: p.clone() for n, p in model.named_parameters() if n.startswith("clip.")}
+    optimizer = build_optimizer(model, 1e-2, 1.0, 0.2)
+    train_step(model, random_batch(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    model = build_model(GoldenModel.read("m3").clip_state(), PYRAMID, adapter_channels=32)
+    bound = (6 / (3 * 32**2 + 128)) ** 0.5
+    for prompts in (model.prompts.event_prompts, model.prompts.visual_prompts):
+        assert prompts.abs().max() <= bound
+        assert prompts.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    for adapter in model.adapters:
+        x = torch.randn(8, 4, 128)
+        assert (adapter(x, 8) == 0).all(), "an adapter starts as nothing"
+        assert adapter.fc1.weight.abs().max() > 0 and adapter.fc2.weight.abs().max() > 0
+
+
+def test_more_visual_than_text_layers() -> None:
+    """As in ViT-L/14: text layer l takes the prompts of visual layer l."""
+    state = GoldenModel.read("m3").clip_state()
+    short = {k: v for k, v in state.items() if not k.startswith("transformer.resblocks.2.")}
+    model = build_model(short, PYRAMID)
+    assert len(model.prompts.visual_prompts) == 3
+    assert model.encode_text(tokenize(["a dog"], 8)).shape == (1, 64)
+    swapped = {k: v for k, v in state.items() if not k.startswith("visual.transformer.resblocks.2")}
+    with pytest.raises(ValueError, match="3 text layers"):
+        build_model(swapped, PYRAMID)
+
+
+def test_wrong_frames_are_refused() -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match="64"):
+        model.encode_video(torch.zeros(1, 8, 3, 32, 32))
+    with pytest.raises(ValueError, match="8"):
+        model.encode_video(torch.zeros(1, 4, 3, 64, 64))
+
+
+@pytest.mark.slow
+def test_published_parameter_count() -> None:
+    """7.98 M trained parameters for the published setting, as the paper's table says."""
+    model = build_model(
+        GoldenModel.read("vitb32").clip_state(),
+        {"Nf": 32, "H": [[2, 2], [2, 1], [3, 2], [3, 2], [3, 1]]},
+    )
+    report = parameter_report(model, model.unreachable_parameters())
+    assert round(report["trainable"] / 1e6, 2) == 7.98
+    assert report["reached_by_gradient"] < report["trainable"]
+
+
+def test_missing_weights_name_the_remedy(tmp_path) -> None:
+    with pytest.raises(WeightsError, match=r"ViT-B-32\.pt.*download_clip\.sh"):
+        build_model(tmp_path / "ViT-B-32.pt", PYRAMID)
