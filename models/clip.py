@@ -23,6 +23,13 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 # Besides its parameters OpenAI's archive states three sizes.
 ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 
+# OpenAI's names of the models this program is meant for, and the files they are published as.
+WEIGHTS_FILES = {
+    "ViT-B/32": "ViT-B-32.pt",
+    "ViT-B/16": "ViT-B-16.pt",
+    "ViT-L/14": "ViT-L-14.pt",
+}
+
 
 class WeightsError(ValueError):
     """CLIP weights that are missing, unreadable or of another shape; names file and key."""
@@ -187,6 +194,11 @@ class CLIP(nn.Module):
 def end_of_text(token_ids: Tensor) -> Tensor:
     """Where each row's largest id stands first: the end-of-text token. [T, W] to int64 [T]."""
     return token_ids.argmax(dim=-1)
+
+
+def weights_path(name: str, folder: Path | str) -> Path:
+    """The file of a model by OpenAI's name, in a folder; anything else is a path itself."""
+    return Path(folder) / WEIGHTS_FILES[name] if name in WEIGHTS_FILES else Path(name)
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:

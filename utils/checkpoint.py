@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,16 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copy a file so that the target appears, or is replaced, only when it is complete."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -103,7 +103,8 @@ def _backward_in_parts(
         for part, gradient in zip(inputs.chunk(parts), gradients, strict=True):
             with autocast(device, precision):
                 embedding = encode(part)
-            embedding.backward(gradient)
+            if embedding.requires_grad:  # texts without prompts on a frozen CLIP do not
+                embedding.backward(gradient)
     return loss.detach()
 
 

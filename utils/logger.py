@@ -10,21 +10,24 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 
-def setup_logging(folder: Path | None) -> logging.Logger:
-    """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``."""
+def setup_logging(folder: Path) -> logging.Logger:
+    """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``.
+
+    Warnings of libraries and of the other parts of the program go the same way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s  %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        handlers=[
+            logging.StreamHandler(sys.stdout),
+            logging.FileHandler(folder / "log.txt", encoding="utf-8"),
+        ],
+        force=True,
+    )
     log = logging.getLogger("propy")
     log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in list(log.handlers):
-        log.removeHandler(handler)
-        handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(handler)
     return log
 
 

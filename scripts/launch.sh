@@ -1,0 +1,38 @@
+# The one launcher behind scripts/prvr_<split>.sh and scripts/vcmr_<split>.sh, which set a split's
+# variables and source it. Every variable can be set from outside:
+#   do_train=0 do_eval=1 resume=logs/prvr_tvr/ckpt.best.pth.tar bash scripts/prvr_tvr.sh
+# and further flags are passed on to main.py (python main.py --help explains them all):
+#   bash scripts/prvr_tvr.sh --precision bf16
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+
+subtask_type=${subtask_type:-PRVR}
+output_dir=${output_dir:-logs/${subtask_type,,}_$datatype}
+
+pretrained_clip_name=${pretrained_clip_name:-ViT-B/32}
+pretrained_dir=${pretrained_dir:-CLIP_weights}
+pyr_config_path=${pyr_config_path:-scripts/pyramids/cfg_32.json}
+Nvp=${Nvp:-4}
+adapter_channels=${adapter_channels:-384}
+num_adapter_layers=${num_adapter_layers:-12}
+
+epochs=${epochs:-10}
+batch_size=${batch_size:-24}
+batch_size_val=${batch_size_val:-16}
+seed=${seed:-42}
+
+flags=(
+  --do_train "$do_train" --do_eval "$do_eval"
+  --subtask_type "$subtask_type" --datatype "$datatype"
+  --prvr_val_annos "$val_annos" --video_dir "$video_dir" --output_dir "$output_dir"
+  --pretrained_clip_name "$pretrained_clip_name" --pretrained_dir "$pretrained_dir"
+  --pyr_config_path "$pyr_config_path" --Nvp "$Nvp"
+  --adapter_channels "$adapter_channels" --num_adapter_layers "$num_adapter_layers"
+  --temp_kernel_sz "$temp_kernel_sz" --max_words "$max_words"
+  --epochs "$epochs" --batch_size "$batch_size" --batch_size_val "$batch_size_val"
+  --lr "$lr" --seed "$seed"
+)
+[ "$do_train" = 0 ] || flags+=(--prvr_train_annos "$train_annos")
+[ -z "$resume" ] || flags+=(--resume "$resume")
+exec .venv/bin/python main.py "${flags[@]}" "$@"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# ProPy on QVHighlights, evaluated on val: the published settings. Each variable can also be set from outside, and further
+# flags are passed on to main.py; scripts/launch.sh has examples and the settings all splits share.
+
+do_train=${do_train:-1}
+do_eval=${do_eval:-0}
+resume=${resume:-}
+
+video_dir=${video_dir:-data/qvhighlights/videos}
+train_annos=${train_annos:-annotations/qvhighlights/train.jsonl}
+val_annos=${val_annos:-annotations/qvhighlights/val.jsonl}
+
+lr=${lr:-9e-4}
+max_words=${max_words:-64}
+temp_kernel_sz=${temp_kernel_sz:-5}
+
+datatype=qvhighlights_val
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

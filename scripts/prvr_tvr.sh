@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# ProPy on TVR: the published settings. Each variable can also be set from outside, and further
+# flags are passed on to main.py; scripts/launch.sh has examples and the settings all splits share.
+
+do_train=${do_train:-1}
+do_eval=${do_eval:-0}
+resume=${resume:-}
+
+video_dir=${video_dir:-data/tvr/videos}
+train_annos=${train_annos:-annotations/tvr/train.jsonl}
+val_annos=${val_annos:-annotations/tvr/val.jsonl}
+
+lr=${lr:-8e-4}
+max_words=${max_words:-32}
+temp_kernel_sz=${temp_kernel_sz:-5}
+
+datatype=tvr
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

@@ -1,0 +1,60 @@
+"""What the paper and its data sets state: results to compare with, sizes to expect.
+
+Results in %, from the paper's tables; the column its PRVR table heads R@50 is R@10.
+"""
+
+from __future__ import annotations
+
+PRVR_RESULTS = {
+    "tvr": {"R1": 22.4, "R5": 45.0, "R10": 55.9, "R100": 89.5, "SumR": 212.8},
+    "activitynet": {"R1": 14.9, "R5": 34.9, "R10": 47.5, "R100": 82.7, "SumR": 180.0},
+    "charades": {"R1": 2.6, "R5": 8.7, "R10": 14.8, "R100": 50.4, "SumR": 76.5},
+    "qvhighlights_val": {"R1": 37.4, "R5": 65.6, "R10": 76.1, "R100": 96.5, "SumR": 275.5},
+    "qvhighlights_test": {"R1": 35.0, "R5": 63.2, "R10": 73.1, "R100": 96.2, "SumR": 267.5},
+}
+
+VCMR_RESULTS = {
+    "tvr": {
+        "0.3-r10": 26.26, "0.3-r100": 50.26, "0.5-r10": 17.49,
+        "0.5-r100": 35.61, "0.7-r10": 9.65, "0.7-r100": 19.82,
+    },
+    "activitynet": {
+        "0.3-r10": 28.57, "0.3-r100": 57.42, "0.5-r10": 20.81,
+        "0.5-r100": 46.22, "0.7-r10": 12.94, "0.7-r100": 31.85,
+    },
+    "charades": {
+        "0.3-r10": 6.8, "0.3-r100": 23.39, "0.5-r10": 4.73,
+        "0.5-r100": 18.44, "0.7-r10": 2.26, "0.7-r100": 9.01,
+    },
+    "qvhighlights_val": {
+        "0.3-r10": 54.32, "0.3-r100": 79.35, "0.5-r10": 45.42,
+        "0.5-r100": 72.52, "0.7-r10": 27.94, "0.7-r100": 48.52,
+    },
+}  # fmt: skip
+
+# (videos, queries) of the standard splits
+SPLIT_SIZES = {
+    "tvr": {"train": (17435, 87175), "val": (2179, 10895)},
+    "activitynet": {"train": (10009, 37421), "val": (4917, 17505)},
+    "charades": {"train": (5338, 12408), "val": (1334, 3720)},
+    "qvhighlights_val": {"train": (7100, 7218), "val": (1519, 1550)},
+    "qvhighlights_test": {"train": (7100, 7218), "val": (1529, 1542)},
+}
+
+DATATYPES = (*PRVR_RESULTS, "custom")
+
+
+def split_size_warning(datatype: str, split: str, videos: int, queries: int) -> str | None:
+    """A sentence with both counts if annotations are not the standard split, else None.
+
+    Args:
+        datatype: one of DATATYPES.
+        split: "train" or "val", the split that is evaluated.
+    """
+    expected = SPLIT_SIZES.get(datatype, {}).get(split)
+    if expected is None or expected == (videos, queries):
+        return None
+    return (
+        f"not the standard {datatype} {split} split: {videos:,} videos and {queries:,} queries, "
+        f"expected {expected[0]:,} and {expected[1]:,}; results will not compare with the paper's"
+    )

@@ -1,0 +1,32 @@
+"""Results as text tables, for the terminal and for log.txt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+PRVR_COLUMNS = {
+    "R1": "R@1", "R5": "R@5", "R10": "R@10", "R100": "R@100", "SumR": "SumR",
+    "MedR": "MedR", "MeanR": "MeanR",
+}  # fmt: skip
+
+
+def metrics_table(
+    rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str] | Sequence[str]
+) -> str:
+    """Right-aligned columns under their heads; a number that a row lacks is a dash.
+
+    Args:
+        rows: name of the row to its numbers.
+        columns: keys of the numbers, with the heads to print if they differ.
+    """
+    heads = columns if isinstance(columns, Mapping) else {key: key for key in columns}
+    first = max(len(name) for name in rows)
+    widths = {key: max(len(head), 6) for key, head in heads.items()}
+    lines = [" " * first + "".join(f"  {head:>{widths[key]}}" for key, head in heads.items())]
+    for name, numbers in rows.items():
+        cells = (
+            f"  {numbers[key]:>{widths[key]}.2f}" if key in numbers else f"  {'–':>{widths[key]}}"
+            for key in heads
+        )
+        lines.append(f"{name:<{first}}" + "".join(cells))
+    return "\n".join(lines)
