@@ -1,0 +1,196 @@
+"""Cosines of texts and events: per event, per video (its best event), and ranked over a corpus.
+
+A text's score with a video is that of the video's best event. At corpus size the cosines
+[T, V, N_e] do not fit into memory, so the reductions walk through them in pieces.
+Symbols: T texts, V (in training B) videos, N_e events per video, D joint width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 2**25  # cosines that top_moments holds at a time: 128 MiB of float32
+BLOCK = 2**19  # cosines of one matrix product: 2 MiB, still in the cache when they are reduced
+TEXT_BLOCK = 512  # texts of one matrix product in best_event_scores
+LOW_HALF = 2**32 - 1
+
+
+class TopMoments(NamedTuple):
+    """The best moments of every text, best first, and the text's score with every video."""
+
+    scores: Tensor  # float32 [T, K] cosines
+    videos: Tensor  # int32 [T, K]
+    events: Tensor  # int32 [T, K] index among the video's N_e events
+    video_scores: Tensor  # float32 [T, V] cosine of each video's best event
+
+
+def event_scores(texts: Tensor, events: Tensor, normalize_events: bool = True) -> Tensor:
+    """Cosine of every text with every event, in float32 or wider, under autocast too.
+
+    Args:
+        texts: [T, D] text features, of any length.
+        events: [B, N_e, D] event embeddings, of any length.
+        normalize_events: False leaves the events' lengths in, so longer vectors win; the authors'
+            program evaluates PRVR on ActivityNet that way. Never meant for training or VCMR.
+
+    Returns:
+        [T, B, N_e], differentiable.
+    """
+    with torch.autocast(texts.device.type, enabled=False):
+        return _product(_unit(texts), _unit(events) if normalize_events else _widen(events))
+
+
+@torch.no_grad()
+def best_event_scores(
+    texts: Tensor, events: Tensor, normalize_events: bool = True, chunk: int = BLOCK
+) -> Tensor:
+    """Score of every text with every video: the maximum of `event_scores` over the events.
+
+    Holds `chunk` cosines at a time (at least one video's for a block of texts), and the result.
+
+    Returns:
+        [T, V].
+    """
+    num_texts, (num_videos, num_events) = len(texts), events.shape[:2]
+    step = max(1, chunk // (num_events * min(num_texts, TEXT_BLOCK)))
+    with torch.autocast(texts.device.type, enabled=False):
+        texts = _unit(texts)
+        best = texts.new_empty(num_texts, num_videos)
+        for v in range(0, num_videos, step):
+            some = events[v : v + step]
+            some = _unit(some) if normalize_events else _widen(some)
+            for t in range(0, num_texts, TEXT_BLOCK):
+                scores = _product(texts[t : t + TEXT_BLOCK], some)
+                best[t : t + TEXT_BLOCK, v : v + step] = scores.amax(-1)
+    return best
+
+
+@torch.no_grad()
+def paired_event_scores(
+    texts: Tensor, events: Tensor, videos: Tensor, chunk: int = BLOCK
+) -> Tensor:
+    """Cosines of every text with the events of a video of its own, `videos` int64 [T]: [T, N_e].
+
+    Gathers `chunk` numbers of the embeddings at a time (at least one text's).
+    """
+    step = max(1, chunk // events.shape[1:].numel())
+    scores = _widen(texts).new_empty(len(texts), events.shape[1])
+    with torch.autocast(texts.device.type, enabled=False):
+        for t in range(0, len(texts), step):
+            own = _unit(events[videos[t : t + step]])  # [t, N_e, D]
+            scores[t : t + step] = (own @ _unit(texts[t : t + step])[:, :, None]).squeeze(-1)
+    return scores
+
+
+@torch.no_grad()
+def top_moments(
+    texts: Tensor, events: Tensor, per_video: int = 10, limit: int = 1000, chunk: int = CHUNK
+) -> TopMoments:
+    """Weakly supervised moment retrieval: the best moments of the corpus for every text.
+
+    Of each video count the `per_video` events with the highest cosine; of all of these the best
+    `limit` are kept (fewer where there are fewer). Equal cosines: the earlier video first, then
+    the earlier event; NaN last, as -inf. Ordered by float32 cosines, whatever the inputs' type.
+
+    Holds `chunk` cosines at a time (at least one text's), a normalised copy of the events, and
+    the result. Arguments as in `event_scores`.
+
+    Raises:
+        ValueError: the corpus has 2^31 events or more.
+    """
+    num_videos, num_events = events.shape[:2]
+    if num_videos * num_events >= 2**31:
+        raise ValueError(f"{num_videos} videos × {num_events} events: the limit is 2^31 in all")
+    per_video = min(per_video, num_events)
+    limit = min(limit, num_videos * per_video)
+
+    with torch.autocast(texts.device.type, enabled=False):
+        texts, events = _unit(texts.float()), _unit(events.float())
+        step = min(len(texts), max(1, chunk // (num_videos * num_events)))
+        few = max(1, BLOCK // (limit * num_events))  # texts whose candidates fit a cache
+        buffer = texts.new_empty(step, num_videos, num_events)
+        video_scores = texts.new_empty(len(texts), num_videos)
+        keys = torch.empty(len(texts), limit, dtype=torch.int64, device=texts.device)
+        for some, best, top in zip(
+            texts.split(step), video_scores.split(step), keys.split(step), strict=True
+        ):
+            scores = buffer[: len(some)]
+            _fill(scores, best, some, events)
+            for i in range(0, len(some), few):
+                part = slice(i, i + few)
+                top[part] = _top_keys(scores[part], best[part], per_video, limit)
+    positions = _position(keys)
+    return TopMoments(
+        scores=_score(keys),
+        videos=(positions // num_events).int(),
+        events=(positions % num_events).int(),
+        video_scores=video_scores,
+    )
+
+
+def _fill(scores: Tensor, video_scores: Tensor, texts: Tensor, events: Tensor) -> None:
+    """Write cosines [t, V, N_e] of unit vectors, and their maxima [t, V] while they are warm."""
+    num_videos, num_events = events.shape[:2]
+    flat = scores.flatten(1)
+    step = max(1, BLOCK // (len(texts) * num_events))
+    for v in range(0, num_videos, step):
+        some = events[v : v + step].flatten(0, 1)  # [v·N_e, D]
+        first = v * num_events
+        torch.mm(texts, some.T, out=flat[:, first : first + len(some)])
+        video_scores[:, v : v + step] = scores[:, v : v + step].amax(-1)
+
+
+def _top_keys(scores: Tensor, video_scores: Tensor, per_video: int, limit: int) -> Tensor:
+    """Sort keys [t, limit] of the best moments, best first; scores [t, V, N_e]."""
+    num_texts, num_videos, num_events = scores.shape
+    if video_scores.isnan().any():
+        scores = scores.masked_fill(scores.isnan(), -torch.inf)
+        video_scores = scores.amax(-1)
+    first = torch.arange(0, num_videos * num_events, num_events, device=scores.device)
+    # K videos with a better best event hold K better moments: only the first K videos can count.
+    first = _position(_keys(video_scores, first).topk(min(limit, num_videos)).values)  # [t, n]
+    text = torch.arange(num_texts, device=scores.device)[:, None]
+    event = torch.arange(num_events, device=scores.device)
+    keys = _keys(scores[text, first // num_events], first[:, :, None], event)  # [t, n, N_e]
+    keys = keys.topk(per_video, sorted=False).values.flatten(1)
+    return keys.topk(limit).values
+
+
+def _product(texts: Tensor, events: Tensor) -> Tensor:
+    return (texts @ events.flatten(0, 1).T).unflatten(1, events.shape[:2])
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_widen(x), dim=-1)
+
+
+def _widen(x: Tensor) -> Tensor:
+    """The same in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _keys(scores: Tensor, *positions: Tensor) -> Tensor:
+    """One int64 per score: larger for higher scores and, among equals, for lower positions.
+
+    The upper half is the float32's bits, made monotone by flipping those of negative numbers; the
+    lower half counts down with the (sum of the) positions. No two are equal, so topk meets no ties.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: -0.0 becomes 0.0
+    bits.bitwise_xor_((bits >> 31).bitwise_and_(2**31 - 1))
+    keys = bits.long().bitwise_left_shift_(32).add_(LOW_HALF)
+    for position in positions:
+        keys.sub_(position)
+    return keys
+
+
+def _position(keys: Tensor) -> Tensor:
+    return LOW_HALF - keys.bitwise_and(LOW_HALF)
+
+
+def _score(keys: Tensor) -> Tensor:
+    bits = (keys >> 32).int()
+    return bits.bitwise_xor_((bits >> 31).bitwise_and_(2**31 - 1)).view(torch.float32)

@@ -1,0 +1,210 @@
+"""Scores and moment selection against brute force, the authors' numbers, and their own promises."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modules.similarity import (
+    best_event_scores,
+    event_scores,
+    paired_event_scores,
+    top_moments,
+)
+
+P32_SPANS = [
+    (start, start + length)
+    for length, stride in ((32, 32), (16, 8), (8, 4), (4, 2), (2, 2))
+    for start in range(0, 32 - length + 1, stride)
+]
+
+
+def random_features(seed, num_texts, num_videos, num_events, width, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    texts = torch.randn(num_texts, width, generator=generator, dtype=dtype)
+    events = torch.randn(num_videos, num_events, width, generator=generator, dtype=dtype)
+    return texts, events
+
+
+def lattice_features(seed, num_texts, num_videos, num_events):
+    """Unit vectors along the axes and NaN: every cosine is -1, 0, 1 or NaN, so ties abound."""
+    rng = np.random.default_rng(seed)
+    axes = np.concatenate([np.eye(3), -np.eye(3), np.full((1, 3), np.nan)])
+    chance = [0.16] * 6 + [0.04]
+    texts = axes[rng.choice(6, num_texts)]
+    events = axes[rng.choice(7, (num_videos, num_events), p=chance)]
+    return torch.from_numpy(texts).float(), torch.from_numpy(events).float()
+
+
+def brute_force_moments(scores, per_video, limit):
+    """Python lists and sorted(): [T][K] of (score, video, event) for scores [T, V, N_e]."""
+    result = []
+    for text in torch.where(scores.isnan(), -torch.inf, scores).tolist():
+        moments = []
+        for video, row in enumerate(text):
+            ranked = sorted((-score, video, event) for event, score in enumerate(row))
+            moments += ranked[:per_video]
+        result.append([(-score, v, e) for score, v, e in sorted(moments)[:limit]])
+    return result
+
+
+def as_lists(top):
+    return [
+        list(zip(*rows, strict=True))
+        for rows in zip(top.scores.tolist(), top.videos.tolist(), top.events.tolist(), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tail(golden):
+    """Texts and events of the authors' evaluation tails, regenerated from their seed."""
+    sys.path.insert(0, str(golden))
+    try:
+        from inputs import features
+    finally:
+        sys.path.remove(str(golden))
+    return tuple(torch.from_numpy(x) for x in features(41, 30, 14, 42, 64))
+
+
+@pytest.mark.parametrize("name", ["m1", "m3", "m4", "m5"])
+def test_event_scores_equal_the_authors(golden, name):
+    data = np.load(golden / f"model_{name}.npz")
+    texts, events = (torch.from_numpy(data[key]) for key in ("text_f64", "event_f64"))
+    # m4 is the authors' ActivityNet setting, which leaves the events' lengths in.
+    scores = event_scores(texts, events, normalize_events=name != "m4")
+    torch.testing.assert_close(scores, torch.from_numpy(data["scores_eval_f64"]))
+
+
+def test_best_scores_equal_the_authors_tail(golden, tail):
+    expected = torch.from_numpy(np.load(golden / "metrics.npz")["tail_sim"])
+    scores = best_event_scores(*tail) * np.exp(4.6052)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+
+def test_moments_equal_the_authors_tail(golden, tail):
+    metrics = json.loads((golden / "metrics.json").read_text())
+    expected = np.load(golden / "metrics.npz")["tail_vcmr"]  # [30, 120, (video, start, end, score)]
+    durations = {int(a["vid_name"][1:]): a["duration"] for a in metrics["tail_annotations"]}
+    top = top_moments(*tail, per_video=10, limit=1000)
+    assert top.scores.shape == (30, 140)  # 14 videos × 10 events are fewer than 1000
+    for text in range(30):
+        for rank, (video, start, end, score) in enumerate(expected[text]):
+            span = P32_SPANS[top.events[text, rank]]
+            assert top.videos[text, rank] == video
+            assert [x / 32 * durations[video] for x in span] == [start, end]
+            assert abs(top.scores[text, rank] - score) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["m1", "m3"])
+def test_moments_of_one_video_equal_the_authors(golden, name):
+    data = np.load(golden / f"model_{name}.npz")
+    texts, events = (torch.from_numpy(data[key]) for key in ("text_f32", "event_f32"))
+    for video in range(len(events)):
+        top = top_moments(texts, events[video : video + 1], per_video=5)
+        torch.testing.assert_close(
+            top.scores, torch.from_numpy(data["vcmr_scores_f32"][:, video]), rtol=0, atol=1e-5
+        )
+        proposals = torch.from_numpy(data["proposals"])[top.events.long()]
+        torch.testing.assert_close(proposals, torch.from_numpy(data["vcmr_props_f32"][:, video]))
+
+
+def test_lengths_do_not_matter_unless_asked():
+    texts, events = random_features(0, 4, 3, 5, 8)
+    longer = events * torch.linspace(0.5, 9, 15).view(3, 5, 1)
+    torch.testing.assert_close(event_scores(texts * 7, longer), event_scores(texts, events))
+    raw = event_scores(texts, longer, normalize_events=False)
+    norms = longer.norm(dim=-1)
+    torch.testing.assert_close(raw, event_scores(texts, events) * norms)
+    assert not raw.allclose(event_scores(texts, events))
+
+
+def test_half_precision_and_autocast_give_float32_cosines():
+    texts, events = random_features(1, 6, 5, 7, 64)
+    exact = event_scores(texts.double(), events.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = event_scores(texts, events)
+        best = best_event_scores(texts, events)
+        top = top_moments(texts, events)
+        paired = paired_event_scores(texts, events, torch.zeros(6, dtype=torch.int64))
+    torch.testing.assert_close(scores, exact.float())
+    torch.testing.assert_close(best, exact.amax(-1).float())
+    torch.testing.assert_close(top.video_scores, exact.amax(-1).float())
+    torch.testing.assert_close(paired, exact[:, 0].float())
+    assert event_scores(texts.half(), events.half()).dtype == torch.float32
+    assert exact.dtype == torch.float64
+
+
+def test_event_scores_are_differentiable():
+    texts, events = random_features(2, 3, 2, 4, 5, torch.float64)
+    inputs = (texts.requires_grad_(), events.requires_grad_())
+    assert torch.autograd.gradcheck(event_scores, inputs)
+
+
+@pytest.mark.parametrize("chunk", [1, 17, 300, 10**9])
+@pytest.mark.parametrize("normalize_events", [True, False])
+def test_best_scores_are_the_maximum_at_every_chunk(chunk, normalize_events):
+    texts, events = random_features(3, 37, 23, 6, 16, torch.float64)
+    expected = event_scores(texts, events, normalize_events).amax(-1)
+    best = best_event_scores(texts, events, normalize_events, chunk=chunk)
+    torch.testing.assert_close(best, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 10**9])
+def test_paired_scores_are_those_of_the_given_video(chunk):
+    texts, events = random_features(4, 19, 5, 6, 16)
+    videos = torch.randint(5, (19,), generator=torch.Generator().manual_seed(0))
+    expected = event_scores(texts, events)[torch.arange(19), videos]
+    scores = paired_event_scores(texts, events, videos, chunk=chunk)
+    torch.testing.assert_close(scores, expected)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 10**6),
+    num_texts=st.integers(1, 5),
+    num_videos=st.integers(1, 9),
+    num_events=st.integers(1, 7),
+    per_video=st.integers(1, 8),
+    limit=st.integers(1, 40),
+    chunk=st.sampled_from([1, 30, 10**6]),
+)
+def test_moments_with_ties_and_nan_equal_brute_force(
+    seed, num_texts, num_videos, num_events, per_video, limit, chunk
+):
+    texts, events = lattice_features(seed, num_texts, num_videos, num_events)
+    top = top_moments(texts, events, per_video, limit, chunk=chunk)
+    scores = event_scores(texts, events)
+    assert as_lists(top) == brute_force_moments(scores, per_video, limit)
+    torch.testing.assert_close(top.video_scores, scores.amax(-1), equal_nan=True)
+
+
+def test_moments_of_correlated_events_equal_brute_force():
+    texts, events = random_features(5, 8, 60, 12, 32)
+    events += 3 * events[:, :1]  # a video's events resemble each other: whole videos lead the list
+    top = top_moments(texts, events, per_video=4, limit=50)
+    expected = brute_force_moments(event_scores(texts, events), 4, 50)
+    for found, wanted in zip(as_lists(top), expected, strict=True):
+        assert [m[1:] for m in found] == [m[1:] for m in wanted]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
+    assert torch.bincount(top.videos[0]).max() == 4
+
+
+def test_fewer_moments_kept_are_the_first_of_more():
+    texts, events = random_features(6, 9, 30, 10, 16)
+    many, few = top_moments(texts, events, limit=100), top_moments(texts, events, limit=7)
+    for long, short in zip(many[:3], few[:3], strict=True):
+        assert torch.equal(long[:, :7], short)
+
+
+def test_negative_and_zero_scores_keep_their_order():
+    texts = torch.tensor([[1.0, 0.0]])
+    events = torch.tensor([[-1.0, 1.0], [0.0, -1.0], [-3.0, 1.0], [-0.0, 2.0], [1.0, 3.0]])
+    top = top_moments(texts, events[:, None])
+    assert top.videos.tolist() == [[4, 1, 3, 0, 2]]  # 0 and -0 are equal: the earlier first
+    assert top.scores[0].tolist() == sorted(top.scores[0].tolist(), reverse=True)
