@@ -6,8 +6,9 @@ where a frame does not come out, and miscounts where an edit list hides frames: 
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,8 +58,7 @@ def load_clip(
             decoder did not finish within DECODE_TIME_LIMIT.
     """
     path = Path(path).absolute()  # so that no name is taken for a protocol such as "concat:"
-    if not path.is_file():
-        raise VideoError(f"{path}: no such video file: see video_dir and `bash scripts/prepare.sh`")
+    _check_file(path)
 
     def choose(n: int) -> np.ndarray:
         if generator is None:
@@ -99,6 +99,24 @@ def _overlap(side: int, size: int) -> tuple[slice, slice]:
         return slice(0, side), slice(start, start + side)
     start = round((side - size) / 2)
     return slice(start, start + size), slice(0, size)
+
+
+def _check_file(path: Path) -> None:
+    """Refuses what decord should not even open.
+
+    FFmpeg also follows playlists, text files that name other files or addresses: with one of them
+    in its place a clip would show another video. Only the formats below are never taken for one.
+    """
+    if not path.is_file():
+        raise VideoError(f"{path}: no such video file: see video_dir and `bash scripts/prepare.sh`")
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read: {error.strerror}") from error
+    if start[4:] != b"ftyp" and start[:4] != b"\x1a\x45\xdf\xa3":
+        what = "empty" if not start else "neither an MP4 nor a Matroska file"
+        raise VideoError(f"{path}: {what}: {PREPARE}")
 
 
 def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
@@ -143,9 +161,14 @@ def _decode(
         return frames
     except VideoError:
         raise
-    except Exception as error:  # decord raises DECORDError, RuntimeError, AssertionError, …
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise VideoError(f"{path}: cannot be decoded ({reason[-200:]}): {PREPARE}") from error
+    except Exception as error:  # decord raises DECORDError, RuntimeError, StopIteration, …
+        raise VideoError(f"{path}: cannot be decoded ({_reason(error)}): {PREPARE}") from error
+
+
+def _reason(error: Exception) -> str:
+    """decord's last words, without the times and places in its source that lead them in."""
+    text = re.sub(r"\[[\d:]+\] \S+:\d+:", "", str(error))
+    return " ".join(text.split())[-200:] or "no frame comes out"
 
 
 def _open(path: Path) -> decord.VideoReader:
@@ -193,10 +216,11 @@ def _read_in_order(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarra
     return np.stack([frames[i] for i in chosen.tolist()])
 
 
-def _frames_in_order(path: Path):
+def _frames_in_order(path: Path) -> Iterator[decord.nd.NDArray]:
     reader = _open(path)
     for _ in range(len(reader)):
         try:
-            yield reader.next()
-        except decord.DECORDLimitReachedError:  # fewer frames than packets: the rest is made up
+            frame = reader.next()
+        except (decord.DECORDLimitReachedError, StopIteration):  # what follows would be made up
             return
+        yield frame

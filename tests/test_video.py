@@ -1,0 +1,308 @@
+"""Decoding: the authors' frames, files that lie about their frames, and files that are broken."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dataloaders import video
+from dataloaders.sampling import eval_indices, train_indices
+from dataloaders.video import VideoError, center_crop, load_clip
+from utils.ffmpeg import ffmpeg_program, write_video
+
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+def normalise(frames: torch.Tensor) -> np.ndarray:
+    """float64 [n, 3, H, W], as the model sees them."""
+    rgb = frames.numpy() / 255
+    return (rgb - MEAN[:, None, None]) / STD[:, None, None]
+
+
+def numbered_frames(n: int, height: int = 64, width: int = 64) -> np.ndarray:
+    """uint8 [n, H, W, 3]: frame i carries the number i as eight black or white bars."""
+    bits = (np.arange(n)[:, None] >> np.arange(8)) & 1  # [n, 8]
+    bars = (255 * bits).astype(np.uint8).repeat(width // 8, axis=1)[:, None, :, None]
+    return np.broadcast_to(bars, (n, height, width, 3))
+
+
+def read_numbers(clip: torch.Tensor) -> list[int]:
+    """The numbers in the frames of a clip [n, 3, S, S] made from numbered_frames."""
+    bar = clip.shape[3] // 8
+    bits = clip[:, 1, clip.shape[2] // 2, bar // 2 :: bar] > 127
+    return (bits.long() << torch.arange(8)).sum(1).tolist()
+
+
+def encode(path, frames, *arguments: str):
+    """Writes frames with ffmpeg, with encoder settings of one's own."""
+    _, height, width, _ = frames.shape
+    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo"]
+    command += ["-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "3", "-i", "pipe:0"]
+    command += ["-pix_fmt", "yuv420p", *arguments, str(path)]
+    subprocess.run(command, input=frames.tobytes(), check=True)
+    return path
+
+
+def copy_from(source, target, start: float):
+    """Cuts a clip without encoding it anew: an MP4 then hides frames behind an edit list."""
+    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-y", "-ss", str(start)]
+    subprocess.run([*command, "-i", str(source), "-c", "copy", str(target)], check=True)
+    return target
+
+
+def decode_with_ffmpeg(path) -> np.ndarray:
+    """uint8 [n, H, W, 3]: every frame that the ffmpeg program gets out of a file."""
+    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-i", str(path)]
+    sizes = subprocess.run(
+        [*command, "-frames:v", "1", "-f", "image2pipe", "-c:v", "ppm", "-"],
+        capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    width, height = map(int, sizes.split(maxsplit=3)[1:3])
+    raw = subprocess.run(
+        [*command, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+        capture_output=True, check=True,
+    ).stdout  # fmt: skip
+    return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
+@pytest.mark.parametrize(
+    "height_width", [(64, 64), (70, 91), (91, 70), (65, 64), (48, 100), (40, 33)]
+)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_crop_is_the_authors(golden, height_width, channels_last):
+    height, width = height_width
+    make_frames = runpy.run_path(str(golden / "inputs.py"))["frames"]
+    frames = torch.from_numpy(make_frames(5, 2, height, width))
+    crop = center_crop(frames if channels_last else frames.permute(0, 3, 1, 2), 64)
+    assert crop.dtype == torch.uint8
+    assert crop.shape == (2, 3, 64, 64)
+    data = np.load(golden / "data.npz")
+    name = f"transform_{height}x{width}_64"
+    ours = normalise(crop)
+    np.testing.assert_allclose(ours[:, :, ::9, ::7], data[name], atol=1e-6)
+    sums = data[f"{name}_sums"]
+    np.testing.assert_allclose([ours.sum(), np.abs(ours).sum()], sums, rtol=1e-6)
+
+
+def test_the_crop_offset_halves_to_even():
+    frames = torch.arange(21, dtype=torch.uint8).view(1, 1, 21, 1).expand(1, 3, 21, 16)
+    assert center_crop(frames, 16)[0, 0, 0, 0] == 2  # 2.5
+    assert center_crop(frames, 14)[0, 0, 0, 0] == 4  # 3.5
+
+
+@pytest.mark.parametrize("name", ["short", "long", "tall"])
+def test_frames_are_the_authors(golden, name):
+    data = np.load(golden / "video_files.npz")
+    for suffix, generator in [("val", None), ("train42", np.random.RandomState(42))]:
+        clip = load_clip(golden / f"{name}.mp4", 32, 64, generator)
+        assert clip.dtype == torch.uint8
+        assert clip.shape == (32, 3, 64, 64)
+        ours = normalise(clip)[:, :, ::16, ::16]
+        np.testing.assert_allclose(ours, data[f"{name}_{suffix}"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["short", "long", "tall", "noframes"])
+def test_every_pixel_is_the_authors(golden, name, monkeypatch):
+    facts = json.loads((golden / "video_files.json").read_text())[name]
+    monkeypatch.setattr(video, "center_crop", lambda frames, size: frames)
+    frames = load_clip(golden / f"{name}.mp4", facts["frames_decoded"], 64)
+    assert hashlib.sha256(frames.numpy().tobytes()).hexdigest() == facts["rgb_sha256"]
+
+
+def test_a_container_without_a_frame_count_gives_its_frames(golden, monkeypatch):
+    monkeypatch.setattr(video, "center_crop", lambda frames, size: frames)
+    every = load_clip(golden / "noframes.mp4", 50, 64)
+    assert torch.equal(load_clip(golden / "noframes.mp4", 32, 64), every[eval_indices(50, 32)])
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 9, 15, 16, 100])
+@pytest.mark.parametrize("gop", ["1", "12", "250"])
+def test_the_frames_asked_for_come_out(tmp_path, n, gop):
+    path = encode(tmp_path / "v.mp4", numbered_frames(n), "-c:v", "libx264", "-g", gop, "-bf", "3")
+    assert read_numbers(load_clip(path, 8, 64)) == eval_indices(n, 8).tolist()
+    drawn = load_clip(path, 8, 64, np.random.RandomState(3))
+    assert read_numbers(drawn) == train_indices(n, 8, np.random.RandomState(3)).tolist()
+
+
+def test_the_prepared_format_is_read(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered_frames(40))
+    assert read_numbers(load_clip(tmp_path / "v.mp4", 8, 64)) == eval_indices(40, 8).tolist()
+
+
+@pytest.mark.parametrize("gop", ["12", "250"])
+def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path, gop):
+    # decord counts the packets, 60 or 20 here, makes up the last frames and seeks to wrong ones.
+    whole = encode(tmp_path / "w.mp4", numbered_frames(60), "-c:v", "libx264", "-g", gop)
+    cut = copy_from(whole, tmp_path / "cut.mp4", 14.9)
+    n = 60 - 45
+    assert read_numbers(load_clip(cut, 8, 64)) == (45 + eval_indices(n, 8)).tolist()
+    drawn = load_clip(cut, 4, 64, np.random.RandomState(3))
+    expected = train_indices(n, 4, np.random.RandomState(3))
+    assert read_numbers(drawn) == (45 + expected).tolist()
+
+
+def test_frames_hidden_at_the_end_do_not_count(tmp_path):
+    path = encode(tmp_path / "v.mp4", numbered_frames(60), "-c:v", "libx264", "-g", "20")
+    data = bytearray(path.read_bytes())
+    duration = data.index(b"elst") + 12  # of the one entry of the edit list, 4 bytes
+    kept = int.from_bytes(data[duration : duration + 4], "big") * 2 // 3
+    data[duration : duration + 4] = kept.to_bytes(4, "big")
+    path.write_bytes(data)
+    n = len(decode_with_ffmpeg(path))
+    assert n < 50
+    assert read_numbers(load_clip(path, 8, 64)) == eval_indices(n, 8).tolist()
+    drawn = load_clip(path, 8, 64, np.random.RandomState(3))
+    assert read_numbers(drawn) == train_indices(n, 8, np.random.RandomState(3)).tolist()
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.8, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, kept):
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (60, 64, 64, 3), dtype=np.uint8)
+    path = encode(tmp_path / "v.mp4", noise, "-c:v", "libx264", "-movflags", "+faststart")
+    load_clip(path, 8, 64)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(VideoError) as raised:
+        load_clip(path, 8, 64)
+    assert str(raised.value).startswith(f"{path}: cannot be decoded (")
+    assert "bash scripts/prepare.sh" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "right"),
+    [
+        (64, 64, True),
+        (64, 98, True),
+        (98, 64, True),
+        (36, 64, True),  # portrait, as the authors squash it
+        (64, 36, False),
+        (66, 98, False),
+        (62, 66, False),
+        (32, 48, False),
+    ],
+)
+def test_only_prepared_sizes_are_read(tmp_path, height, width, right):
+    path = tmp_path / "v.mp4"
+    write_video(path, np.full((8, height, width, 3), 200, np.uint8))
+    if right:
+        clip = load_clip(path, 4, 64)
+        black = (clip == 0).float().mean().item()
+        assert black == pytest.approx(1 - min(height, 64) / 64)
+        return
+    with pytest.raises(VideoError) as raised:
+        load_clip(path, 4, 64)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: {width}×{height} pixels, ")
+    assert "bash scripts/prepare.sh" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 1000,
+        b"not a video",
+        b"\0\0\0\x18ftypmp42" + b"\0" * 1000,
+        b"ffconcat version 1.0\nfile 'other.mp4'\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nother.mp4\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_what_is_no_video_is_refused(tmp_path, golden, content):
+    shutil.copy(golden / "short.mp4", tmp_path / "other.mp4")
+    path = tmp_path / "v.mp4"
+    path.write_bytes(content)
+    with pytest.raises(VideoError) as raised:
+        load_clip(path, 8, 64)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_no_file_is_refused(tmp_path):
+    for path in (tmp_path / "no.mp4", tmp_path):
+        with pytest.raises(VideoError, match="no such video file") as raised:
+            load_clip(path, 8, 64)
+        assert str(path) in str(raised.value)
+
+
+def test_hostile_names_are_only_names(tmp_path, golden, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("concat:a|b.mp4", "-i.mp4", "$(x) 'q' %03d.mp4", "日本.mp4", "file:v.mp4"):
+        shutil.copy(golden / "short.mp4", name)
+        assert load_clip(name, 8, 64).shape == (8, 3, 64, 64)
+
+
+def test_a_decoder_that_hangs_is_given_up(golden, monkeypatch):
+    monkeypatch.setattr(video, "DECODE_TIME_LIMIT", 0.2)
+    monkeypatch.setattr(video.decord, "VideoReader", lambda *args, **kwargs: time.sleep(5))
+    start = time.monotonic()
+    with pytest.raises(VideoError, match=r"short\.mp4: not decoded within"):
+        load_clip(golden / "short.mp4", 8, 64)
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.timeout(60)
+def test_the_program_ends_although_a_decoder_hangs(golden):
+    code = (
+        "import sys, time; from dataloaders import video\n"
+        "video.DECODE_TIME_LIMIT = 0.2\n"
+        "video.decord.VideoReader = lambda *args, **kwargs: time.sleep(1000)\n"
+        "try: video.load_clip(sys.argv[1], 8, 64)\n"
+        "except video.VideoError: print('given up')"
+    )
+    command = [sys.executable, "-c", code, str(golden / "short.mp4")]
+    result = subprocess.run(command, cwd=golden.parents[1], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "given up\n")
+
+
+def test_mutated_clips_decode_or_are_refused(tmp_path, golden):
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for name in ("long", "noframes", "tall"):
+        good = (golden / f"{name}.mp4").read_bytes()
+        for flips in (1, 3, 10, 100, 1000):
+            for _ in range(4):
+                data = np.frombuffer(good, np.uint8).copy()
+                data[rng.integers(8, len(data), flips)] ^= rng.integers(1, 256, flips, np.uint8)
+                (tmp_path / "v.mp4").write_bytes(data.tobytes())
+                try:
+                    outcomes.add(load_clip(tmp_path / "v.mp4", 32, 64).shape)
+                except VideoError as error:
+                    outcomes.add(VideoError)
+                    assert "v.mp4: " in str(error)
+    assert outcomes == {(32, 3, 64, 64), VideoError}
+
+
+def test_nasty_files_decode_or_are_refused(shared_data, monkeypatch):
+    monkeypatch.setattr(video, "_check_size", lambda *args: None)  # or most would stop there
+    decoded = 0
+    for path in sorted((shared_data / "nasty").iterdir()):
+        if path.stat().st_size > 10**6:  # 4K and 1080p: right, but seconds each
+            continue
+        try:
+            clip = load_clip(path, 8, 64)
+        except VideoError as error:
+            assert str(error).startswith(f"{path}: ")
+            continue
+        every = decode_with_ffmpeg(path)
+        expected = torch.from_numpy(every[eval_indices(len(every), 8)])
+        assert torch.equal(clip, center_crop(expected, 64)), path.name
+        decoded += 1
+    assert decoded >= 8
+
+
+@pytest.mark.parametrize("name", ["SpecVQGAN__video_01951", "SpecVQGAN__video_02754"])
+def test_real_clips_of_the_right_size_are_ffmpegs_frames(shared_data, name):
+    path = shared_data / "videos" / f"{name}.mp4"
+    every = decode_with_ffmpeg(path)
+    expected = torch.from_numpy(every[eval_indices(len(every), 32)])
+    assert torch.equal(load_clip(path, 32, 224), center_crop(expected, 224))
