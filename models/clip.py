@@ -7,6 +7,7 @@ alike, from OpenAI's TorchScript archives or from plain state dicts.
 from __future__ import annotations
 
 import math
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -217,11 +218,13 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         )
     try:
         if _is_torchscript(path):
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():  # deprecated, but the format OpenAI publishes
+                warnings.simplefilter("ignore", DeprecationWarning)
+                state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers stumble over
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
             f"{path}: neither a TorchScript archive nor a state dict: {reason}. "
             "If the download broke off, fetch it again"

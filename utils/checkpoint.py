@@ -194,7 +194,7 @@ def _read(path: Path) -> dict:
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers stumble over
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(f"{path}: not a checkpoint: it has no 'state_dict'")

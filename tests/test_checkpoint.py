@@ -1,0 +1,201 @@
+"""Checkpoints: a round trip, the authors' files, and everything that must be refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from golden_model import GoldenModel
+
+from models import build_model
+from utils.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    convert_authors_state,
+    load_checkpoint,
+    save_checkpoint,
+)
+from utils.optim import build_optimizer
+
+
+@pytest.fixture(scope="module")
+def golden() -> GoldenModel:
+    return GoldenModel.read("m3")
+
+
+def trained(golden: GoldenModel, seed: int = 0, freeze_clip: bool = True):
+    """A model with an optimizer that has taken a step."""
+    torch.manual_seed(seed)
+    config = golden.config
+    model = build_model(
+        golden.clip_state(),
+        config["pyramid"],
+        num_prompts=config["Nvp"],
+        adapter_channels=config["adapter_channels"],
+        adapter_kernel=config["temp_kernel_sz"],
+        freeze_clip=freeze_clip,
+    )
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 0.2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer, torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.mark.parametrize("freeze_clip", [True, False])
+def test_round_trip(golden, tmp_path, freeze_clip: bool) -> None:
+    path = tmp_path / "ckpt.pth.tar"
+    model, optimizer, scaler = trained(golden, 0, freeze_clip)
+    progress = Checkpoint(3, 120, 51.5, 2, {"lr": 1e-3})
+    save_checkpoint(path, model, optimizer, scaler, progress)
+    other, other_optimizer, other_scaler = trained(golden, 1, freeze_clip)
+    loaded = load_checkpoint(path, other, other_optimizer, other_scaler)
+    assert (loaded.epoch, loaded.global_step, loaded.best_score, loaded.best_epoch) == (
+        3, 120, 51.5, 2,
+    )  # fmt: skip
+    assert loaded.args == {"lr": 1e-3} and loaded.has_optimizer and not loaded.from_authors
+    for (name, ours), theirs in zip(other.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    ours, theirs = other_optimizer.state_dict(), optimizer.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, state in theirs["state"].items():
+        assert torch.equal(ours["state"][index]["exp_avg"], state["exp_avg"])
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pth.tar"], "something was left behind"
+
+
+def test_only_trained_tensors_are_saved(golden, tmp_path) -> None:
+    save_checkpoint(tmp_path / "c", *trained(golden), Checkpoint())
+    content = torch.load(tmp_path / "c", weights_only=True)
+    assert not [name for name in content["state_dict"] if name.startswith("clip.")]
+
+
+def test_a_failed_save_leaves_the_old_file(golden, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "ckpt.pth.tar"
+    model, optimizer, scaler = trained(golden)
+    save_checkpoint(path, model, optimizer, scaler, Checkpoint(epoch=1))
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, model, optimizer, scaler, Checkpoint(epoch=2))
+    assert load_checkpoint(path, model).epoch == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pth.tar"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_authors_checkpoint(golden, tmp_path, prefix: str) -> None:
+    """The whole of CLIP included: the file decides, not the weights the model was built with."""
+    state = {prefix + name: value for name, value in golden.authors_state().items()}
+    content = {
+        "state_dict": state,
+        "epoch": 7,
+        "global_step": 700,
+        "best_acc1": np.float64(51.25),  # a numpy scalar, as in their VCMR checkpoints
+        "optimizer": {"state": {}, "param_groups": []},
+        "arch": "ViT-B/32",
+    }
+    torch.save(content, tmp_path / "theirs.pth.tar")
+    model = golden.build()
+    with torch.no_grad():
+        model.clip.visual.proj.zero_()
+    loaded = load_checkpoint(tmp_path / "theirs.pth.tar", model)
+    assert loaded.from_authors and loaded.epoch == 7 and not loaded.has_optimizer
+    expected = convert_authors_state(golden.authors_state())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_numpy_1_scalar_is_read(golden, tmp_path) -> None:
+    """Files written under numpy 1 name the scalar's constructor by its old module."""
+    path = tmp_path / "numpy1.pth.tar"
+    golden.write_authors_checkpoint(path, best_acc1=np.float64(12.5))
+    new, old = b"cnumpy._core.multiarray\nscalar", b"cnumpy.core.multiarray\nscalar"
+    source, target = zipfile.ZipFile(path), io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as out:
+        for item in source.infolist():
+            content = source.read(item)
+            if item.filename.endswith("data.pkl"):
+                assert new in content
+                content = content.replace(new, old)
+            out.writestr(item.filename, content)
+    path.write_bytes(target.getvalue())
+    assert load_checkpoint(path, golden.build()).epoch == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("clip.prefix_proj.weight"), r"missing prompts\.prefix_proj\.weight"),
+        (lambda s: s.update(surplus=torch.zeros(2)), "unexpected surplus"),
+        (
+            lambda s: s.update({"clip.visual.global_prompts": torch.zeros(1, 9, 128)}),
+            r"event_prompts has shape \[9, 128\], the model \[8, 128\]",
+        ),
+        (
+            lambda s: s.update({"clip.visual_prompt_embedding": torch.zeros(1, 4, 130)}),
+            r"visual_prompts has shape \[1, 4, 130\]",
+        ),
+        (lambda s: s["clip.visual.proj"].fill_(float("nan")), "not finite"),
+        (lambda s: s.update({"clip.visual.proj": [1, 2]}), r"clip\.visual\.proj is no tensor"),
+    ],
+)
+def test_a_wrong_tensor_is_named(golden, tmp_path, change, message: str) -> None:
+    state = {name: value.clone() for name, value in golden.authors_state().items()}
+    change(state)
+    torch.save({"state_dict": state}, tmp_path / "wrong.pth.tar")
+    model = golden.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_checkpoint(tmp_path / "wrong.pth.tar", model)
+    assert "wrong.pth.tar" in str(error.value)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_another_backbone_is_refused(golden, tmp_path) -> None:
+    save_checkpoint(tmp_path / "c", *trained(golden), Checkpoint())
+    state = golden.clip_state()
+    state["ln_final.bias"] = state["ln_final.bias"] + 1
+    other = build_model(state, golden.config["pyramid"], adapter_channels=48)
+    with pytest.raises(CheckpointError, match="other CLIP weights"):
+        load_checkpoint(tmp_path / "c", other)
+
+
+class _Attack:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_no_code_from_a_file_is_executed(golden, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": golden.authors_state(), "extra": _Attack()}, "attack.pth.tar")
+    (tmp_path / "bare.pth.tar").write_bytes(pickle.dumps(_Attack()))
+    for name in ("attack.pth.tar", "bare.pth.tar"):
+        with pytest.raises(CheckpointError, match=name):
+            load_checkpoint(name, golden.build())
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])
+def test_not_a_checkpoint(golden, tmp_path, content: bytes) -> None:
+    (tmp_path / "odd.pth.tar").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"odd\.pth\.tar"):
+        load_checkpoint(tmp_path / "odd.pth.tar", golden.build())
+
+
+def test_cut_checkpoint_and_missing_one(golden, tmp_path) -> None:
+    path = tmp_path / "cut.pth.tar"
+    golden.write_authors_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match=r"cut\.pth\.tar"):
+        load_checkpoint(path, golden.build())
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pth.tar", golden.build())
