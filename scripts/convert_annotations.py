@@ -1,0 +1,268 @@
+"""Turns the public annotation files of a data set into the lines the programs read.
+
+    python scripts/convert_annotations.py activitynet ~/Downloads/captions
+
+writes annotations/activitynet/{train,val}.jsonl. The files' names, sources, counts and checksums
+are in annotations/README.md. The order and the captions of the source are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from utils.ffmpeg import partial_file, publish
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ConversionError(Exception):
+    """A source file that is not what it should be; the message names it and the place in it."""
+
+
+def activitynet_records(file: Path) -> Iterator[dict]:
+    """ActivityNet Captions: ``{video: {"duration", "timestamps": [[s, e], …], "sentences"}}``."""
+    videos = _load_json(file, file.read_bytes())
+    for name, video in videos.items():
+        try:
+            pairs = list(zip(video["timestamps"], video["sentences"], strict=True))
+            duration = video["duration"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConversionError(
+                f"{file}: {name}: duration, and as many timestamps as sentences, are expected: get "
+                "the file anew"
+            ) from error
+        for number, (window, sentence) in enumerate(pairs):
+            yield {
+                "vid_name": name,
+                "desc_id": f"{name}#enc#{number}",
+                "desc": sentence,
+                "duration": duration,
+                "ts": list(window),
+            }
+
+
+def charades_records(file: Path) -> Iterator[dict]:
+    """Charades-STA: lines ``VIDEO start end##caption``, durations from the Charades tables."""
+    durations = charades_durations(file.parent)
+    counts: Counter[str] = Counter()
+    for place, line in _lines(file):
+        head, separator, caption = line.partition("##")
+        try:
+            name, start, end = head.split()
+            window = [float(start), float(end)]
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise ConversionError(f"{place}: not 'VIDEO start end##caption': get the file anew")
+        if name not in durations:
+            raise ConversionError(
+                f"{place}: no length of video {name} in Charades_v1_train.csv or _test.csv: put "
+                f"both into {file.parent}"
+            )
+        yield {
+            "vid_name": name,
+            "desc_id": f"{name}#enc#{counts[name]}",
+            "desc": caption,
+            "duration": durations[name],
+            "ts": window,
+        }
+        counts[name] += 1
+
+
+def charades_durations(folder: Path) -> dict[str, float]:
+    """Seconds of every video, from the column `length` of the Charades tables in a folder."""
+    durations = {}
+    for file in sorted(folder.glob("Charades_v1_*.csv")):
+        with file.open(newline="", encoding="utf-8") as table:
+            for number, row in enumerate(csv.DictReader(table), start=2):
+                try:
+                    durations[row["id"]] = float(row["length"])
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ConversionError(
+                        f"{file}: row {number}: no number in column 'length': get the file anew"
+                    ) from error
+    return durations
+
+
+def qvhighlights_records(file: Path) -> Iterator[dict]:
+    """QVHighlights: JSON lines with `qid`, `query`, `vid`; the test split has no windows."""
+    for place, line in _lines(file):
+        source = _load_json(place, line)
+        record = _pick(place, source, vid_name="vid", desc_id="qid", desc="query")
+        record |= _pick(place, source, duration="duration")
+        if "relevant_windows" in source:
+            record["ts"] = source["relevant_windows"]
+        yield record
+
+
+def tvr_records(file: Path) -> Iterator[dict]:
+    """TVR: JSON lines that already carry our names; `type` says what a query is about."""
+    names = ("vid_name", "desc_id", "desc", "duration", "ts", "type")
+    for place, line in _lines(file):
+        yield _pick(place, _load_json(place, line), **{name: name for name in names})
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    # Not splitlines(): captions may hold other characters that it takes for line ends.
+    text = file.read_text(encoding="utf-8-sig")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{file}:{number}", line.removesuffix("\r")
+
+
+def _load_json(place: str | Path, text: str | bytes) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConversionError(f"{place}: not JSON ({error}): get the file anew") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{place}: not a JSON object: is this the right file?")
+    return value
+
+
+def _pick(place: str, source: dict, **names: str) -> dict:
+    missing = [name for name in names.values() if name not in source]
+    if missing:
+        raise ConversionError(f"{place}: no field {', '.join(missing)}: is this the right file?")
+    return {ours: source[theirs] for ours, theirs in names.items()}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split: its original file, and its standard numbers of queries and videos."""
+
+    file: str
+    queries: int
+    videos: int
+
+
+# The numbers of the original releases; the paper's splits are these.
+SPLITS: dict[str, dict[str, Split]] = {
+    "activitynet": {
+        "train": Split("train.json", 37421, 10009),
+        "val": Split("val_1.json", 17505, 4917),
+    },
+    "charades": {
+        "train": Split("charades_sta_train.txt", 12408, 5338),
+        "test": Split("charades_sta_test.txt", 3720, 1334),
+    },
+    "qvhighlights": {
+        "train": Split("highlight_train_release.jsonl", 7218, 7100),
+        "val": Split("highlight_val_release.jsonl", 1550, 1519),
+        "test": Split("highlight_test_release.jsonl", 1542, 1529),
+    },
+    "tvr": {
+        "train": Split("tvr_train_release.jsonl", 87175, 17435),
+        "val": Split("tvr_val_release.jsonl", 10895, 2179),
+    },
+}
+READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
+    "activitynet": activitynet_records,
+    "charades": charades_records,
+    "qvhighlights": qvhighlights_records,
+    "tvr": tvr_records,
+}
+
+
+def order_windows(record: dict) -> tuple[int, int]:
+    """Put reversed windows of a record in order, in place.
+
+    Returns how many were reversed, and how many reach beyond the duration, which stay as they are.
+    """
+    windows = record.get("ts") or []
+    windows = windows if windows and isinstance(windows[0], list) else [windows] if windows else []
+    reversed_windows = [window for window in windows if window[1] < window[0]]
+    for window in reversed_windows:
+        window.reverse()
+    return len(reversed_windows), sum(window[1] > record["duration"] for window in windows)
+
+
+def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]) -> dict:
+    """Convert one split; `output` appears only when it is complete and can be read.
+
+    Returns the numbers of queries and videos, of windows reversed and reaching beyond the duration,
+    and the sha256 of `output`.
+
+    Raises:
+        ConversionError, AnnotationError: the source is not what it should be.
+    """
+    counts = Counter(reversed=0, beyond=0)
+    lines = []
+    for record in reader(source):
+        try:
+            swapped, beyond = order_windows(record)
+        except (IndexError, TypeError, AttributeError) as error:
+            shown = f"query {record['desc_id']}: windows {record.get('ts')!r}"
+            raise ConversionError(f"{source}: {shown}: not [start, end] in seconds") from error
+        counts.update(reversed=swapped, beyond=beyond)
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    content = "".join(lines).encode()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file(output) as part:
+        part.write_bytes(content)
+        try:
+            queries = read_annotations(part)
+        except AnnotationError as error:
+            raise ConversionError(f"{source}: {str(error).replace(str(part), 'line')}") from error
+        publish(part, output)
+    return {
+        "queries": len(queries),
+        "videos": len(corpus_videos(queries)),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **counts,
+    }
+
+
+def describe(result: dict, split: Split) -> str:
+    """What came out of a split, for the terminal."""
+    text = f"{result['queries']} queries, {result['videos']} videos"
+    if (result["queries"], result["videos"]) == (split.queries, split.videos):
+        text += ", as published"
+    else:
+        text += f"\n  WARNING: the published split has {split.queries} and {split.videos}"
+    if result["reversed"]:
+        text += f"\n  {result['reversed']} windows ended before they started: put in order"
+    if result["beyond"]:
+        text += f"\n  {result['beyond']} windows reach beyond the duration: left as they are"
+    return f"{text}\n  sha256 {result['sha256']}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 all splits found and converted, 1 one could not be, 2 wrong use."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", choices=SPLITS, help="which data set")
+    parser.add_argument("source", type=Path, help="folder that holds its original files")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR",
+        help="where <split>.jsonl goes (default: annotations/<dataset>)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if not args.source.is_dir():
+        parser.error(f"{args.source}: no such folder")
+    output_dir = args.output_dir or ROOT / "annotations" / args.dataset
+    failed = False
+    for name, split in SPLITS[args.dataset].items():
+        source, output = args.source / split.file, output_dir / f"{name}.jsonl"
+        try:
+            if not source.is_file():
+                raise ConversionError(f"no {source}: see annotations/README.md for its source")
+            print(f"{output}: {describe(convert(source, output, READERS[args.dataset]), split)}")
+        except (ConversionError, OSError, UnicodeDecodeError) as error:
+            print(f"{args.dataset} {name}: {error}", file=sys.stderr)
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
