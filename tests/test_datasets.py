@@ -1,0 +1,276 @@
+"""Loaders: what a batch holds, that it depends on (seed, epoch, item) alone, and how they fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dataloaders import datasets, video
+from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.datasets import (
+    evaluation_text_batches,
+    evaluation_video_loader,
+    training_loader,
+)
+from dataloaders.sampling import eval_indices
+from dataloaders.tokenizer import tokenize
+from dataloaders.video import VideoError, load_clip
+from utils.ffmpeg import write_video
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+FRAMES, SIZE = 4, 32
+LENGTHS = [3, 9, 12, 20, 33, 5, 16, 40, 25, 8, 30]  # frames of the clips; 11 are no multiple of 4
+
+
+@pytest.fixture(scope="module")
+def video_dir(tmp_path_factory):
+    """Clips named v0, v1, … whose frames are grey: brighter from clip to clip and over time."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i, n in enumerate(LENGTHS):
+        level = 20 * i + np.arange(n) / 2
+        frames = np.broadcast_to(level.astype(np.uint8)[:, None, None, None], (n, SIZE, SIZE, 3))
+        write_video(folder / f"v{i}.mp4", frames)
+    return folder
+
+
+def make_queries() -> list[Query]:
+    """One to three captions a video, those of different videos mixed."""
+    rows = [(c, v) for c in range(3) for v in range(len(LENGTHS)) if c <= v % 3]
+    return [Query(f"v{v}#{c}", f"caption {c} of video {v}", f"v{v}", 10.0, None) for c, v in rows]
+
+
+def make_training_loader(folder, queries=None, *, num_workers=0, batch_size=4, seed=42):
+    return training_loader(
+        make_queries() if queries is None else queries,
+        folder,
+        num_frames=FRAMES,
+        size=SIZE,
+        max_words=16,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+
+
+def make_evaluation_loader(folder, videos, *, num_workers=0, batch_size=4):
+    return evaluation_video_loader(
+        videos,
+        folder,
+        num_frames=FRAMES,
+        size=SIZE,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(value, right[key]) if torch.is_tensor(value) else value == right[key]
+        for key, value in left.items()
+    )
+
+
+def test_a_batch_holds_videos_with_all_their_captions(video_dir):
+    queries = make_queries()
+    loader = make_training_loader(video_dir, queries)
+    assert len(loader) == len(LENGTHS) // 4
+    names = []
+    for batch in loader:
+        assert batch["frames"].dtype == torch.uint8
+        assert batch["frames"].shape == (4, FRAMES, 3, SIZE, SIZE)
+        texts = [
+            (row, query.desc)
+            for row, name in enumerate(batch["vid_names"])
+            for query in queries
+            if query.vid_name == name
+        ]
+        assert batch["text_to_video"].tolist() == [row for row, _ in texts]
+        assert batch["text_to_video"].dtype == torch.int64
+        assert torch.equal(batch["token_ids"], tokenize([desc for _, desc in texts], 16))
+        levels = batch["frames"].float().mean((2, 3, 4)).diff(dim=1)
+        assert (levels > -1).all()  # the frames are in the order of time
+        names += batch["vid_names"]
+    assert len(set(names)) == len(names) == 8  # the incomplete third batch is dropped
+
+
+def test_frames_belong_to_the_video_they_come_with(video_dir):
+    for batch in make_training_loader(video_dir):
+        for name, frames in zip(batch["vid_names"], batch["frames"], strict=True):
+            level = 20 * int(name[1:])
+            assert level - 3 < frames.float().mean() < level + 20 + 3
+
+
+def test_order_and_frames_change_with_epoch_and_seed(video_dir):
+    runs = {}
+    for seed, epoch in [(42, 0), (42, 1), (43, 0)]:
+        loader = make_training_loader(video_dir, seed=seed)
+        loader.set_epoch(epoch)
+        runs[seed, epoch] = {
+            name: frames
+            for batch in loader
+            for name, frames in zip(batch["vid_names"], batch["frames"], strict=True)
+        }
+    first = runs[42, 0]
+    for key in [(42, 1), (43, 0)]:
+        assert list(first) != list(runs[key])
+        shared = [name for name in first if name in runs[key] and LENGTHS[int(name[1:])] > 7]
+        assert any(not torch.equal(first[name], runs[key][name]) for name in shared)
+
+
+def test_every_video_is_seen_within_a_few_epochs(video_dir):
+    loader = make_training_loader(video_dir)
+    seen = set()
+    for epoch in range(8):
+        loader.set_epoch(epoch)
+        seen |= {name for batch in loader for name in batch["vid_names"]}
+    assert len(seen) == len(LENGTHS)
+
+
+def test_batches_depend_neither_on_workers_nor_on_resuming(video_dir):
+    def run(num_workers: int, epochs: list[tuple[int, int]]) -> list[list[dict]]:
+        loader = make_training_loader(video_dir, num_workers=num_workers, batch_size=2)
+        batches = []
+        for epoch, first_batch in epochs:
+            loader.set_epoch(epoch, first_batch)
+            assert len(loader) == 5
+            batches.append(list(loader))
+        return batches
+
+    reference = run(0, [(0, 0), (1, 0), (2, 0)])
+    for num_workers in (1, 3):
+        for ours, theirs in zip(run(num_workers, [(0, 0), (1, 0), (2, 0)]), reference, strict=True):
+            assert all(map(same, ours, theirs))
+            assert len(ours) == len(theirs) == 5
+    for num_workers in (0, 3):
+        resumed = run(num_workers, [(1, 3), (2, 0)])
+        assert [len(batches) for batches in resumed] == [2, 5]
+        assert all(map(same, resumed[0], reference[1][3:]))
+        assert all(map(same, resumed[1], reference[2]))
+    assert run(0, [(1, 5)]) == [[]]
+
+
+def test_an_iteration_given_up_does_not_touch_the_next(video_dir):
+    reference = list(make_training_loader(video_dir, num_workers=2))
+    loader = make_training_loader(video_dir, num_workers=2)
+    next(iter(loader))
+    assert all(map(same, loader, reference))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_torchs_global_generator_is_left_alone(video_dir, num_workers):
+    state = torch.get_rng_state()
+    list(make_training_loader(video_dir, num_workers=num_workers))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_batch_that_an_epoch_does_not_have_is_an_error(video_dir):
+    loader = make_training_loader(video_dir)
+    for first_batch in (-1, 3):
+        with pytest.raises(ValueError, match="first_batch"):
+            loader.set_epoch(0, first_batch)
+
+
+def test_too_few_videos_for_a_batch_is_an_error(video_dir):
+    with pytest.raises(ValueError, match="11 training videos do not fill one batch of 12"):
+        make_training_loader(video_dir, batch_size=12)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_videos_come_all_and_in_order(video_dir, num_workers):
+    videos = corpus_videos(make_queries())[::-1]
+    batches = list(make_evaluation_loader(video_dir, videos, num_workers=num_workers))
+    assert [batch["indices"].tolist() for batch in batches] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10],
+    ]  # fmt: skip
+    frames = torch.cat([batch["frames"] for batch in batches])
+    for clip, item in zip(frames, videos, strict=True):
+        assert torch.equal(clip, load_clip(video_dir / f"{item.vid_name}.mp4", FRAMES, SIZE))
+    levels = 20 * 7 + eval_indices(40, FRAMES) / 2
+    np.testing.assert_allclose(frames[3].float().mean((1, 2, 3)), levels, atol=3)
+
+
+def test_evaluation_texts_come_all_and_in_order():
+    queries = make_queries()
+    batches = evaluation_text_batches(queries, 16, 8)
+    assert torch.cat([batch["indices"] for batch in batches]).tolist() == list(range(len(queries)))
+    for batch in batches:
+        texts = [queries[i].desc for i in batch["indices"].tolist()]
+        assert torch.equal(batch["token_ids"], tokenize(texts, 16))
+
+
+def test_missing_files_are_listed_before_anything_is_read(video_dir):
+    videos = [Video("v0", 1.0), *(Video(f"gone{i}", 1.0) for i in range(25))]
+    with pytest.raises(VideoError) as raised:
+        make_evaluation_loader(video_dir, videos)
+    first, *listed = str(raised.value).splitlines()
+    assert first.startswith(f"{video_dir}: 25 of 26 video files are missing: ")
+    assert "bash scripts/prepare.sh" in first
+    assert listed == [*(f"gone{i}.mp4" for i in range(20)), "and 5 more"]
+    with pytest.raises(VideoError, match="1 of 1 video files are missing"):
+        make_training_loader(video_dir, [Query("q", "text", "gone", 1.0, None)], batch_size=1)
+    with pytest.raises(VideoError, match="no such video folder"):
+        make_evaluation_loader(video_dir / "gone", videos)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_broken_clip_is_named_without_a_traceback(video_dir, tmp_path, num_workers):
+    for path in video_dir.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "v6.mp4").unlink()
+    (tmp_path / "v6.mp4").write_bytes((video_dir / "v6.mp4").read_bytes()[:600])
+    for loader in (
+        make_training_loader(tmp_path, num_workers=num_workers, batch_size=11),
+        make_evaluation_loader(tmp_path, corpus_videos(make_queries()), num_workers=num_workers),
+    ):
+        with pytest.raises(VideoError) as raised:
+            list(loader)
+        assert str(raised.value).startswith(f"{tmp_path}/v6.mp4: cannot be decoded")
+        assert "Traceback" not in str(raised.value)
+
+
+def test_a_clip_that_hangs_in_a_worker_is_named(video_dir, monkeypatch):
+    decode = video._decode
+
+    def hang_on_v5(path, *rest):
+        if path.name == "v5.mp4":
+            time.sleep(1000)
+        return decode(path, *rest)
+
+    monkeypatch.setattr(video, "_decode", hang_on_v5)  # the workers are forked with it
+    monkeypatch.setattr(video, "DECODE_TIME_LIMIT", 0.5)
+    loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=2)
+    with pytest.raises(VideoError, match=r"v5\.mp4: not decoded within"):
+        list(loader)
+
+
+def test_a_worker_that_dies_names_the_files_in_hand(video_dir, monkeypatch):
+    def die_on_v5(path, *rest):
+        if path.name == "v5.mp4":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load_clip(path, *rest)
+
+    monkeypatch.setattr(datasets, "load_clip", die_on_v5)
+    loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=2)
+    with pytest.raises(VideoError) as raised:
+        list(loader)
+    assert "worker died" in str(raised.value)
+    assert str(video_dir / "v5.mp4") in str(raised.value)
+
+
+def test_workers_may_be_forked_after_decoding_in_the_main_process(video_dir):
+    videos = corpus_videos(make_queries())
+    expected = list(make_evaluation_loader(video_dir, videos))
+    for _ in range(3):
+        load_clip(video_dir / "v7.mp4", FRAMES, SIZE)
+        batches = list(make_evaluation_loader(video_dir, videos, num_workers=3))
+        assert all(map(same, batches, expected))
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode ")]
