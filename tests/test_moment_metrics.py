@@ -1,0 +1,233 @@
+"""Moment metrics against the authors' numbers, plain loops, and cases worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from math import comb
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from utils import moment_metrics as mm
+
+
+@pytest.fixture(scope="module")
+def cases(golden):
+    return np.load(golden / "metrics.npz"), json.loads((golden / "metrics.json").read_text())
+
+
+def window_list(ts):
+    return ts if isinstance(ts[0], list) else [ts]
+
+
+def unpack(predictions, annotations):
+    """Arguments of moment_metrics from an authors' array [T, P, 4] and their annotations."""
+    predictions = torch.from_numpy(predictions)
+    target = torch.tensor([int(a["vid_name"][1:]) for a in annotations])
+    windows = mm.pad_windows([window_list(a["ts"]) for a in annotations])
+    return [predictions[..., 0].long(), predictions[..., 1:3], target, windows]
+
+
+def test_golden_all_queries(cases):
+    arrays, answers = cases
+    metrics = mm.moment_metrics(*unpack(arrays["vcmr_preds"], answers["vcmr_gt"]))
+    assert metrics == answers["vcmr"]
+
+
+def test_golden_every_query_alone(cases):
+    arrays, answers = cases
+    for row, annotation in enumerate(answers["vcmr_gt"]):
+        arguments = unpack(arrays["vcmr_preds"][row : row + 1], [annotation])
+        assert mm.moment_metrics(*arguments) == answers["vcmr_each"][row], annotation
+
+
+@pytest.mark.parametrize("kind", ["flat", "1", "2", "3", "4", "5"])
+def test_golden_by_number_of_windows(cases, kind):
+    arrays, answers = cases
+    flat = [not isinstance(a["ts"][0], list) for a in answers["vcmr_gt"]]
+    if kind == "flat":
+        rows = [row for row, is_flat in enumerate(flat) if is_flat]
+    else:
+        rows = [
+            row
+            for row, a in enumerate(answers["vcmr_gt"])
+            if not flat[row] and len(a["ts"]) == int(kind)
+        ]
+    arguments = unpack(arrays["vcmr_preds"][rows], [answers["vcmr_gt"][row] for row in rows])
+    assert mm.moment_metrics(*arguments) == answers[f"vcmr_windows_{kind}"]
+
+
+def test_golden_with_fewer_predictions(cases):
+    arrays, answers = cases
+    videos, *rest = unpack(arrays["vcmr_preds"], answers["vcmr_gt"])
+    for row, length in enumerate(answers["vcmr_short_lengths"]):
+        videos[row, length:] = -1
+    assert mm.moment_metrics(videos, *rest) == answers["vcmr_short"]
+
+
+def test_golden_tail(cases):
+    arrays, answers = cases
+    arguments = unpack(arrays["tail_vcmr"], answers["tail_annotations"])
+    assert mm.moment_metrics(*arguments) == answers["tail_vcmr"]
+
+
+def plain_loop(predictions, target, windows, rule):
+    """The metric as a sentence says it, in numpy scalars: {"0.5-r10": %}."""
+    result = {}
+    for threshold in mm.THRESHOLDS:
+        first = []
+        for own, video, true in zip(predictions, target, windows, strict=True):
+            needed = max(1, len(true) // 2) if rule == "half" else 1
+            rank = None
+            for number, (candidate, start, end) in enumerate(own[:100], start=1):
+                reached = 0
+                for true_start, true_end in np.float32(true):
+                    start, end = np.float32(start), np.float32(end)
+                    overlap = max(np.float32(0), min(end, true_end) - max(start, true_start))
+                    union = max(end, true_end) - min(start, true_start)
+                    reached += union > 0 and overlap / union >= np.float32(threshold)
+                if candidate == video and reached >= needed:
+                    rank = number
+                    break
+            first.append(rank)
+        for k in (1, 10, 100):
+            hits = [rank is not None and rank <= k for rank in first]
+            result[f"{threshold}-r{k}"] = round(100 * sum(hits) / len(hits), 2)
+    return result
+
+
+seconds = st.integers(0, 20).map(lambda tenths: tenths / 10)
+moment = st.tuples(seconds, seconds).map(sorted)
+query = st.tuples(
+    st.integers(0, 2),
+    st.lists(moment, min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 2), moment), max_size=14),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(queries=st.lists(query, min_size=1, max_size=4), rule=st.sampled_from(["half", "any"]))
+def test_metrics_equal_a_plain_loop(queries, rule):
+    target = [video for video, _, _ in queries]
+    windows = [true for _, true, _ in queries]
+    predictions = [[(video, *times) for video, times in own] for _, _, own in queries]
+    longest = max(map(len, predictions))
+    padded = [own + [(-1, 0.0, 1.0)] * (longest - len(own)) for own in predictions]
+    table = torch.tensor(padded, dtype=torch.float64).view(len(queries), longest, 3)
+    metrics = mm.moment_metrics(
+        table[..., 0].long(),
+        table[..., 1:],
+        torch.tensor(target),
+        mm.pad_windows(windows),
+        window_rule=rule,
+    )
+    assert metrics == plain_loop(predictions, target, windows, rule)
+
+
+def test_four_disjoint_windows_and_one_exact_hit():
+    windows = [[(0, 10), (20, 30), (40, 50), (60, 70)]]
+    arguments = (
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.tensor([[[20.0, 30.0]]]),
+        torch.zeros(1, dtype=torch.int64),
+        mm.pad_windows(windows),
+    )
+    assert mm.moment_metrics(*arguments)["0.7-r1"] == 0  # the published rule
+    assert mm.moment_metrics(*arguments, window_rule="any")["0.7-r1"] == 100
+
+
+def test_thresholds_are_inclusive_and_in_float32():
+    # 7 of 10 seconds and 3 of 10: exactly the float32 thresholds, below the float64 ones or not
+    moments = torch.tensor([[[0.0, 7.0], [0.0, 3.0], [0.0, 1.0]]])
+    right = mm.right_moments(moments, torch.tensor([[[0.0, 10.0]]]))[0]
+    assert right.tolist() == [
+        [True, True, True, True],
+        [True, True, False, False],
+        [True, False, False, False],
+    ]
+
+
+def test_iou_of_empty_touching_and_reversed_windows():
+    moments = torch.tensor([[0.0, 10.0], [5.0, 5.0], [5.0, 5.0], [0.0, 5.0], [0.0, 10.0]])
+    windows = torch.tensor([[5.0, 15.0], [5.0, 5.0], [0.0, 10.0], [5.0, 10.0], [8.0, 5.0]])
+    assert mm.temporal_iou(moments, windows).tolist() == pytest.approx([1 / 3, 0, 0, 0, 0])
+
+
+def test_predictions_after_the_hundredth_do_not_count():
+    videos = torch.ones(1, 101, dtype=torch.int64)
+    videos[0, 100] = 0
+    moments = torch.tensor([0.0, 1.0]).expand(1, 101, 2)
+    target, windows = torch.tensor([0]), torch.tensor([[[0.0, 1.0]]])
+    assert set(mm.moment_metrics(videos, moments, target, windows).values()) == {0.0}
+    videos[0, 99] = 0
+    metrics = mm.moment_metrics(videos, moments, target, windows)
+    assert {k for k, v in metrics.items() if v} == {f"{t}-r100" for t in mm.THRESHOLDS}
+
+
+def test_unknown_window_rule_is_refused():
+    with pytest.raises(ValueError, match="most"):
+        mm.right_moments(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), "most")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    rows=st.integers(0, 12).flatmap(
+        lambda width: st.lists(
+            st.lists(st.integers(-1, 5), min_size=width, max_size=width), min_size=1, max_size=5
+        )
+    ),
+    target=st.integers(0, 5),
+)
+def test_video_ranks_count_distinct_videos(rows, target):
+    videos = torch.tensor(rows, dtype=torch.int32).view(len(rows), -1)
+    ranks = mm.video_ranks(videos, torch.full((len(rows),), target))
+    for row, rank in zip(rows, ranks.tolist(), strict=True):
+        distinct = [video for video in dict.fromkeys(row) if video >= 0]
+        assert rank == (distinct.index(target) + 1 if target in distinct else mm.NEVER)
+
+
+def test_video_ranks_in_blocks(monkeypatch):
+    videos = torch.randint(6, (30, 8), generator=torch.Generator().manual_seed(0))
+    target = torch.arange(30) % 6
+    whole = mm.video_ranks(videos, target)
+    monkeypatch.setattr(mm, "ROW_BLOCK", 20)
+    assert torch.equal(mm.video_ranks(videos, target), whole)
+
+
+def test_video_recalls_of_known_ranks():
+    ranks = torch.tensor([1, 5, 6, 100, 101, mm.NEVER])
+    expected = {"r1": 16.67, "r5": 33.33, "r10": 50.0, "r100": 66.67}
+    assert mm.video_recalls(ranks) == expected
+
+
+@pytest.mark.parametrize(("num_right", "num_candidates"), [(0, 30), (2, 30), (5, 5), (3, 3000)])
+def test_random_events_have_the_hypergeometric_chance(num_right, num_candidates):
+    right = torch.zeros(1, 5, 4, dtype=torch.bool)
+    right[0, :num_right] = True
+    recalls = mm.random_event_recalls(right, num_candidates)
+    for k in (1, 10, 100):
+        drawn = min(k, num_candidates)
+        missed = comb(num_candidates - num_right, drawn) / comb(num_candidates, drawn)
+        assert recalls[f"0.5-r{k}"] == round(100 * (1 - missed), 2)
+
+
+def test_selection_score_sums_the_two_strict_thresholds():
+    metrics = {f"{t}-r{k}": 1000 * t + k for t in mm.THRESHOLDS for k in mm.RECALL_RANKS}
+    assert mm.selection_score(metrics) == 3 * (500 + 700) + 2 * (1 + 10 + 100)
+
+
+def test_recalls_grow_with_the_rank_and_fall_with_the_threshold(cases):
+    arrays, answers = cases
+    metrics = mm.moment_metrics(*unpack(arrays["vcmr_preds"], answers["vcmr_gt"]))
+    for threshold in mm.THRESHOLDS:
+        values = [metrics[f"{threshold}-r{k}"] for k in mm.RECALL_RANKS]
+        assert values == sorted(values)
+    for k in mm.RECALL_RANKS:
+        assert all(
+            metrics[f"{low}-r{k}"] >= metrics[f"{high}-r{k}"]
+            for low, high in pairwise(mm.THRESHOLDS)
+        )

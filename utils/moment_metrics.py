@@ -1,0 +1,173 @@
+"""Moment retrieval metrics: ranked moments and true windows in, recalls at IoU thresholds out.
+
+A prediction is right if its video is right and its temporal IoU with the true window reaches the
+threshold, both in float32. Every metric is a recall of the rank of the first right prediction.
+
+    python -m utils.moment_metrics --predictions … --annotations …
+
+recomputes the metrics of a predictions file, without a model, and exports it to other formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7)
+RECALL_RANKS = (1, 10, 100)
+VIDEO_RECALL_RANKS = (1, 5, 10, 100)
+WINDOW_RULES = ("half", "any")
+NEVER = torch.iinfo(torch.int64).max  # the rank of a right prediction that was not made
+ROW_BLOCK = 2**22  # entries sorted at a time
+
+
+def pad_windows(windows: Sequence[Sequence[tuple[float, float]]]) -> Tensor:
+    """The true windows of T queries, in seconds, as float32 [T, W, 2]; NaN fills shorter lists."""
+    padded = torch.full((len(windows), max(map(len, windows), default=0), 2), torch.nan)
+    for row, own in zip(padded, windows, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return padded
+
+
+def temporal_iou(moments: Tensor, windows: Tensor) -> Tensor:
+    """IoU of (start, end) pairs [..., 2], which broadcast: [...]. 0 where the union is 0.
+
+    The union is taken as the span of both, which differs only where they are apart: there IoU is 0.
+    """
+    start, end = moments.unbind(-1)
+    true_start, true_end = windows.unbind(-1)
+    overlap = (torch.minimum(end, true_end) - torch.maximum(start, true_start)).clamp(min=0)
+    union = torch.maximum(end, true_end) - torch.minimum(start, true_start)
+    return torch.where(union == 0, 0, overlap / union)
+
+
+def right_moments(moments: Tensor, windows: Tensor, window_rule: str = "half") -> Tensor:
+    """Which moments of the right video are right, at each of THRESHOLDS.
+
+    Args:
+        moments: [T, P, 2] seconds.
+        windows: [T, W, 2] seconds, NaN-padded, see `pad_windows`.
+        window_rule: how many of a query's windows a prediction must reach. "half": half of them,
+            rounded down, but at least one; the published QVHighlights results are computed so,
+            although disjoint windows cannot both be reached. "any": one.
+
+    Returns:
+        bool [T, P, thresholds].
+    """
+    if window_rule not in WINDOW_RULES:
+        raise ValueError(f"window_rule is one of {', '.join(WINDOW_RULES)}: {window_rule!r}")
+    moments, windows = moments.float(), windows.float()
+    thresholds = torch.tensor(THRESHOLDS, device=moments.device)
+    reached = torch.zeros(*moments.shape[:2], len(THRESHOLDS), dtype=torch.int32)
+    reached = reached.to(moments.device)
+    for window in windows.unbind(1):  # one at a time: a few queries have many
+        reached += temporal_iou(moments, window[:, None])[..., None] >= thresholds
+    needed = torch.ones(len(windows), dtype=torch.int64, device=windows.device)
+    if window_rule == "half":
+        needed = (~windows[..., 0].isnan()).sum(1).div(2, rounding_mode="floor").clamp(min=1)
+    return reached >= needed[:, None, None]
+
+
+def first_hits(
+    videos: Tensor, moments: Tensor, target: Tensor, windows: Tensor, window_rule: str = "half"
+) -> Tensor:
+    """Rank, from 1, of the first right prediction at each threshold; NEVER where there is none.
+
+    Args:
+        videos: int [T, P] predicted videos, best first; -1 where a query has fewer predictions.
+        moments: [T, P, 2] their times in seconds.
+        target: int64 [T] the right video.
+        windows, window_rule: see `right_moments`.
+
+    Returns:
+        int64 [T, thresholds].
+    """
+    hits = right_moments(moments, windows, window_rule) & (videos == target[:, None])[..., None]
+    ranks = torch.arange(1, videos.shape[1] + 1, device=videos.device)
+    return _lowest(ranks, hits.transpose(1, 2))
+
+
+def _lowest(ranks: Tensor, hits: Tensor) -> Tensor:
+    """The lowest of the ranks that hit, along the last axis; NEVER where none does."""
+    nothing = torch.full((*hits.shape[:-1], 1), NEVER, device=hits.device)
+    return torch.cat([torch.where(hits, ranks, NEVER), nothing], dim=-1).amin(-1)
+
+
+def moment_metrics(
+    videos: Tensor, moments: Tensor, target: Tensor, windows: Tensor, window_rule: str = "half"
+) -> dict[str, float]:
+    """R@{1,10,100} at every IoU threshold, in % with 2 decimals: {"0.5-r10": …}.
+
+    With the right video in all of `videos` this is single-video moment retrieval. Arguments as in
+    `first_hits`; predictions after the first 100 are not read.
+    """
+    read = slice(max(RECALL_RANKS))
+    return moment_recalls(
+        first_hits(videos[:, read], moments[:, read], target, windows, window_rule)
+    )
+
+
+def moment_recalls(ranks: Tensor) -> dict[str, float]:
+    """{"0.5-r10": %, …} of the ranks [T, thresholds] that `first_hits` gives."""
+    return {
+        f"{threshold}-r{k}": percentage((ranks[:, column] <= k).float())
+        for column, threshold in enumerate(THRESHOLDS)
+        for k in RECALL_RANKS
+    }
+
+
+def video_ranks(videos: Tensor, target: Tensor) -> Tensor:
+    """Rank of the right video when a query's predictions are read as a list of distinct videos.
+
+    Args:
+        videos: int [T, P] predicted videos, best moment first, -1 for none; a video may repeat.
+        target: int64 [T] the right video.
+
+    Returns:
+        int64 [T], NEVER where the right video is not among the predictions.
+    """
+    step = max(1, ROW_BLOCK // max(1, videos.shape[1]))
+    blocks = zip(videos.split(step), target.split(step), strict=True)
+    return torch.cat([_video_ranks(*block) for block in blocks])
+
+
+def _video_ranks(videos: Tensor, target: Tensor) -> Tensor:
+    ordered, position = videos.sort(dim=1, stable=True)
+    repeats = torch.zeros_like(ordered, dtype=torch.bool)
+    repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    first = torch.empty_like(repeats).scatter_(1, position, ~repeats) & (videos >= 0)
+    return _lowest(first.cumsum(1), first & (videos == target[:, None]))
+
+
+def video_recalls(ranks: Tensor) -> dict[str, float]:
+    """{"r1": %, …} of the ranks [T] that `video_ranks` gives."""
+    return {f"r{k}": percentage((ranks <= k).float()) for k in VIDEO_RECALL_RANKS}
+
+
+def random_event_recalls(right: Tensor, num_candidates: int) -> dict[str, float]:
+    """Expected recalls of all events, in random order: exact, nothing is drawn.
+
+    Args:
+        right: bool [T, N_e, thresholds], which events of the right video are right.
+        num_candidates: events in the order: N_e for one video, V·N_e for a corpus.
+    """
+    drawn = torch.arange(min(max(RECALL_RANKS), num_candidates), dtype=torch.float64)
+    wrong = num_candidates - right.sum(1)[..., None].cpu()  # [T, thresholds, 1]
+    missed = ((wrong - drawn).clamp(min=0) / (num_candidates - drawn)).cumprod(-1)
+    return {
+        f"{threshold}-r{k}": percentage(1 - missed[:, column, min(k, len(drawn)) - 1])
+        for column, threshold in enumerate(THRESHOLDS)
+        for k in RECALL_RANKS
+    }
+
+
+def selection_score(metrics: dict[str, float]) -> float:
+    """What chooses the best epoch: the sum of R@{1,10,100} at IoU 0.5 and 0.7."""
+    return sum(metrics[f"{threshold}-r{k}"] for threshold in (0.5, 0.7) for k in RECALL_RANKS)
+
+
+def percentage(share: Tensor) -> float:
+    """The mean of numbers in [0, 1], in % with 2 decimals."""
+    return round(100 * share.double().mean().item(), 2)
