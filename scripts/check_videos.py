@@ -1,0 +1,190 @@
+"""Health report of a folder of prepared clips, against the annotations that need them.
+
+    python scripts/check_videos.py --video_dir videos --annotations annotations/charades/*.jsonl
+
+Reads only the headers, unless --decode asks for every frame. A broken file costs a message, within
+a time limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from utils.ffmpeg import (
+    PREPARED_FPS,
+    PREPARED_SHORT_SIDE,
+    FfmpegError,
+    Track,
+    decode_frames,
+    kill_running,
+    read_packets,
+)
+
+# What can be wrong with a video, in the order of the summary.
+PROBLEMS = ("missing", "unreadable", "size", "rate", "duration", "broken")
+
+
+def check_size(width: int, height: int, authors_scale: bool = False) -> bool:
+    """Whether a clip has a size that the preparation gives."""
+    if width % 2 or height % 2:
+        return False
+    if authors_scale and height < width:
+        # landscape, or a portrait video squashed to the width 224
+        return PREPARED_SHORT_SIDE in (width, height)
+    return min(width, height) == PREPARED_SHORT_SIDE
+
+
+def constant_rate(times: np.ndarray, whole: bool) -> bool:
+    """Whether packets come at 3 fps.
+
+    Args:
+        times: float64 [n, 2], start and end in seconds, n > 0.
+        whole: they are all of the clip's; else only their lengths say something, as packets are
+            stored in the order in which they decode.
+    """
+    starts = np.sort(times[:, 0])
+    spans = np.diff(starts) if whole else times[:, 1] - times[:, 0]
+    # Times are multiples of a unit that can be as coarse as a thousandth of a second.
+    return bool(np.allclose(spans, 1 / PREPARED_FPS, rtol=0, atol=1.5e-3))
+
+
+def check_video(
+    path: Path,
+    duration: float,
+    *,
+    tolerance: float,
+    decode: bool = False,
+    authors_scale: bool = False,
+    time_limit: float = 60.0,
+) -> list[dict]:
+    """Everything that is wrong with one clip: dicts of a `problem` and its `detail`.
+
+    Args:
+        duration: seconds according to the annotations.
+        tolerance: seconds by which the clip may differ from that.
+        decode: decode every frame; else only the header and the first two packets are read.
+    """
+    if not path.is_file():
+        return [{"problem": "missing", "detail": "no such file"}]
+    try:
+        track = read_packets(path, time_limit, limit=None if decode else 2)
+        decoded = decode_frames(path, time_limit) if decode else None
+    except FfmpegError as error:
+        return [{"problem": "unreadable", "detail": str(error)}]
+    if len(track.times) == 0:
+        return [{"problem": "unreadable", "detail": "its video stream is empty"}]
+    seconds = clip_seconds(track, decode)
+    found = []
+    if not check_size(track.width, track.height, authors_scale):
+        found.append({"problem": "size", "detail": f"{track.width}x{track.height}"})
+    if not constant_rate(track.times, whole=decode):
+        found.append({"problem": "rate", "detail": f"not constantly {PREPARED_FPS} fps"})
+    elif abs(seconds - duration) > tolerance + 0.5 / PREPARED_FPS:
+        frames = round(seconds * PREPARED_FPS)
+        detail = f"{frames} frames are {seconds:.2f} s, the annotations say {duration:g} s"
+        found.append({"problem": "duration", "detail": detail})
+    if decoded is not None and (decoded.said or len(decoded.times) < len(track.times)):
+        detail = f"{len(decoded.times)} of {len(track.times)} frames decode: {decoded.said}"
+        found.append({"problem": "broken", "detail": detail})
+    return found
+
+
+def clip_seconds(track: Track, whole: bool) -> float:
+    """Duration of a clip: from all its packets if they were read, else as its header says."""
+    if whole or track.container_seconds is None:
+        return float(track.times[:, 1].max())
+    return track.container_seconds
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--video_dir", type=Path, required=True, help="folder of prepared clips")
+    add("--annotations", type=Path, nargs="+", required=True, metavar="FILE",
+        help="annotation files that need them")  # fmt: skip
+    add("--decode", action="store_true", help="decode every frame, too (about 0.1 s a clip)")
+    add("--tolerance", type=float, default=1.0, metavar="SECONDS",
+        help="difference between a clip and its annotated duration that is let pass, beyond half "
+        "a frame interval (default: %(default)s)")  # fmt: skip
+    add("--authors_scale", action="store_true", help="the clips were prepared with this switch")
+    add("--report", type=Path, metavar="FILE", help="write the problems there, as JSON lines")
+    add("--workers", type=int, default=cores, help="clips at a time (default: %(default)s)")
+    add("--time_limit", type=float, default=60.0, metavar="SECONDS",
+        help="after which a clip counts as unreadable (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if not args.video_dir.is_dir():
+        parser.error(f"--video_dir: no such folder: {args.video_dir}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 all well, 1 something is wrong, 2 wrong use, 130 interrupted."""
+    args = parse_arguments(arguments)
+    try:
+        queries = [query for file in args.annotations for query in read_annotations(file)]
+    except AnnotationError as error:
+        print(error, file=sys.stderr)
+        return 2
+    videos = corpus_videos(queries)
+
+    def check(video) -> list[dict]:
+        path = args.video_dir / f"{video.vid_name}.mp4"
+        found = check_video(
+            path,
+            video.duration,
+            tolerance=args.tolerance,
+            decode=args.decode,
+            authors_scale=args.authors_scale,
+            time_limit=args.time_limit,
+        )
+        return [{"vid_name": video.vid_name, **problem} for problem in found]
+
+    problems: list[dict] = []
+    with ThreadPoolExecutor(args.workers) as pool:
+        try:
+            for found in tqdm(pool.map(check, videos), total=len(videos), unit="video"):
+                problems += found
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            kill_running()
+            return 130
+    if args.report:
+        args.report.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    used = {video.vid_name for video in videos}
+    summarise(problems, len(videos), {path.stem for path in args.video_dir.glob("*.mp4")} - used)
+    return int(bool(problems))
+
+
+def summarise(problems: list[dict], checked: int, unused: set[str]) -> None:
+    """Print the first few problems of each kind and the counts."""
+    counts = Counter(problem["problem"] for problem in problems)
+    for kind in PROBLEMS:
+        for problem in [p for p in problems if p["problem"] == kind][:10]:
+            print(f"{kind}: {problem['vid_name']}: {problem['detail']}")
+        if counts[kind] > 10:
+            print(f"{kind}: {counts[kind] - 10} more (--report lists them all)")
+    if unused:
+        some = ", ".join(sorted(unused)[:5])
+        print(f"{len(unused)} clips are used by none of the annotations: {some}, …")
+    bad = len({problem["vid_name"] for problem in problems})
+    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in PROBLEMS if counts[kind])
+    print(f"{checked} videos checked, {bad} with problems{f': {kinds}' if kinds else ''}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
