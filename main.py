@@ -54,10 +54,21 @@ from utils.tables import PRVR_COLUMNS, metrics_table
 ROOT = Path(__file__).resolve().parent
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
 
+
+class SettingsError(ValueError):
+    """Flags that do not fit the data or the weights."""
+
+
 # What a user can mend; everything else is a bug and keeps its traceback.
 USER_ERRORS = (
-    AnnotationError, CheckpointError, PyramidError, TrainingError, VideoError, WeightsError,
-)  # fmt: skip
+    AnnotationError,
+    CheckpointError,
+    PyramidError,
+    SettingsError,
+    TrainingError,
+    VideoError,
+    WeightsError,
+)
 
 
 class Evaluation:
@@ -116,6 +127,7 @@ def main(args: argparse.Namespace) -> None:
         num_adapter_layers=args.num_adapter_layers,
         freeze_clip=bool(args.freeze_clip),
     ).to(device)
+    check_settings(args, model, train_queries)
     evaluation = Evaluation(val_queries, args, model)
 
     best = args.resume
@@ -128,6 +140,18 @@ def main(args: argparse.Namespace) -> None:
         show(rows, args.datatype, log)
         record = {"checkpoint": str(best), "epoch": checkpoint.epoch, "git": git_revision()}
         append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
+
+
+def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Query]) -> None:
+    """What could only be said once weights and annotations were read."""
+    context = model.clip.sizes.context_length
+    if args.max_words > context:
+        raise SettingsError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")
+    videos = len(corpus_videos(train_queries))
+    if args.do_train and videos < args.batch_size:
+        raise SettingsError(
+            f"--batch_size {args.batch_size}: {args.prvr_train_annos} has only {videos} videos"
+        )
 
 
 def read_split(path: Path, datatype: str, split: str, log: logging.Logger) -> list[Query]:
@@ -381,6 +405,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in positive:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1: {getattr(args, name)}")
+    if args.temp_kernel_sz < 1 or args.temp_kernel_sz % 2 == 0:
+        parser.error(f"--temp_kernel_sz must be odd and positive: {args.temp_kernel_sz}")
     if args.output_dir is None:
         args.output_dir = ROOT / "logs" / f"{args.subtask_type.lower()}_{args.datatype}"
     return args

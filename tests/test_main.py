@@ -1,0 +1,224 @@
+"""The program as its users run it: train, evaluate, resume, and what stops it with a message."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_model import make_weights
+
+from utils.ffmpeg import write_video
+
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128,) * 3}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Four videos of one colour after another, captions in standard lines, small CLIP weights."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "videos").mkdir()
+    names = list(COLOURS)
+    lines = []
+    for index, first in enumerate(names):
+        second = names[(index + 1) % len(names)]
+        frames = np.empty((20, 64, 64, 3), np.uint8)
+        frames[:10], frames[10:] = COLOURS[first], COLOURS[second]
+        write_video(folder / "videos" / f"clip {index}.mp4", frames)
+        for part, colour in enumerate((first, second)):
+            lines.append({
+                "vid_name": f"clip {index}", "desc_id": f"{index}#{part}", "duration": 20 / 3,
+                "desc": f"a {colour} wall before a {second} one", "ts": [part * 3, part * 3 + 3],
+            })  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "annos.jsonl").write_text(text)
+    arrays = make_weights.make("tiny", 1, "fp16")
+    torch.save(make_weights.torch_state(arrays), folder / "clip.pt")
+    (folder / "pyramid.json").write_text('{"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]}')
+    return folder
+
+
+def run(corpus: Path, output: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, str(ROOT / "main.py"),
+        "--prvr_val_annos", "annos.jsonl", "--video_dir", "videos", "--output_dir", str(output),
+        "--pretrained_clip_name", "clip.pt", "--pyr_config_path", "pyramid.json",
+        "--adapter_channels", "16", "--batch_size", "2", "--num_thread_reader", "0",
+        "--lr", "2e-3", *flags,
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=corpus, capture_output=True, text=True, timeout=300)
+
+
+TRAIN = ("--do_train", "1", "--prvr_train_annos", "annos.jsonl")
+
+
+def epochs(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("run")
+    done = run(corpus, output, *TRAIN, "--epochs", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output
+
+
+def test_what_a_run_leaves(trained) -> None:
+    files = {path.name for path in trained.iterdir()}
+    assert {"args.json", "log.txt", "log.jsonl", "ckpt.pth.tar", "ckpt.best.pth.tar"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert not [name for name in files if name.endswith(".tmp")]
+    records = epochs(trained)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert records[-1]["global_step"] == 6
+    assert records[-1]["loss"] < records[0]["loss"], "nothing was learned"
+    expected = {"loss", "lr", "data_time", "step_time", "R1", "R5", "R10", "R100", "SumR"}
+    assert expected <= records[0].keys()
+    args = json.loads((trained / "args.json").read_text())
+    assert args["lr"] == 2e-3 and args["git"] and args["trainable"] > args["reached_by_gradient"]
+
+
+def test_evaluating_the_best_checkpoint_gives_the_logged_number(corpus, trained) -> None:
+    done = run(
+        corpus, trained, "--do_eval", "1", "--resume", str(trained / "ckpt.best.pth.tar")
+    )  # needs no training annotations
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((trained / "eval.jsonl").read_text().splitlines()[-1])
+    best = max(epochs(trained), key=lambda r: (r["SumR"], r["epoch"]))
+    assert record["epoch"] == best["epoch"] == best["best_epoch"]
+    for name in ("R1", "R5", "R10", "R100", "SumR", "MedR", "MeanR"):
+        assert record["metrics"]["cosine"][name] == best[name], name
+
+
+def test_resuming_goes_on_as_if_never_stopped(corpus, trained, tmp_path) -> None:
+    """Stopped after epoch 2 of 3, by a copy of its checkpoint: the same third epoch."""
+    whole = tmp_path / "whole"
+    script = (
+        "import sys, main, utils.checkpoint as c\n"
+        "original = main.save_checkpoint\n"
+        "def stop(path, model, optimizer, scaler, progress):\n"
+        "    original(path, model, optimizer, scaler, progress)\n"
+        "    if progress.epoch == 2: sys.exit('stopped')\n"
+        "main.save_checkpoint = stop\n"
+        "main.main(main.parse_args(sys.argv[1:]))\n"
+    )
+    flags = [
+        "--prvr_val_annos", "annos.jsonl", "--video_dir", "videos", "--output_dir", str(whole),
+        "--pretrained_clip_name", "clip.pt", "--pyr_config_path", "pyramid.json",
+        "--adapter_channels", "16", "--batch_size", "2", "--num_thread_reader", "0",
+        "--lr", "2e-3", "--epochs", "3", *TRAIN,
+    ]  # fmt: skip
+    stopped = subprocess.run(
+        [sys.executable, "-c", script, *flags], cwd=corpus, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "stopped" in stopped.stderr, stopped.stderr
+    resumed = run(
+        corpus, whole, *TRAIN, "--epochs", "3", "--resume", str(whole / "ckpt.pth.tar"),
+        "--num_thread_reader", "2",
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert epochs(whole)[-1]["loss"] == epochs(trained)[-1]["loss"]
+    ours = torch.load(whole / "ckpt.pth.tar", weights_only=True)["state_dict"]
+    theirs = torch.load(trained / "ckpt.pth.tar", weights_only=True)["state_dict"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_both_scorings_of_activitynet(corpus, trained, tmp_path) -> None:
+    best = str(trained / "ckpt.best.pth.tar")
+    flags = ("--do_eval", "1", "--resume", best, "--event_scores", "both")
+    done = run(corpus, tmp_path, *flags, "--datatype", "activitynet")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "events not normalised" in done.stdout and "180.00" in done.stdout
+    assert "not the standard activitynet val split" in done.stdout
+    metrics = json.loads((tmp_path / "eval.jsonl").read_text())["metrics"]
+    assert metrics.keys() == {"cosine", "dot"}
+
+
+def test_fine_tuning_clip(corpus, tmp_path) -> None:
+    done = run(corpus, tmp_path, *TRAIN, "--epochs", "1", "--freeze_clip", "0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    state = torch.load(tmp_path / "ckpt.pth.tar", weights_only=True)["state_dict"]
+    before = torch.load(corpus / "clip.pt", weights_only=True)
+    change = (state["clip.visual.proj"] - before["visual.proj"].float()).abs().max()
+    assert 0 < change < 1e-3, "lr·coef_lr"
+    again = ("--do_eval", "1", "--resume", str(tmp_path / "ckpt.best.pth.tar"))
+    assert run(corpus, tmp_path, *again).returncode == 0
+    record = json.loads((tmp_path / "eval.jsonl").read_text())
+    assert record["metrics"]["cosine"]["SumR"] == epochs(tmp_path)[0]["SumR"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "nothing to do"),
+        (("--do_train", "1"), "needs --prvr_train_annos"),
+        (("--do_eval", "1"), "needs --resume"),
+        (("--do_eval", "1", "--resume", "none.pth.tar"), "no such checkpoint: none.pth.tar"),
+        ((*TRAIN, "--resume", "none.pth.tar"), "no such checkpoint: none.pth.tar"),
+        ((*TRAIN, "--prvr_val_annos", "none.jsonl"), "none.jsonl"),
+        ((*TRAIN, "--video_dir", "nowhere"), "nowhere"),
+        ((*TRAIN, "--pretrained_clip_name", "ViT-B/16"), "ViT-B-16.pt"),
+        ((*TRAIN, "--pyr_config_path", "annos.jsonl"), "annos.jsonl"),
+        ((*TRAIN, "--batch_size", "5"), "5"),
+        ((*TRAIN, "--temp_kernel_sz", "4"), "odd"),
+        ((*TRAIN, "--max_words", "99"), "77"),
+    ],
+)
+def test_mistakes_end_with_a_message(corpus, tmp_path, flags, message: str) -> None:
+    done = run(corpus, tmp_path, *flags)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_every_flag_is_read_and_explained() -> None:
+    source = (ROOT / "main.py").read_text()
+    tree = ast.parse(source)
+    flags = set(re.findall(r'add\("--(\w+)"', source))
+    read = {
+        node.attr for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name) and node.value.id == "args"
+    }  # fmt: skip
+    assert flags and flags <= read, flags - read
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), "--help"], capture_output=True, text=True
+    ).stdout
+    assert all(f"--{flag}" in shown for flag in flags)
+
+
+def test_the_launcher_passes_only_flags_that_exist() -> None:
+    flags = set(re.findall(r'add\("--(\w+)"', (ROOT / "main.py").read_text()))
+    used = set(re.findall(r"--(\w+) \"\$", (ROOT / "scripts/launch.sh").read_text()))
+    assert used and used <= flags, used - flags
+
+
+@pytest.mark.parametrize("folder", ["models", "modules", "dataloaders", "utils"])
+def test_imports_run_one_way(folder: str) -> None:
+    allowed = {
+        "models": {"models", "modules"},
+        "modules": {"modules"},
+        "dataloaders": {"dataloaders", "utils"},
+        "utils": {"utils", "modules", "dataloaders"},
+    }[folder]
+    ours = {"main", "models", "modules", "dataloaders", "utils", "scripts", "tests"}
+    for path in (ROOT / folder).glob("*.py"):
+        imported = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in (
+                [node.module or ""] if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+        }  # fmt: skip
+        assert imported & ours <= allowed, path
