@@ -1,0 +1,364 @@
+"""Predictions files, exports, reports and the command line, on small corpora."""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import pytest
+import torch
+
+from dataloaders.annotations import Query
+from modules.similarity import event_scores, paired_event_scores, top_moments
+from utils import moment_metrics
+from utils.moment_report import level_report, moment_report, times_missing
+from utils.predictions import (
+    MomentPredictions,
+    PredictionsError,
+    export_all,
+    load_predictions,
+    save_predictions,
+)
+
+# The whole video, its halves, its quarters.
+PROPOSALS = [[0, 1], [0, 0.5], [0.5, 1], [0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]
+DURATIONS = [61.46, 40.0, 8.0, 33.3]
+
+
+def predict(texts, events, target, ids, per_video=3, limit=1000):
+    top = top_moments(texts, events, per_video, limit)
+    return MomentPredictions(
+        desc_ids=[str(name) for name in ids],
+        vid_names=[f"video {i}" for i in range(len(events))],
+        durations=torch.tensor(DURATIONS[: len(events)]),
+        proposals=torch.tensor(PROPOSALS),
+        per_video=per_video,
+        videos=top.videos,
+        events=top.events,
+        scores=top.scores,
+        target=target,
+        target_scores=paired_event_scores(texts, events, target),
+    )
+
+
+@pytest.fixture
+def queries():
+    windows = [
+        ((30.73, 46.0),),
+        ((0.0, 20.0), (21.0, 40.0)),
+        ((2.0, 4.0),),
+        ((0.0, 33.3),),
+        ((1.0, 2.0), (3.0, 4.0), (9.0, 9.5), (20.0, 40.0)),
+        ((40.0, 50.0),),
+    ]
+    videos, types = (0, 1, 2, 3, 1, 0), ("v", "vt", "v", "t", "vt", "v")
+    return [
+        Query(10 + i, f"text {i} é", f"video {v}", DURATIONS[v], windows[i], types[i])
+        for i, v in enumerate(videos)
+    ]
+
+
+@pytest.fixture
+def predictions(queries):
+    generator = torch.Generator().manual_seed(3)
+    texts = torch.randn(6, 16, generator=generator)
+    events = torch.randn(4, 7, 16, generator=generator)
+    target = torch.tensor([int(q.vid_name[-1]) for q in queries])
+    return predict(texts, events, target, [q.desc_id for q in queries])
+
+
+@pytest.fixture
+def annotations(tmp_path, queries):
+    return write_annotations(tmp_path / "val.jsonl", queries)
+
+
+def write_annotations(path, queries):
+    records = (
+        {"vid_name": q.vid_name, "desc_id": q.desc_id, "desc": q.desc, "duration": q.duration}
+        | ({"ts": [list(w) for w in q.windows]} if q.windows else {})
+        | ({"type": q.query_type} if q.query_type else {})
+        for q in queries
+    )
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_saved_file_comes_back(tmp_path, predictions):
+    path = tmp_path / "predictions.h5"
+    save_predictions(path, predictions)
+    loaded = load_predictions(path)
+    assert loaded.desc_ids == predictions.desc_ids
+    assert loaded.vid_names == predictions.vid_names
+    assert loaded.per_video == 3
+    for name in ("videos", "events", "scores", "target", "target_scores", "durations"):
+        assert torch.equal(getattr(loaded, name).double(), getattr(predictions, name).double())
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_metrics_of_a_file_are_those_of_the_run(tmp_path, predictions, queries):
+    save_predictions(tmp_path / "p.h5", predictions)
+    loaded = load_predictions(tmp_path / "p.h5")
+    assert moment_report(loaded, queries) == moment_report(predictions, queries)
+    assert level_report(loaded, queries) == level_report(predictions, queries)
+
+
+def test_the_order_of_the_annotations_does_not_matter(predictions, queries):
+    report = moment_report(predictions, queries)
+    shuffled = [queries[i] for i in (3, 0, 5, 4, 2, 1)]
+    reordered = predictions.of(shuffled)
+    assert reordered.desc_ids == [str(q.desc_id) for q in shuffled]
+    assert torch.equal(reordered.videos[0], predictions.videos[3])
+    again = moment_report(predictions, shuffled)
+    assert {k: again[k] for k in report} == report
+
+
+def test_metrics_by_type_are_those_of_these_queries_alone(predictions, queries):
+    report = moment_report(predictions, queries)
+    for name in ("v", "vt", "t"):
+        members = torch.tensor([q.query_type == name for q in queries])
+        alone = moment_report(
+            predictions.rows(members), [q for q in queries if q.query_type == name]
+        )
+        for task in ("VCMR", "SVMR", "VR"):
+            assert report[f"{task}/{name}"] == alone[task]
+
+
+def test_single_video_retrieval_is_corpus_retrieval_on_a_corpus_of_one(queries):
+    generator = torch.Generator().manual_seed(8)
+    texts = torch.randn(6, 16, generator=generator)
+    events = torch.randn(4, 7, 16, generator=generator).round()  # equal cosines among them
+    target = torch.tensor([int(q.vid_name[-1]) for q in queries])
+    predictions = predict(texts, events, target, [q.desc_id for q in queries])
+    within = predictions.within_target()
+    for row, video in enumerate(target.tolist()):
+        alone = top_moments(texts[row : row + 1], events[video : video + 1], per_video=3)
+        assert torch.equal(within.events[row : row + 1].int(), alone.events)
+        assert within.videos[row].tolist() == [video] * 3
+    report = moment_report(predictions, queries)
+    for row, query in enumerate(queries):
+        video = int(query.vid_name[-1])
+        one = predict(
+            texts[row : row + 1], events[video : video + 1], torch.tensor([0]), [query.desc_id]
+        )
+        one.vid_names[0] = query.vid_name
+        one.durations[0] = query.duration
+        corpus = moment_report(one, [query])
+        assert corpus["VCMR"] == corpus["SVMR"]
+        assert corpus["VR"]["r1"] == 100
+    assert report["SVMR"]["0.1-r10"] >= report["VCMR"]["0.1-r10"]
+
+
+def test_video_retrieval_ranks_by_the_best_event(predictions, queries):
+    ranks = moment_metrics.video_ranks(predictions.videos, predictions.target)
+    generator = torch.Generator().manual_seed(3)
+    texts = torch.randn(6, 16, generator=generator)
+    events = torch.randn(4, 7, 16, generator=generator)
+    best = event_scores(texts, events).amax(-1)
+    own = best.gather(1, predictions.target[:, None])
+    assert ranks.tolist() == (1 + (best > own).sum(1)).tolist()
+
+
+def test_baselines_worked_out_by_hand():
+    # One query; the true window is the first half of the second video.
+    query = Query("a", "text", "video 1", 40.0, ((0.0, 20.0),))
+    texts = torch.tensor([[1.0, 0.0]])
+    events = torch.tensor([[0.1, 1.0]]).repeat(14, 1).view(2, 7, 2)
+    events[0, 0] = torch.tensor([1.0, 0.0])  # the first video is first
+    events[1, 3] = torch.tensor([1.0, 1.0])  # a quarter: IoU 0.5
+    report = moment_report(predict(texts, events, torch.tensor([1]), ["a"]), [query])
+    assert report["VR"] == {"r1": 0.0, "r5": 100.0, "r10": 100.0, "r100": 100.0}
+    assert report["VCMR"]["0.5-r1"] == 0
+    assert report["VCMR"]["0.5-r10"] == report["SVMR"]["0.5-r1"] == 100
+    whole = report["VCMR/whole_video"]  # IoU 0.5, the second video
+    assert (whole["0.5-r1"], whole["0.5-r10"], whole["0.7-r100"]) == (0, 100, 0)
+    assert report["SVMR/whole_video"]["0.5-r1"] == 100
+    # Right at 0.5: the whole, the first half, the first two quarters; at 0.7 the half alone.
+    assert report["SVMR/random_event"]["0.5-r1"] == round(100 * 4 / 7, 2)
+    assert report["VCMR/random_event"]["0.7-r1"] == round(100 / 14, 2)
+    assert report["VCMR/random_event"]["0.7-r10"] == round(100 * 10 / 14, 2)
+    assert report["VCMR/random_event"]["0.7-r100"] == 100
+
+
+def test_both_window_rules_are_reported_where_they_differ(predictions, queries):
+    report = moment_report(predictions, queries)
+    assert moment_report(predictions, queries, "any")["VCMR"] == report["VCMR/any"]
+    assert moment_report(predictions, queries, "any")["SVMR/half"] == report["SVMR"]
+    one_window = [q for q in queries if len(q.windows) == 1]
+    rows = predictions.rows(torch.tensor([len(q.windows) == 1 for q in queries]))
+    assert "VCMR/any" not in moment_report(rows, one_window)
+
+
+def test_queries_without_times(predictions, queries):
+    untimed = [Query(q.desc_id, q.desc, q.vid_name, q.duration, None) for q in queries]
+    assert moment_report(predictions, untimed) == {"VR": moment_report(predictions, queries)["VR"]}
+    assert times_missing(untimed).startswith("6 of 6 queries have no times (ts): VCMR and SVMR can")
+    some = [*queries[:4], *untimed[4:]]
+    assert "2 of 6" in times_missing(some)
+    assert times_missing(queries) is None
+    first = predictions.rows(torch.arange(4))
+    assert moment_report(predictions, some)["VCMR"] == moment_report(first, queries[:4])["VCMR"]
+
+
+def test_levels_that_win():
+    # Events along the axes: a text picks its event. Two short moments, one found; one long, found.
+    texts = torch.eye(7)[[3, 1, 0]]
+    queries = [
+        Query(0, "short, found", "video 0", 40.0, ((0.0, 10.0),)),
+        Query(1, "short, too long", "video 0", 40.0, ((0.0, 10.0),)),
+        Query(2, "long, found", "video 0", 40.0, ((1.0, 1.5), (0.0, 36.0))),
+    ]
+    target = torch.zeros(3, dtype=torch.int64)
+    predictions = predict(texts, torch.eye(7)[None], target, [0, 1, 2])
+    predictions.durations[0] = 40
+    rows = level_report(predictions, queries)
+    assert list(rows) == ["25%", "100%", "all"]
+    assert rows["25%"]["queries"] == 2
+    assert [rows["25%"][f"won by {x}%"] for x in (25, 50, 100)] == [50, 50, 0]
+    assert rows["25%"]["best event"] == 75  # IoU 1 and 0.5
+    assert rows["25%"]["whole video"] == 25
+    assert rows["25%"]["random event"] == 25  # (0.25 + 0.5 + 1) / 7
+    assert rows["25%"]["closest event"] == 100
+    assert rows["100%"]["won by 100%"] == 100
+    assert rows["100%"]["best event"] == rows["100%"]["whole video"] == 90
+    assert rows["all"]["queries"] == 3
+
+
+def test_tvr_export(tmp_path, predictions, queries):
+    path, _ = export_all(tmp_path / "out", predictions, queries)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["video2idx"] == {f"video {i}": i for i in range(4)}
+    for task, width in (("VCMR", 12), ("SVMR", 3), ("VR", 4)):
+        assert [q["desc_id"] for q in content[task]] == [10, 11, 12, 13, 14, 15]
+        assert content[task][0]["desc"] == "text 0 é"
+        assert {len(q["predictions"]) for q in content[task]} == {width}
+    table = torch.tensor([q["predictions"] for q in content["VCMR"]], dtype=torch.float64)
+    windows = moment_metrics.pad_windows([q.windows for q in queries])
+    arguments = (table[..., 0].long(), table[..., 1:3], predictions.target, windows)
+    report = moment_report(predictions, queries)
+    assert moment_metrics.moment_metrics(*arguments) == report["VCMR"]
+    assert torch.equal(table[..., 3].float(), predictions.scores)
+    video, event = predictions.videos[0, 0].item(), predictions.events[0, 0].item()
+    start, end = (share * DURATIONS[video] for share in PROPOSALS[event])
+    assert content["VCMR"][0]["predictions"][0][:3] == pytest.approx([video, start, end])
+    for query in content["SVMR"]:
+        assert {queries[query["desc_id"] - 10].vid_name} == {
+            f"video {moment[0]}" for moment in query["predictions"]
+        }
+    assert all(len({m[0] for m in q["predictions"]}) == 4 for q in content["VR"])
+
+
+def test_qvhighlights_export(tmp_path, predictions, queries):
+    _, path = export_all(tmp_path, predictions, queries)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["qid"] for line in lines] == [10, 11, 12, 13, 14, 15]
+    assert lines[1]["query"] == "text 1 é"
+    assert lines[1]["vid"] == "video 1"
+    within = predictions.within_target()
+    seconds = within.seconds(within.videos, within.events)
+    for line, times, scores in zip(lines, seconds, within.scores, strict=True):
+        expected = torch.cat([times, scores[:, None]], dim=1)
+        assert torch.equal(torch.tensor(line["pred_relevant_windows"]), expected)
+
+
+def test_scores_that_are_not_numbers_still_make_valid_json(tmp_path, predictions, queries):
+    predictions.scores[0, -1] = -torch.inf
+    predictions.target_scores[2] = torch.nan
+    for path in export_all(tmp_path, predictions, queries):
+        assert "NaN" not in path.read_text()
+        assert "Infinity" not in path.read_text()
+
+
+def test_annotations_that_do_not_match_are_refused(predictions, queries):
+    with pytest.raises(PredictionsError, match=r"1 queries are not in the annotations \(15\)"):
+        predictions.of(queries[:5])
+    extra = Query("new", "text", "video 0", 61.46, ((0.0, 1.0),))
+    with pytest.raises(PredictionsError, match=r"1 queries are not in the predictions \(new\)"):
+        predictions.of([*queries, extra])
+    moved = Query(10, "text", "video 3", 33.3, ((0.0, 1.0),))
+    with pytest.raises(PredictionsError, match="'video 3' in the annotations, to 'video 0'"):
+        predictions.of([moved, *queries[1:]])
+
+
+def damage_format(file):
+    file.attrs["format"] = "something else"
+
+
+def damage_shape(file):
+    del file["events"]
+    file["events"] = [[1, 2]]
+
+
+def damage_index(file):
+    file["videos"][0, 0] = 4
+
+
+def damage_missing(file):
+    del file["scores"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_format, "not a file of 'ProPy moment predictions"),
+        (damage_shape, r"events is \[1, 2\], expected \[6, 12\]"),
+        (damage_index, "videos holds an index that is not one of the 4"),
+        (damage_missing, "scores"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, predictions, damage, message):
+    path = tmp_path / "predictions.h5"
+    save_predictions(path, predictions)
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    with pytest.raises(PredictionsError, match=message) as error:
+        load_predictions(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "--save_predictions" in str(error.value)
+
+
+def test_files_that_are_not_hdf5_are_refused(tmp_path):
+    with pytest.raises(PredictionsError, match="no such file"):
+        load_predictions(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("hello")
+    with pytest.raises(PredictionsError, match=r"text\.h5: "):
+        load_predictions(tmp_path / "text.h5")
+
+
+def test_command_line(tmp_path, capsys, predictions, queries, annotations):
+    save_predictions(tmp_path / "p.h5", predictions)
+    arguments = ["--predictions", f"{tmp_path / 'p.h5'}", "--annotations", f"{annotations}"]
+    moment_metrics.main([*arguments, "--export", f"{tmp_path / 'exports'}"])
+    lines = capsys.readouterr().out.splitlines()
+    report = moment_report(predictions, queries)
+    for name in ("VCMR", "SVMR", "VCMR/any", "VR/vt", "VCMR/random_event"):
+        row = next(line.split() for line in lines if line.split()[:1] == [name])
+        assert row[1:] == [f"{value:.2f}" for value in report[name].values()]
+    assert len(list((tmp_path / "exports").iterdir())) == 2
+
+
+@pytest.mark.parametrize("which", ["predictions", "annotations", "both"])
+def test_command_line_names_the_wrong_file(tmp_path, predictions, queries, annotations, which):
+    save_predictions(tmp_path / "p.h5", predictions)
+    files = {"predictions": tmp_path / "p.h5", "annotations": annotations}
+    if which == "both":
+        write_annotations(annotations, queries[:3])
+    else:
+        files[which] = tmp_path / "absent"
+    arguments = [part for name, path in files.items() for part in (f"--{name}", f"{path}")]
+    with pytest.raises(SystemExit) as error:
+        moment_metrics.main(arguments)
+    named = files.values() if which == "both" else [files[which]]
+    assert all(str(path) in str(error.value) for path in named)
+
+
+def test_command_line_without_times(tmp_path, capsys, predictions, queries, annotations):
+    save_predictions(tmp_path / "p.h5", predictions)
+    untimed = [Query(q.desc_id, q.desc, q.vid_name, q.duration, None) for q in queries]
+    write_annotations(annotations, untimed)
+    moment_metrics.main(
+        ["--predictions", f"{tmp_path / 'p.h5'}", "--annotations", f"{annotations}"]
+    )
+    output = capsys.readouterr().out
+    assert f"{annotations}: 6 of 6 queries have no times (ts)" in output
+    assert "VR" in output
+    assert "VCMR/" not in output

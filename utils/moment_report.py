@@ -1,0 +1,182 @@
+"""Everything that is read off one set of moment predictions, as rows of numbers and as tables.
+
+VCMR: the moment among all videos. SVMR: the moment, the right video given. VR: the right video,
+wherever the moment. These are the three tasks of TVR's evaluation (Lei et al., 2020, "TVR").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dataloaders.annotations import Query
+from utils.moment_metrics import (
+    NEVER,
+    RECALL_RANKS,
+    THRESHOLDS,
+    VIDEO_RECALL_RANKS,
+    WINDOW_RULES,
+    first_hits,
+    moment_recalls,
+    pad_windows,
+    random_event_recalls,
+    right_moments,
+    temporal_iou,
+    video_ranks,
+    video_recalls,
+)
+from utils.predictions import MomentPredictions
+from utils.tables import metrics_table
+
+MOMENT_COLUMNS = {f"{t}-r{k}": f"R{k}@{t}" for t in THRESHOLDS for k in RECALL_RANKS}
+VIDEO_COLUMNS = {f"r{k}": f"R@{k}" for k in VIDEO_RECALL_RANKS}
+Rows = dict[str, dict[str, float]]
+
+
+def moment_report(
+    predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
+) -> Rows:
+    """Metrics by row, of the queries whose times are known.
+
+    Rows "VCMR", "SVMR" and "VR" (of all queries); "…/<type>" for every query type there is; for
+    the moments also "…/half" or "…/any", the other window rule, if a query has several windows,
+    "…/whole_video", the predicted videos as a whole, and "…/random_event", the expected result of
+    all events in random order. Without any times only the rows of VR.
+
+    Raises:
+        PredictionsError: the predictions are not for these queries.
+    """
+    predictions = predictions.of(queries)
+    rows: Rows = {}
+    timed = torch.tensor([query.windows is not None for query in queries])
+    if timed.any():
+        some = [query for query in queries if query.windows is not None]
+        rows |= _moment_rows(predictions.rows(timed), some, window_rule)
+    ranks = video_ranks(predictions.videos, predictions.target)
+    rows["VR"] = video_recalls(ranks)
+    for name, members in _by_type(queries).items():
+        rows[f"VR/{name}"] = video_recalls(ranks[members.to(ranks.device)])
+    return rows
+
+
+def _moment_rows(
+    predictions: MomentPredictions, queries: Sequence[Query], window_rule: str
+) -> Rows:
+    rows: Rows = {}
+    target, device = predictions.target, predictions.target.device
+    windows = pad_windows([query.windows or () for query in queries]).to(device)
+    rules = [window_rule]
+    if windows.shape[1] > 1:
+        rules += [rule for rule in WINDOW_RULES if rule != window_rule]
+    everything = torch.arange(len(predictions.proposals), device=device)
+    events = predictions.seconds(target[:, None], everything)  # [T, N_e, 2]
+    right_events = right_moments(events, windows, window_rule)
+    whole = torch.stack([torch.zeros_like(target), predictions.durations[target.long()]], -1)
+    right_whole = right_moments(whole[:, None], windows, window_rule)[:, 0]  # [T, thresholds]
+    own_rank = video_ranks(predictions.videos, target)
+    tasks = (
+        ("VCMR", predictions, own_rank, len(predictions.vid_names)),
+        ("SVMR", predictions.within_target(), torch.ones_like(own_rank), 1),
+    )
+    for task, moments, video_rank, num_videos in tasks:
+        moments = moments.first(max(RECALL_RANKS))
+        seconds = moments.seconds(moments.videos, moments.events)
+        for rule in rules:
+            ranks = first_hits(moments.videos, seconds, target, windows, rule)
+            rows[task if rule == window_rule else f"{task}/{rule}"] = moment_recalls(ranks)
+            if rule == window_rule:
+                for name, members in _by_type(queries).items():
+                    rows[f"{task}/{name}"] = moment_recalls(ranks[members.to(device)])
+        ranks = torch.where(right_whole, video_rank[:, None], NEVER)
+        rows[f"{task}/whole_video"] = moment_recalls(ranks)
+        candidates = num_videos * len(predictions.proposals)
+        rows[f"{task}/random_event"] = random_event_recalls(right_events, candidates)
+    return rows
+
+
+def _by_type(queries: Sequence[Query]) -> dict[str, Tensor]:
+    """Which queries are of each type, in the order of first appearance; none if none has a type."""
+    types = dict.fromkeys(query.query_type for query in queries if query.query_type)
+    return {name: torch.tensor([q.query_type == name for q in queries]) for name in types}
+
+
+def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Rows:
+    """Which levels of the pyramid win, for short and for long moments, the right video given.
+
+    Every query's best event is compared with its true window (the longest, if there are several).
+    A row holds the queries whose window is closest, in ratio, to the events of one level; levels
+    are named by their events' share of the video.
+
+    Returns:
+        Rows by level, shortest first, and "all": {"queries": number, "won by 6.25%": % of them
+        whose best event is of that level, …} and the mean IoU, in %, of "best event",
+        "whole video", "random event" (the mean of all) and "closest event" (the best there is).
+
+    Raises:
+        PredictionsError: the predictions are not for these queries.
+    """
+    timed = torch.tensor([bool(query.windows) for query in queries])
+    predictions = predictions.of(queries).rows(timed)
+    longest = [max(q.windows, key=lambda w: w[1] - w[0]) for q in queries if q.windows]
+    device = predictions.target.device
+    windows = torch.tensor(longest, device=device)  # [T, 2]
+    everything = torch.arange(len(predictions.proposals), device=device)
+    events = predictions.seconds(predictions.target[:, None], everything)
+    iou = 100 * temporal_iou(events, windows[:, None])  # [T, N_e]
+    best = predictions.within_target().events[:, :1]
+    duration = predictions.durations[predictions.target.long()]
+    whole = torch.stack([torch.zeros_like(duration), duration], dim=-1)
+
+    share = predictions.proposals[:, 1] - predictions.proposals[:, 0]  # [N_e]
+    share = (share * 1e6).round() / 1e6  # a level's events differ by rounding
+    levels, level_of_event = share.unique(return_inverse=True)
+    level_of_best = level_of_event[best[:, 0]]
+    true_share = ((windows[:, 1] - windows[:, 0]) / duration).clamp(min=1e-6)
+    nearest = (levels.log() - true_share.log()[:, None]).abs().argmin(1)
+    names = [f"{100 * level:.3g}%" for level in levels.tolist()]
+    groups = {name: nearest == level for level, name in enumerate(names)}
+    columns = {
+        f"won by {name}": 100.0 * (level_of_best == level) for level, name in enumerate(names)
+    } | {
+        "best event": iou.gather(1, best)[:, 0],
+        "whole video": 100 * temporal_iou(whole, windows),
+        "random event": iou.mean(1),
+        "closest event": iou.amax(1),
+    }
+    rows: Rows = {}
+    for name, members in (groups | {"all": torch.ones_like(nearest, dtype=torch.bool)}).items():
+        if members.any():
+            means = {head: round(c[members].mean().item(), 2) for head, c in columns.items()}
+            rows[name] = {"queries": int(members.sum())} | means
+    return rows
+
+
+def report_tables(rows: Rows, published: Mapping[str, float] | None = None) -> str:
+    """The rows of `moment_report` as one table a task; `published` stands under VCMR's."""
+    tables = []
+    for task, columns in (
+        ("VCMR", MOMENT_COLUMNS), ("SVMR", MOMENT_COLUMNS), ("VR", VIDEO_COLUMNS)
+    ):  # fmt: skip
+        own = {name: row for name, row in rows.items() if name.split("/")[0] == task}
+        if own and task == "VCMR" and published:
+            own["published"] = dict(published)
+        if own:
+            tables.append(metrics_table(own, columns))
+    return "\n\n".join(tables)
+
+
+def level_table(rows: Rows) -> str:
+    """The rows of `level_report` as a table."""
+    named = {f"moments of ≈ {name}" if name != "all" else name: row for name, row in rows.items()}
+    return metrics_table(named, list(rows["all"]))
+
+
+def times_missing(queries: Sequence[Query]) -> str | None:
+    """A sentence if moments cannot be scored for all of the queries, else None."""
+    untimed = sum(query.windows is None for query in queries)
+    if not untimed:
+        return None
+    scored = "cannot be scored" if untimed == len(queries) else "are scored for the others only"
+    return f"{untimed:,} of {len(queries):,} queries have no times (ts): VCMR and SVMR {scored}"
