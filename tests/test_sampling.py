@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataloaders.sampling import eval_indices, train_indices
@@ -30,6 +30,7 @@ def test_evaluation_frames_are_the_authors(golden, num_frames):
         assert indices.tolist() == data[f"sample_val_{num_frames}"][row].tolist()
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 2000), num_frames=st.integers(1, 64), seed=st.integers(0, 2**32 - 1))
 def test_training_frames_come_one_from_each_segment(n, num_frames, seed):
     indices = train_indices(n, num_frames, np.random.RandomState(seed))
@@ -40,6 +41,7 @@ def test_training_frames_come_one_from_each_segment(n, num_frames, seed):
         assert [index // q for index in indices.tolist()] == list(range(num_frames))
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 2000), num_frames=st.integers(1, 64))
 def test_evaluation_frames_follow_the_rule(n, num_frames):
     if n > num_frames:
