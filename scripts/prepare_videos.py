@@ -450,7 +450,7 @@ def summarise(lines: list[dict], ignored: list[Path], report: Path) -> None:
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds)
         print(f"ignored, as their names are not those of videos: {kinds}")
     counts = Counter(line["status"] for line in lines)
-    print(", ".join(f"{count} {status}" for status, count in counts.items()) or "nothing to do")
+    print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no videos done")
     print(f"report: {report}")
 
 
@@ -499,8 +499,6 @@ def run(args: argparse.Namespace, inputs: dict[str, list[Path]], lines: list[dic
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all there, 1 something failed or is missing, 2 wrong use, 130 interrupted."""
     args = parse_arguments(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     lines: list[dict] = []
     try:
         queries = [query for file in args.annotations for query in read_annotations(file)]
@@ -527,4 +525,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

@@ -1,0 +1,196 @@
+"""The ffmpeg module: clips are written whole or not at all, read as they are, and never hang."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import decord
+import numpy as np
+import pytest
+
+from utils import ffmpeg
+from utils.ffmpeg import (
+    Completed,
+    FfmpegError,
+    decode_frames,
+    ffmpeg_program,
+    read_packets,
+    run_ffmpeg,
+    write_video,
+)
+
+ENDLESS = ["-f", "lavfi", "-i", "testsrc2=s=64x64", "-f", "null", "-"]
+# Names that a shell, an option parser, ffmpeg's protocols or its image patterns could stumble on.
+HOSTILE_NAMES = ["-y", "two words", 'it\'s "so"', "$(touch x);&", "a%03d", "concat:x", "ü\n*?[z]"]
+
+
+def ramp(n: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """uint8 [n, height, width, 3]: gray, brighter with every frame."""
+    levels = np.linspace(20, 235, n).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (n, height, width, 3))
+
+
+def no_child_is_left() -> bool:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:  # neither running nor a zombie
+        return True
+    return False
+
+
+def test_a_written_clip_decodes_to_its_frames(tmp_path):
+    frames = ramp(10)
+    write_video(tmp_path / "a.mp4", frames)
+    clip = decord.VideoReader(str(tmp_path / "a.mp4"))
+    assert len(clip) == 10
+    assert clip.get_avg_fps() == 3
+    decoded = clip.get_batch(range(10)).asnumpy()
+    assert decoded.shape == frames.shape
+    assert np.abs(decoded.astype(int) - frames).max() <= 3
+    assert list(clip.get_key_indices()) == list(range(10))
+
+
+def test_colours_keep_their_channels(tmp_path):
+    frames = np.zeros((3, 64, 96, 3), np.uint8)
+    frames[..., 0] = 200
+    write_video(tmp_path / "a.mp4", frames)
+    mean = decord.VideoReader(str(tmp_path / "a.mp4"))[1].asnumpy().mean(axis=(0, 1))
+    assert np.abs(mean - [200, 0, 0]).max() < 12
+
+
+def test_an_iterable_gives_the_same_file_as_an_array(tmp_path):
+    frames = ramp(5)
+    write_video(tmp_path / "array.mp4", frames)
+    write_video(tmp_path / "iterable.mp4", (frame for frame in frames))
+    assert (tmp_path / "array.mp4").read_bytes() == (tmp_path / "iterable.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_any_file_name_is_harmless(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"{name}.mp4"
+    write_video(path, ramp(4))
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert len(read_packets(path).times) == len(decode_frames(path).times) == 4
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([], "no frames"),
+        (ramp(2, height=63), "even"),
+        (ramp(2).astype(np.float32), "float32"),
+        (ramp(2)[..., :1], "uint8"),
+        ([*ramp(3), *ramp(1, width=64)], "one size"),
+    ],
+)
+def test_bad_frames_are_refused_and_leave_the_old_file(tmp_path, frames, message):
+    path = tmp_path / "a.mp4"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=message):
+        write_video(path, frames)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert no_child_is_left()
+
+
+def test_a_clip_is_as_readable_as_any_new_file(tmp_path):
+    write_video(tmp_path / "a.mp4", ramp(2))
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.mp4").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_reading_tells_size_times_and_duration(tmp_path):
+    write_video(tmp_path / "a.mp4", ramp(7))
+    for track in (read_packets(tmp_path / "a.mp4"), decode_frames(tmp_path / "a.mp4")):
+        assert (track.width, track.height, track.sample_aspect) == (96, 64, 1)
+        assert np.allclose(track.times[:, 0], np.arange(7) / 3)
+        assert np.allclose(track.times[:, 1], np.arange(1, 8) / 3)
+        assert track.container_seconds == pytest.approx(7 / 3, abs=0.01)
+        assert track.said is None
+    assert len(read_packets(tmp_path / "a.mp4", limit=2).times) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"just text, no video\n" * 50, bytes(5000)])
+def test_what_is_no_video_is_refused_with_a_reason(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(FfmpegError, match=r"cannot be read: .+"):
+        read_packets(tmp_path / "a.mp4")
+
+
+def test_the_time_limit_ends_the_process():
+    start = time.monotonic()
+    with pytest.raises(FfmpegError, match=r"not done within 0\.3 s"):
+        run_ffmpeg(ENDLESS, time_limit=0.3)
+    assert time.monotonic() - start < 5
+    assert no_child_is_left()
+
+
+def test_the_time_limit_holds_while_feeding():
+    def endless():
+        while True:
+            yield bytes(64 * 64 * 3)
+
+    arguments = [*ffmpeg.raw_input_arguments(64, 64, 3), "-f", "null", "-"]
+    with pytest.raises(FfmpegError, match="not done within"):
+        run_ffmpeg(arguments, time_limit=0.3, feed=endless())
+    assert no_child_is_left()
+
+
+def test_running_processes_can_be_killed_from_another_thread():
+    threading.Timer(0.3, ffmpeg.kill_running).start()
+    with pytest.raises(FfmpegError, match="signal 9"):
+        run_ffmpeg(ENDLESS, time_limit=30)
+    assert no_child_is_left()
+
+
+def test_memory_is_limited(monkeypatch):
+    if ffmpeg.prlimit is None:
+        pytest.skip("this system cannot limit the memory of another process")
+    source = ["-f", "lavfi", "-i", "testsrc2=s=8000x8000", "-vf", "tile=4x4", "-frames:v", "1"]
+    monkeypatch.setattr(ffmpeg, "MEMORY_LIMIT", 2**30)  # the tiles alone are 1.5 GB
+    assert run_ffmpeg(["-v", "level+error", *source, "-f", "null", "-"]).status != 0
+
+
+def test_a_reason_is_the_most_telling_error():
+    said = """[mov,mp4 @ 0x55] [error] moov atom not found
+[in#0 @ 0x5f0] [error] Error opening input: Invalid data found
+[fatal] Error opening input files: Invalid data found"""
+    assert Completed(183, "", said).reason == "moov atom not found"
+    assert Completed(1, "", "[info] fine").reason == "ffmpeg ended with status 1"
+    said = "[error] Stream map '0:V:0' matches no streams.\n[error] Failed to set value"
+    assert Completed(1, "", said).reason == "it has no video stream"
+
+
+@pytest.fixture
+def fresh_program():
+    ffmpeg_program.cache_clear()
+    yield
+    ffmpeg_program.cache_clear()
+
+
+def test_the_users_ffmpeg_is_taken(tmp_path, monkeypatch, fresh_program):
+    monkeypatch.delenv("FFMPEG", raising=False)
+    real = ffmpeg_program()
+    ffmpeg_program.cache_clear()
+    mine = tmp_path / "ffmpeg"
+    mine.write_text(f'#!/bin/sh\nexec "{real}" "$@"\n')
+    mine.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert ffmpeg_program() == str(mine)
+
+
+def test_a_broken_ffmpeg_on_the_path_is_passed_over(tmp_path, monkeypatch, fresh_program):
+    monkeypatch.delenv("FFMPEG", raising=False)
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ffmpeg_program() == ffmpeg.imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def test_a_broken_ffmpeg_that_was_asked_for_is_an_error(tmp_path, monkeypatch, fresh_program):
+    monkeypatch.setenv("FFMPEG", str(tmp_path / "absent"))
+    with pytest.raises(FfmpegError, match=r"absent.*unset it"):
+        ffmpeg_program()

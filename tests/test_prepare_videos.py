@@ -1,0 +1,542 @@
+"""Preparing videos: the right moments at the right size, damage noticed, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import decord
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from scripts.prepare_videos import (
+    PrepareError,
+    Settings,
+    find_inputs,
+    main,
+    natural_key,
+    prepare,
+    prepared_size,
+)
+from utils.ffmpeg import ffmpeg_program, raw_input_arguments, run_ffmpeg, write_video
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_video(
+    path: Path, seconds: float, fps: int = 12, size=(96, 64), encode=("-c:v", "libx264"), more=()
+) -> Path:
+    """A video whose gray level tells the time: 20 at its start, 20 more every second."""
+    count = round(seconds * fps)
+    width, height = size
+    feed = (bytes([level(i / fps)]) * (width * height * 3) for i in range(count))
+    arguments = [*raw_input_arguments(width, height, fps), *more, *encode, "-y", f"file:{path}"]
+    done = run_ffmpeg(["-v", "level+error", *arguments], feed=feed)
+    assert done.status == 0, done.said
+    return path
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def level(seconds: float) -> int:
+    return round(20 + 20 * seconds)
+
+
+def read(path: Path) -> np.ndarray:
+    """uint8 [n, H, W, 3]: all frames of a clip, by a reader that knows nothing of ffmpeg.py."""
+    clip = decord.VideoReader(str(path))
+    assert clip.get_avg_fps() == 3
+    return clip.get_batch(range(len(clip))).asnumpy()
+
+
+def shown_seconds(frames: np.ndarray) -> np.ndarray:
+    """float64 [n]: the moment of the source that each frame shows."""
+    return (frames[:, 40:-40, 40:-40].mean(axis=(1, 2, 3)) - 20) / 20
+
+
+def assert_on_time(frames: np.ndarray, source_interval: float, until: float = math.inf) -> None:
+    """Every frame shows a moment within its third of a second (gray levels blur by 0.06 s)."""
+    start = np.arange(len(frames)) / 3
+    shown = shown_seconds(frames)
+    wanted = start < until
+    slack = source_interval + 0.06
+    assert (shown[wanted] >= start[wanted] - slack).all()
+    assert (shown[wanted] <= start[wanted] + 1 / 3 + 0.06).all()
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "expected", "authors"),
+    [
+        ((640, 360), (398, 224), (398, 224)),
+        ((320, 240), (298, 224), (298, 224)),
+        ((426, 240), (396, 224), (396, 224)),
+        ((224, 224), (224, 224), (224, 224)),
+        ((1, 1), (224, 224), (224, 224)),
+        ((161, 121), (298, 224), (298, 224)),
+        ((360, 640), (224, 398), (224, 126)),
+        ((576, 1024), (224, 398), (224, 126)),
+        ((223, 224), (224, 224), (224, 222)),
+    ],
+)
+def test_sizes(size, expected, authors):
+    assert prepared_size(*size) == expected
+    assert prepared_size(*size, authors_scale=True) == authors
+
+
+def test_pixels_that_are_not_square_are_shown_as_they_should_look():
+    assert prepared_size(640, 360, Fraction(2)) == (796, 224)
+    assert prepared_size(340, 256, Fraction(1024, 765)) == (398, 224)  # 16:9
+    assert prepared_size(360, 360, Fraction(1, 2)) == (224, 448)
+
+
+@given(st.integers(1, 8192), st.integers(1, 8192))
+def test_the_short_side_is_224_and_the_aspect_is_kept(width, height):
+    if max(width / height, height / width) > 70:
+        return
+    prepared = prepared_size(width, height)
+    assert min(prepared) == 224
+    assert all(side % 2 == 0 for side in prepared)
+    assert (prepared[0] >= prepared[1]) == (width >= height) or 224 in prepared
+    exact = 224 * max(width, height) / min(width, height)
+    assert exact - 2 < max(prepared) <= exact
+
+
+def test_extreme_aspects_are_refused():
+    with pytest.raises(PrepareError, match="4000:20"):
+        prepared_size(4000, 20)
+
+
+# --- whole videos
+
+
+@pytest.mark.parametrize(
+    ("name", "encode", "size", "fps"),
+    [
+        ("a.mp4", ("-c:v", "libx264", "-bf", "3"), (96, 64), 25),
+        ("a.mkv", ("-c:v", "libx264", "-pix_fmt", "yuv444p"), (97, 65), 12),
+        ("a.avi", ("-c:v", "mpeg4"), (96, 64), 12),
+        ("a.mpg", ("-c:v", "mpeg2video"), (96, 64), 25),
+        ("a.ts", ("-c:v", "libx264"), (96, 64), 12),
+        ("a.webm", ("-c:v", "libvpx"), (96, 64), 12),
+        ("b.webm", ("-c:v", "libvpx-vp9", "-deadline", "realtime"), (161, 121), 12),
+        ("a.flv", ("-c:v", "flv"), (96, 64), 10),
+        ("a.mov", ("-c:v", "mjpeg", "-pix_fmt", "yuvj420p"), (96, 64), 2),
+    ],
+)
+def test_any_container_and_codec(tmp_path, name, encode, size, fps):
+    source = make_video(tmp_path / name, 3.5, fps, size, encode)
+    result = prepare(source, tmp_path / "out.mp4", Settings())
+    assert result["status"] == "done", result
+    frames = read(tmp_path / "out.mp4")
+    assert abs(len(frames) / 3 - 3.5) <= 1 / 6 + 1e-9
+    assert frames.shape[1:3] == prepared_size(*size)[::-1]
+    assert_on_time(frames, 1 / fps)
+    assert (result["frames"], result["height"], result["width"]) == frames.shape[:3]
+    assert result["decoded"] == 1
+
+
+def test_what_is_written_is_h264_420_with_key_frames_only_and_without_sound(tmp_path):
+    sound = ("-f", "lavfi", "-i", "anullsrc", "-shortest", "-c:a", "aac")
+    source = make_video(tmp_path / "a.mp4", 3, more=sound)
+    prepare(source, tmp_path / "out.mp4", Settings())
+    said = run_ffmpeg(["-i", f"file:{tmp_path / 'out.mp4'}"]).said
+    streams = [line for line in said.splitlines() if "Stream #" in line]
+    assert len(streams) == 1
+    assert "h264" in streams[0]
+    assert "yuv420p" in streams[0]
+    clip = decord.VideoReader(str(tmp_path / "out.mp4"))
+    assert list(clip.get_key_indices()) == list(range(len(clip)))
+
+
+def test_variable_rate(tmp_path):
+    # 12 fps for a second, then 3 fps: frame i shows level(i / 12) from the time given here
+    times = "setpts='if(lt(N,12),N/12,1+(N-12)/3)/TB'"
+    source = make_video(tmp_path / "a.mkv", 2, more=("-vf", times))
+    result = prepare(source, tmp_path / "out.mp4", Settings())
+    assert result["status"] == "done"
+    frames = read(tmp_path / "out.mp4")
+    assert len(frames) in (14, 15)  # the last frame has no duration of its own
+    after = len(frames) - 3
+    assert np.abs(shown_seconds(frames)[3:] - (1 + np.arange(after) / 12)).max() < 0.07
+
+
+def rotate(path: Path, quarter_turns: int) -> None:
+    """Write a clockwise display rotation into the track header of an mp4."""
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns]
+    unit = 1 << 16
+    data[matrix : matrix + 36] = struct.pack(
+        ">9i", cos * unit, sin * unit, 0, -sin * unit, cos * unit, 0, 0, 0, 1 << 30
+    )
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_rotated_videos_come_out_upright(tmp_path, turns):
+    quarters = np.array([[220, 0], [0, 0]], np.uint8)  # bright at the top left
+    picture = quarters.repeat(32, axis=0).repeat(48, axis=1)
+    write_video(tmp_path / "a.mp4", np.broadcast_to(picture[None, ..., None], (3, 64, 96, 3)))
+    rotate(tmp_path / "a.mp4", turns)
+    prepare(tmp_path / "a.mp4", tmp_path / "out.mp4", Settings())
+    frame = read(tmp_path / "out.mp4")[1].mean(axis=2)
+    assert frame.shape == ((336, 224) if turns % 2 else (224, 336))
+    height, width = frame.shape
+    means = frame.reshape(2, height // 2, 2, width // 2).mean(axis=(1, 3))
+    assert np.abs(means - np.rot90(quarters, -turns)).max() < 10
+
+
+def test_pictures_that_start_after_the_sound_stay_on_the_files_clock(tmp_path):
+    video = make_video(tmp_path / "video.mp4", 2)
+    source = tmp_path / "a.mkv"
+    late = ["-itsoffset", "1", "-i", f"file:{video}", "-f", "lavfi", "-t", "3", "-i", "anullsrc"]
+    done = run_ffmpeg([*late, "-map", "0:v", "-map", "1:a", "-c:v", "copy", f"file:{source}"])
+    assert done.status == 0, done.said
+    assert prepare(source, tmp_path / "out.mp4", Settings())["status"] == "done"
+    frames = read(tmp_path / "out.mp4")
+    assert len(frames) == 9
+    assert np.abs(shown_seconds(frames)[:3]).max() < 0.1
+    assert_on_time(frames[3:], 1 / 12)
+
+
+def test_a_change_of_resolution_midway(tmp_path):
+    encode = ("-c:v", "libx264", "-bf", "0")
+    later = ("-output_ts_offset", "2")
+    first = make_video(tmp_path / "first.ts", 2, encode=encode)
+    second = make_video(tmp_path / "second.ts", 2, size=(192, 128), encode=encode, more=later)
+    source = tmp_path / "a.ts"
+    source.write_bytes(first.read_bytes() + second.read_bytes())
+    result = prepare(source, tmp_path / "out.mp4", Settings())
+    assert result["status"] == "done", result
+    frames = read(tmp_path / "out.mp4")
+    assert len(frames) == 12
+    assert_on_time(frames[:6], 1 / 12)
+    assert_on_time(frames[6:], 1 / 12)
+
+
+def test_full_range_stays_as_bright_as_it_is(tmp_path):
+    encode = ("-c:v", "libx264", "-pix_fmt", "yuvj420p", "-color_range", "pc")
+    source = make_video(tmp_path / "a.mp4", 3, encode=encode)
+    prepare(source, tmp_path / "out.mp4", Settings())
+    assert_on_time(read(tmp_path / "out.mp4"), 1 / 12)
+
+
+def test_a_single_frame_is_one_frame(tmp_path):
+    source = make_video(tmp_path / "a.mp4", 0.04, fps=25)
+    assert prepare(source, tmp_path / "out.mp4", Settings())["frames"] == 1
+    assert len(read(tmp_path / "out.mp4")) == 1
+
+
+def test_authors_scale(tmp_path):
+    source = make_video(tmp_path / "a.mp4", 1, size=(64, 96))
+    prepare(source, tmp_path / "ours.mp4", Settings())
+    prepare(source, tmp_path / "theirs.mp4", Settings(authors_scale=True))
+    assert read(tmp_path / "ours.mp4").shape[1:3] == (336, 224)
+    assert read(tmp_path / "theirs.mp4").shape[1:3] == (148, 224)
+
+
+# --- damage
+
+
+def truncate(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def noisy_video(path: Path, seconds: float = 10, more=()) -> Path:
+    """A video whose bytes are spread evenly over its time."""
+    source = ["-f", "lavfi", "-i", f"testsrc2=s=96x64:r=12:d={seconds}"]
+    encode = ["-vf", "noise=alls=40:allf=t", "-c:v", "libx264", "-g", "12", "-preset", "veryfast"]
+    done = run_ffmpeg(["-v", "level+error", *source, *encode, *more, f"file:{path}"])
+    assert done.status == 0, done.said
+    return path
+
+
+def test_a_truncated_video_keeps_what_decodes_and_says_so(tmp_path):
+    source = truncate(noisy_video(tmp_path / "a.mkv"), 0.7)
+    result = prepare(source, tmp_path / "out.mp4", Settings())
+    assert result["status"] == "partial"
+    assert result["decoded"] == pytest.approx(0.7, abs=0.06)
+    assert "% of it decodes" in result["reason"]
+    assert len(read(tmp_path / "out.mp4")) == pytest.approx(30 * result["decoded"], abs=1)
+
+
+def test_a_video_with_too_little_left_fails(tmp_path):
+    source = truncate(noisy_video(tmp_path / "a.mkv"), 0.3)
+    result = prepare(source, tmp_path / "out.mp4", Settings())
+    assert result["status"] == "failed"
+    assert "--min_decoded" in result["reason"]
+    assert names_in(tmp_path) == ["a.mkv"]
+    assert prepare(source, tmp_path / "out.mp4", Settings(min_decoded=0.2))["status"] == "partial"
+
+
+def test_damage_midway_keeps_the_clock_and_is_noticed(tmp_path):
+    source = noisy_video(tmp_path / "a.mp4", more=("-movflags", "+faststart"))
+    data = bytearray(source.read_bytes())
+    start, stop = len(data) // 3, len(data) // 3 + len(data) // 4
+    data[start:stop] = bytes(stop - start)
+    source.write_bytes(data)
+    result = prepare(source, tmp_path / "out.mp4", Settings())
+    assert result["status"] == "partial"
+    assert 0.6 < result["decoded"] < 0.9
+    assert len(read(tmp_path / "out.mp4")) == 30
+
+
+def broken_inputs(folder: Path) -> dict[str, Path]:
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("no video at all\n" * 100)
+    (folder / "zeros.mkv").write_bytes(bytes(10000))
+    truncate(noisy_video(folder / "no_index.mp4", 2), 0.5)
+    tone = ["-f", "lavfi", "-t", "1", "-i", "sine", f"file:{folder / 'sound_only.mp4'}"]
+    assert run_ffmpeg(tone).status == 0
+    (folder / "dangling.mp4").symlink_to(folder / "nowhere.mp4")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+def test_broken_inputs_are_reported_with_their_reasons(tmp_path):
+    inputs = broken_inputs(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    reasons = {}
+    for name, path in inputs.items():
+        result = prepare(path, out / f"{name}.mp4", Settings(time_limit=30))
+        assert result["status"] == "failed"
+        reasons[name] = result["reason"]
+    assert not list(out.iterdir())
+    assert "no video stream" in reasons["sound_only"]
+    assert "moov atom not found" in reasons["no_index"]
+    assert "No such file" in reasons["dangling"]
+
+
+# --- folders of frames
+
+
+def write_frames(folder: Path, levels: list[int], names: list[str]) -> None:
+    folder.mkdir(parents=True)
+    for gray, name in zip(levels, names, strict=True):
+        Image.new("RGB", (96, 64), (gray, gray, gray)).save(folder / name, "JPEG")
+
+
+def test_frame_folders_are_read_in_natural_order_as_3_fps(tmp_path):
+    levels = list(range(20, 220, 16))
+    write_frames(tmp_path / "clip", levels, [f"{i}.jpg" for i in range(1, len(levels) + 1)])
+    result = prepare(tmp_path / "clip", tmp_path / "out.mp4", Settings())
+    assert result["status"] == "done"
+    frames = read(tmp_path / "out.mp4")
+    assert frames.shape[:3] == (len(levels), 224, 336)
+    assert np.abs(frames.mean(axis=(1, 2, 3)) - levels).max() < 4
+
+
+def test_a_broken_frame_shows_the_one_before_it(tmp_path):
+    write_frames(tmp_path / "clip", [50, 100, 150, 200], [f"{i}.jpg" for i in range(4)])
+    (tmp_path / "clip" / "2.jpg").write_bytes(b"\xff\xd8\xff no jpeg")
+    result = prepare(tmp_path / "clip", tmp_path / "out.mp4", Settings())
+    assert result["status"] == "partial"
+    assert "2.jpg" in result["reason"]
+    means = read(tmp_path / "out.mp4").mean(axis=(1, 2, 3))
+    assert np.abs(means - [50, 100, 100, 200]).max() < 4
+
+
+def test_natural_order():
+    names = ["a10.jpg", "a9.jpg", "a1.jpg", "b.jpg", "00002.jpg"]
+    ordered = sorted(map(Path, names), key=natural_key)
+    assert [path.name for path in ordered] == ["00002.jpg", "a1.jpg", "a9.jpg", "a10.jpg", "b.jpg"]
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def small_video(tmp_path_factory) -> Path:
+    return make_video(tmp_path_factory.mktemp("small") / "small.mp4", 1)
+
+
+@pytest.fixture
+def downloads(tmp_path, small_video) -> Path:
+    """A folder as it may be downloaded: names that hurt, a sub-folder, frames, other files."""
+    folder = tmp_path / "down loads"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("-y.mp4", 'it\'s "so".mp4', "sub/v_a.1_2.0.mkv", "$(touch x).mp4"):
+        (folder / name).write_bytes(small_video.read_bytes())
+    write_frames(folder / "frames" / "s01e02_clip_00", [50, 100], ["1.jpg", "2.jpg"])
+    (folder / "notes.txt").write_text("not a video")
+    (folder / "sub" / "thumb.jpg").write_bytes(b"beside a video")
+    return folder
+
+
+def report_of(out: Path) -> list[dict]:
+    lines = (out / "prepare_report.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_prepares_all_and_a_second_one_what_is_missing(tmp_path, downloads, capsys):
+    out = tmp_path / "out"
+    command = ["--inputs", str(downloads), "--output_dir", str(out), "--workers", "2"]
+    assert main(command) == 0
+    names = {"-y", 'it\'s "so"', "v_a.1_2.0", "$(touch x)", "s01e02_clip_00"}
+    assert {path.stem for path in out.glob("*.mp4")} == names
+    assert {line["vid_name"] for line in report_of(out)} == names
+    assert "ignored, as their names are not those of videos: 1 .txt, 1 .jpg" in (
+        capsys.readouterr().out
+    )
+    (out / "-y.mp4").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
+    assert main(command) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.mp4")}
+    assert after.items() > before.items()
+    assert "-y.mp4" in after
+    assert all(line["frames"] in (2, 3) for line in report_of(out))
+
+
+def test_failures_are_listed_and_change_the_exit_status(tmp_path, downloads, capsys):
+    (downloads / "broken.webm").write_text("nothing")
+    (downloads / "sub" / "-y.avi").write_text("the same name as -y.mp4")
+    out = tmp_path / "out"
+    assert main(["--inputs", str(downloads), "--output_dir", str(out)]) == 1
+    failed = {line["input"]: line for line in report_of(out) if line["status"] == "failed"}
+    assert set(failed) == {str(downloads / "broken.webm"), str(downloads / "sub" / "-y.avi")}
+    assert "same name as" in failed[str(downloads / "sub" / "-y.avi")]["reason"]
+    printed = capsys.readouterr().out
+    assert "5 done, 2 failed" in printed or "2 failed, 5 done" in printed
+    assert "broken.webm: cannot be read" in printed
+
+
+def annotate(path: Path, names: list[str]) -> Path:
+    lines = (
+        {"vid_name": name, "desc_id": i, "desc": "x", "duration": 1} for i, name in enumerate(names)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_annotations_tell_what_is_missing_and_unused(tmp_path, downloads):
+    out = tmp_path / "out"
+    annotations = annotate(tmp_path / "a.jsonl", ["v_a.1_2.0", "v_lost", "-y", "v_a.1_2.0"])
+    command = ["--inputs", str(downloads), "--output_dir", str(out)]
+    assert main([*command, "--annotations", str(annotations)]) == 1
+    lines = report_of(out)
+    assert [line["vid_name"] for line in lines if line["status"] == "missing"] == ["v_lost"]
+    unused = {line["vid_name"] for line in lines if line["status"] == "unused"}
+    assert unused == {'it\'s "so"', "$(touch x)", "s01e02_clip_00"}
+
+
+def test_bad_annotations_are_refused_before_any_work(tmp_path, downloads, capsys):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    out = tmp_path / "out"
+    command = ["--inputs", str(downloads), "--output_dir", str(out)]
+    assert main([*command, "--annotations", str(tmp_path / "a.jsonl")]) == 2
+    assert "a.jsonl:1" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_output_folder_is_no_input(tmp_path, small_video):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.mkv").write_bytes(small_video.read_bytes())
+    found, ignored = find_inputs([tmp_path], skip=out)
+    assert (found, ignored) == ({}, [])
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path, small_video):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.mp4").write_bytes(small_video.read_bytes())
+    (elsewhere / "back").symlink_to(elsewhere)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(elsewhere)
+    found, _ = find_inputs([tmp_path / "in"], skip=tmp_path / "out")
+    assert found == {"a": [tmp_path / "in" / "link" / "a.mp4"]}
+
+
+def test_old_parts_of_killed_runs_are_removed_and_young_ones_left(tmp_path, small_video):
+    old, young = tmp_path / ".preparing-old.part", tmp_path / ".preparing-young.part"
+    old.touch()
+    young.touch()
+    os.utime(old, (time.time() - 10**5,) * 2)
+    assert main(["--inputs", str(small_video), "--output_dir", str(tmp_path)]) == 0
+    assert young.exists()
+    assert not old.exists()
+
+
+@pytest.fixture
+def hanging_ffmpeg(tmp_path) -> Path:
+    """A program that works like ffmpeg until it is to encode, and then hangs."""
+    program = tmp_path / "hanging ffmpeg"
+    program.write_text(
+        f'#!/bin/sh\ncase "$*" in *wrapped_avframe*libx264*|*libx264*wrapped_avframe*) '
+        f'exec sleep 60;; *) exec "{ffmpeg_program()}" "$@";; esac\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def start_run(program: Path, source: Path, out: Path, *more: str) -> subprocess.Popen:
+    script = ROOT / "scripts" / "prepare_videos.py"
+    command = [sys.executable, script, "--inputs", source, "--output_dir", out, *more]
+    environment = os.environ | {"FFMPEG": str(program)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_half_written(tmp_path, small_video, hanging_ffmpeg, signum):
+    out = tmp_path / "out"
+    run = start_run(hanging_ffmpeg, small_video, out)
+    deadline = time.monotonic() + 30
+    while not list(out.glob(".preparing-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    run.send_signal(signum)
+    printed, _ = run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert "interrupted" in printed
+    assert names_in(out) == ["prepare_report.jsonl"]
+
+
+def test_a_hanging_decoder_costs_a_message(tmp_path, small_video, hanging_ffmpeg):
+    out = tmp_path / "out"
+    run = start_run(hanging_ffmpeg, small_video, out, "--time_limit", "2")
+    printed, _ = run.communicate(timeout=30)
+    assert run.returncode == 1
+    assert "not done within 2 s" in printed
+    assert names_in(out) == ["prepare_report.jsonl"]
+
+
+# --- real files
+
+
+def test_real_videos_all_convert(tmp_path, shared_data):
+    names = ["mediabunny__sar_2x1.mp4", "streamio-ffmpeg__sideways movie.mov"]
+    inputs = [str(shared_data / "videos" / name) for name in names]
+    assert main(["--inputs", *inputs, "--output_dir", str(tmp_path)]) == 0
+    sizes = {line["vid_name"]: (line["width"], line["height"]) for line in report_of(tmp_path)}
+    assert sizes == {
+        "mediabunny__sar_2x1": (796, 224),
+        "streamio-ffmpeg__sideways movie": (224, 298),
+    }
+
+
+@pytest.mark.slow
+def test_nasty_videos_convert_or_are_reported(tmp_path, shared_data):
+    files = list((shared_data / "nasty").iterdir())
+    main(["--inputs", *map(str, files), "--output_dir", str(tmp_path), "--time_limit", "120"])
+    lines = report_of(tmp_path)
+    assert len(lines) == len(files)
+    assert all(line["status"] == "failed" or line["frames"] > 0 for line in lines)
+    assert all(line["status"] != "failed" or line["reason"] for line in lines)
+    assert not list(tmp_path.glob(".preparing-*"))
