@@ -58,7 +58,6 @@ def load_clip(
             decoder did not finish within DECODE_TIME_LIMIT.
     """
     path = Path(path).absolute()  # so that no name is taken for a protocol such as "concat:"
-    _check_file(path)
 
     def choose(n: int) -> np.ndarray:
         if generator is None:
@@ -107,9 +106,10 @@ def _check_file(path: Path) -> None:
     FFmpeg also follows playlists, text files that name other files or addresses: with one of them
     in its place a clip would show another video. Only the formats below are never taken for one.
     """
-    if not path.is_file():
-        raise VideoError(f"{path}: no such video file: see video_dir and `bash scripts/prepare.sh`")
     try:
+        if not path.is_file():
+            remedy = "see video_dir and `bash scripts/prepare.sh`"
+            raise VideoError(f"{path}: no such video file: {remedy}")
         with path.open("rb") as file:
             start = file.read(8)
     except OSError as error:
@@ -148,6 +148,7 @@ def _decode(
     generator: np.random.RandomState | None,
 ) -> np.ndarray:
     """The chosen frames of a file, uint8 [N_f, H, W, 3]."""
+    _check_file(path)
     try:
         reader = _open(path)
         height, width, _ = reader.next().shape
