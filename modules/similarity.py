@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 2**25  # cosines that top_moments holds at a time: 128 MiB of float32
-BLOCK = 2**19  # cosines of one matrix product: 2 MiB, still in the cache when they are reduced
+CHUNK = 2**26  # cosines that top_moments holds at a time: 256 MiB of float32
+BLOCK = 2**18  # cosines of one matrix product: 1 MiB, still in the cache when they are reduced
 TEXT_BLOCK = 512  # texts of one matrix product in best_event_scores
 LOW_HALF = 2**32 - 1
 

@@ -173,31 +173,6 @@ def test_unknown_window_rule_is_refused():
         mm.right_moments(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), "most")
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    rows=st.integers(0, 12).flatmap(
-        lambda width: st.lists(
-            st.lists(st.integers(-1, 5), min_size=width, max_size=width), min_size=1, max_size=5
-        )
-    ),
-    target=st.integers(0, 5),
-)
-def test_video_ranks_count_distinct_videos(rows, target):
-    videos = torch.tensor(rows, dtype=torch.int32).view(len(rows), -1)
-    ranks = mm.video_ranks(videos, torch.full((len(rows),), target))
-    for row, rank in zip(rows, ranks.tolist(), strict=True):
-        distinct = [video for video in dict.fromkeys(row) if video >= 0]
-        assert rank == (distinct.index(target) + 1 if target in distinct else mm.NEVER)
-
-
-def test_video_ranks_in_blocks(monkeypatch):
-    videos = torch.randint(6, (30, 8), generator=torch.Generator().manual_seed(0))
-    target = torch.arange(30) % 6
-    whole = mm.video_ranks(videos, target)
-    monkeypatch.setattr(mm, "ROW_BLOCK", 20)
-    assert torch.equal(mm.video_ranks(videos, target), whole)
-
-
 def test_video_recalls_of_known_ranks():
     ranks = torch.tensor([1, 5, 6, 100, 101, mm.NEVER])
     expected = {"r1": 16.67, "r5": 33.33, "r10": 50.0, "r100": 66.67}

@@ -22,8 +22,7 @@ THRESHOLDS = (0.1, 0.3, 0.5, 0.7)
 RECALL_RANKS = (1, 10, 100)
 VIDEO_RECALL_RANKS = (1, 5, 10, 100)
 WINDOW_RULES = ("half", "any")
-NEVER = torch.iinfo(torch.int64).max  # the rank of a right prediction that was not made
-ROW_BLOCK = 2**22  # entries sorted at a time
+NEVER = torch.iinfo(torch.int32).max  # the rank of a right prediction that was not made
 
 
 def pad_windows(windows: Sequence[Sequence[tuple[float, float]]]) -> Tensor:
@@ -88,14 +87,9 @@ def first_hits(
         int64 [T, thresholds].
     """
     hits = right_moments(moments, windows, window_rule) & (videos == target[:, None])[..., None]
-    ranks = torch.arange(1, videos.shape[1] + 1, device=videos.device)
-    return _lowest(ranks, hits.transpose(1, 2))
-
-
-def _lowest(ranks: Tensor, hits: Tensor) -> Tensor:
-    """The lowest of the ranks that hit, along the last axis; NEVER where none does."""
-    nothing = torch.full((*hits.shape[:-1], 1), NEVER, device=hits.device)
-    return torch.cat([torch.where(hits, ranks, NEVER), nothing], dim=-1).amin(-1)
+    ranks = torch.arange(1, videos.shape[1] + 1, device=videos.device)[:, None]
+    nothing = torch.full((len(hits), 1, len(THRESHOLDS)), NEVER, device=hits.device)
+    return torch.cat([torch.where(hits, ranks, NEVER), nothing], dim=1).amin(1)
 
 
 def moment_metrics(
@@ -121,31 +115,8 @@ def moment_recalls(ranks: Tensor) -> dict[str, float]:
     }
 
 
-def video_ranks(videos: Tensor, target: Tensor) -> Tensor:
-    """Rank of the right video when a query's predictions are read as a list of distinct videos.
-
-    Args:
-        videos: int [T, P] predicted videos, best moment first, -1 for none; a video may repeat.
-        target: int64 [T] the right video.
-
-    Returns:
-        int64 [T], NEVER where the right video is not among the predictions.
-    """
-    step = max(1, ROW_BLOCK // max(1, videos.shape[1]))
-    blocks = zip(videos.split(step), target.split(step), strict=True)
-    return torch.cat([_video_ranks(*block) for block in blocks])
-
-
-def _video_ranks(videos: Tensor, target: Tensor) -> Tensor:
-    ordered, position = videos.sort(dim=1, stable=True)
-    repeats = torch.zeros_like(ordered, dtype=torch.bool)
-    repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    first = torch.empty_like(repeats).scatter_(1, position, ~repeats) & (videos >= 0)
-    return _lowest(first.cumsum(1), first & (videos == target[:, None]))
-
-
 def video_recalls(ranks: Tensor) -> dict[str, float]:
-    """{"r1": %, …} of the ranks [T] that `video_ranks` gives."""
+    """{"r1": %, …} of the ranks of the right videos, int [T]."""
     return {f"r{k}": percentage((ranks <= k).float()) for k in VIDEO_RECALL_RANKS}
 
 

@@ -24,7 +24,6 @@ from utils.moment_metrics import (
     random_event_recalls,
     right_moments,
     temporal_iou,
-    video_ranks,
     video_recalls,
 )
 from utils.predictions import MomentPredictions
@@ -54,7 +53,7 @@ def moment_report(
     if timed.any():
         some = [query for query in queries if query.windows is not None]
         rows |= _moment_rows(predictions.rows(timed), some, window_rule)
-    ranks = video_ranks(predictions.videos, predictions.target)
+    ranks = predictions.target_rank
     rows["VR"] = video_recalls(ranks)
     for name, members in _by_type(queries).items():
         rows[f"VR/{name}"] = video_recalls(ranks[members.to(ranks.device)])
@@ -73,12 +72,13 @@ def _moment_rows(
     everything = torch.arange(len(predictions.proposals), device=device)
     events = predictions.seconds(target[:, None], everything)  # [T, N_e, 2]
     right_events = right_moments(events, windows, window_rule)
-    whole = torch.stack([torch.zeros_like(target), predictions.durations[target.long()]], -1)
+    duration = predictions.durations[target.long()]
+    whole = torch.stack([torch.zeros_like(duration), duration], dim=-1)
     right_whole = right_moments(whole[:, None], windows, window_rule)[:, 0]  # [T, thresholds]
-    own_rank = video_ranks(predictions.videos, target)
+    rank = predictions.target_rank
     tasks = (
-        ("VCMR", predictions, own_rank, len(predictions.vid_names)),
-        ("SVMR", predictions.within_target(), torch.ones_like(own_rank), 1),
+        ("VCMR", predictions, rank, len(predictions.vid_names)),
+        ("SVMR", predictions.within_target(), torch.ones_like(rank), 1),
     )
     for task, moments, video_rank, num_videos in tasks:
         moments = moments.first(max(RECALL_RANKS))
@@ -170,7 +170,8 @@ def report_tables(rows: Rows, published: Mapping[str, float] | None = None) -> s
 def level_table(rows: Rows) -> str:
     """The rows of `level_report` as a table."""
     named = {f"moments of ≈ {name}" if name != "all" else name: row for name, row in rows.items()}
-    return metrics_table(named, list(rows["all"]))
+    title = "Best event of the right video: its level, mean IoU in %, by length of the moment"
+    return f"{title}\n{metrics_table(named, list(rows['all']))}"
 
 
 def times_missing(queries: Sequence[Query]) -> str | None:

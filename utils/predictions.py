@@ -25,7 +25,7 @@ DATASETS = {
     "desc_ids": h5py.string_dtype(), "vid_names": h5py.string_dtype(),
     "durations": np.float32, "proposals": np.float32,
     "videos": np.int32, "events": np.int16, "scores": np.float32,
-    "target": np.int32, "target_scores": np.float32,
+    "target": np.int32, "target_rank": np.int32, "target_scores": np.float32,
 }  # fmt: skip
 PACKED = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
@@ -47,6 +47,7 @@ class MomentPredictions:
         videos, events: int [T, K] the moments over the whole corpus, best first.
         scores: float32 [T, K] their cosines.
         target: int [T] the right video.
+        target_rank: int [T] its rank among the videos by their best event, from 1.
         target_scores: float32 [T, N_e] cosines of the right video's events.
     """
 
@@ -59,6 +60,7 @@ class MomentPredictions:
     events: Tensor
     scores: Tensor
     target: Tensor
+    target_rank: Tensor
     target_scores: Tensor
 
     def seconds(self, videos: Tensor, events: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class MomentPredictions:
     def rows(self, rows: Tensor) -> MomentPredictions:
         """The predictions for some of the queries, int64 [T'] or bool [T]."""
         positions = torch.arange(len(self.desc_ids))[rows].tolist()
-        names = ("videos", "events", "scores", "target", "target_scores")
+        names = ("videos", "events", "scores", "target", "target_rank", "target_scores")
         kept = {name: getattr(self, name)[rows.to(self.videos.device)] for name in names}
         return replace(self, desc_ids=[self.desc_ids[i] for i in positions], **kept)
 
@@ -169,10 +171,11 @@ def load_predictions(path: Path) -> MomentPredictions:
 
 def _contradiction(p: MomentPredictions) -> str | None:
     queries, videos, events = len(p.desc_ids), len(p.vid_names), len(p.proposals)
+    moments = tuple(p.videos.shape)
     shapes = {
-        "durations": (videos,), "proposals": (events, 2), "target": (queries,),
-        "target_scores": (queries, events), "videos": (queries, *p.scores.shape[1:2]),
-        "events": tuple(p.videos.shape), "scores": tuple(p.videos.shape),
+        "durations": (videos,), "proposals": (events, 2), "videos": (queries, *moments[1:]),
+        "events": moments, "scores": moments, "target": (queries,), "target_rank": (queries,),
+        "target_scores": (queries, events),
     }  # fmt: skip
     for name, shape in shapes.items():
         if tuple(getattr(p, name).shape) != shape:
