@@ -40,9 +40,8 @@ def check_size(width: int, height: int, authors_scale: bool = False) -> bool:
     """Whether a clip has a size that the preparation gives."""
     if width % 2 or height % 2:
         return False
-    if authors_scale and height < width:
-        # landscape, or a portrait video squashed to the width 224
-        return PREPARED_SHORT_SIDE in (width, height)
+    if authors_scale:  # portrait videos squashed to the width 224
+        return height == PREPARED_SHORT_SIDE <= width or height < PREPARED_SHORT_SIDE == width
     return min(width, height) == PREPARED_SHORT_SIDE
 
 

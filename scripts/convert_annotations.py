@@ -48,7 +48,7 @@ def activitynet_records(file: Path) -> Iterator[dict]:
                 "desc_id": f"{name}#enc#{number}",
                 "desc": sentence,
                 "duration": duration,
-                "ts": list(window),
+                "ts": window,
             }
 
 

@@ -1,0 +1,113 @@
+"""Checking a folder of clips: each kind of fault is found, and a healthy folder passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scripts.check_videos import check_size, main
+from utils.ffmpeg import write_video
+
+
+def clip(path: Path, seconds: float, size=(224, 298), fps: float = 3) -> None:
+    """A clip of moving noise, so that damage to its bytes shows."""
+    noise = np.random.RandomState(0).randint(0, 255, (*size, 3), dtype=np.uint8)
+    frames = (np.roll(noise, 8 * i, axis=1) for i in range(round(seconds * fps)))
+    write_video(path, frames, fps)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    clip(folder / "good.mp4", 3)
+    clip(folder / "portrait.mp4", 3, (398, 224))
+    clip(folder / "squashed.mp4", 3, (126, 224))
+    clip(folder / "large.mp4", 3, (240, 320))
+    clip(folder / "fast.mp4", 3, fps=5)
+    clip(folder / "short.mp4", 1)
+    clip(folder / "unused.mp4", 1)
+    (folder / "text.mp4").write_text("no video")
+    damaged = bytearray((folder / "good.mp4").read_bytes())
+    middle = len(damaged) // 2
+    damaged[middle : middle + 20000] = bytes(20000)
+    (folder / "damaged.mp4").write_bytes(damaged)
+    return folder
+
+
+def faults(folder: Path, tmp_path: Path, names: list[str], *more: str) -> dict[str, set[str]]:
+    annotations = tmp_path / "a.jsonl"
+    lines = ({"vid_name": n, "desc_id": n, "desc": "x", "duration": 3} for n in names)
+    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = tmp_path / "report.jsonl"
+    command = ["--video_dir", str(folder), "--annotations", str(annotations), *more]
+    status = main([*command, "--report", str(report)])
+    found: dict[str, set[str]] = {}
+    for line in map(json.loads, report.read_text().splitlines()):
+        assert line["detail"]
+        found.setdefault(line["vid_name"], set()).add(line["problem"])
+    assert status == (1 if found else 0)
+    return found
+
+
+ALL = ["good", "portrait", "squashed", "large", "fast", "short", "text", "damaged", "absent"]
+HEADER_FAULTS = {
+    "squashed": {"size"},
+    "large": {"size"},
+    "fast": {"rate"},
+    "short": {"duration"},
+    "text": {"unreadable"},
+    "absent": {"missing"},
+}
+
+
+def test_headers_show_most_faults(folder, tmp_path):
+    assert faults(folder, tmp_path, ALL) == HEADER_FAULTS
+
+
+def test_decoding_also_shows_damage(folder, tmp_path):
+    assert faults(folder, tmp_path, ALL, "--decode") == HEADER_FAULTS | {"damaged": {"broken"}}
+
+
+def test_a_healthy_folder_passes(folder, tmp_path, capsys):
+    assert faults(folder, tmp_path, ["good", "portrait"]) == {}
+    printed = capsys.readouterr().out
+    assert "2 videos checked, 0 with problems" in printed
+    assert " clips are used by none" in printed
+
+
+def test_the_tolerance_decides_what_is_too_short(folder, tmp_path):
+    assert faults(folder, tmp_path, ["short"], "--tolerance", "2") == {}
+
+
+def test_the_authors_size_is_right_where_it_was_asked_for(folder, tmp_path):
+    assert faults(folder, tmp_path, ["squashed", "good"], "--authors_scale") == {}
+
+
+def test_a_reader_that_hangs_costs_a_message(folder, tmp_path):
+    assert faults(folder, tmp_path, ["good"], "--time_limit", "0.0001") == {"good": {"unreadable"}}
+
+
+def test_bad_annotations_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"vid_name": 3}\n')
+    assert main(["--video_dir", str(folder), "--annotations", str(tmp_path / "a.jsonl")]) == 2
+    assert "a.jsonl:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "ours", "theirs"),
+    [
+        ((398, 224), True, True),
+        ((224, 224), True, True),
+        ((224, 398), True, False),
+        ((224, 126), False, True),
+        ((399, 224), False, False),
+        ((320, 240), False, False),
+        ((80, 64), False, False),
+    ],
+)
+def test_sizes(size, ours, theirs):
+    assert check_size(*size) == ours
+    assert check_size(*size, authors_scale=True) == theirs
