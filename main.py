@@ -44,11 +44,21 @@ from utils.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from utils.engine import TrainingError, embed_corpus, evaluate_prvr, train_one_epoch
+from utils.engine import (
+    TrainingError,
+    embed_corpus,
+    evaluate_prvr,
+    evaluate_vcmr,
+    predict_moments,
+    train_one_epoch,
+)
 from utils.logger import EpochLog, append_json, setup_logging
 from utils.misc import git_revision, parameter_report, pick_device, set_seed
+from utils.moment_metrics import RECALL_RANKS, WINDOW_RULES, selection_score
+from utils.moment_report import level_table, report_tables, times_missing
 from utils.optim import build_optimizer, learning_rate
-from utils.published import DATATYPES, PRVR_RESULTS, split_size_warning
+from utils.predictions import export_all, save_predictions
+from utils.published import DATATYPES, PRVR_RESULTS, VCMR_RESULTS, split_size_warning
 from utils.tables import PRVR_COLUMNS, metrics_table
 
 ROOT = Path(__file__).resolve().parent
@@ -85,6 +95,10 @@ class Evaluation:
         column = {video.vid_name: index for index, video in enumerate(self.videos)}
         self.target: Tensor = torch.tensor([column[query.vid_name] for query in queries])
         self.scoring = {"cosine": [True], "dot": [False], "both": [True, False]}[args.event_scores]
+        self.moments = args.subtask_type == "VCMR"
+        self.per_video, self.limit = args.npev, args.max_event_per_text
+        self.window_rule = args.window_rule
+        self.proposals = model.pyramid.proposals
         self.texts = evaluation_text_batches(queries, args.max_words, TEXT_BATCH)
         self.loader = evaluation_video_loader(
             self.videos,
@@ -96,13 +110,40 @@ class Evaluation:
             pin_memory=torch.cuda.is_available(),
         )
 
-    def run(self, model: ProPy, device: torch.device) -> dict[str, dict[str, float]]:
-        """Metrics by row: "cosine" and, where asked for, "dot". The first row chooses the epoch."""
+    def run(
+        self, model: ProPy, device: torch.device, predictions_dir: Path | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Metrics by row: PRVR's "cosine" and, where asked for, "dot"; VCMR's after them.
+
+        Args:
+            predictions_dir: folder for the predicted moments, all of them; VCMR only.
+        """
         embeddings = embed_corpus(model, self.loader, self.texts, device)
-        return {
+        rows = {
             "cosine" if normalize else "dot": evaluate_prvr(embeddings, self.target, normalize)
             for normalize in self.scoring
         }
+        if self.moments:
+            predictions = predict_moments(
+                embeddings,
+                self.queries,
+                self.videos,
+                self.proposals,
+                per_video=self.per_video,
+                # The metrics read no more than the first 100.
+                limit=self.limit if predictions_dir else min(self.limit, max(RECALL_RANKS)),
+            )
+            rows |= evaluate_vcmr(predictions, self.queries, self.window_rule)
+            if predictions_dir:
+                save_predictions(predictions_dir / "predictions.h5", predictions)
+                export_all(predictions_dir, predictions, self.queries)
+        return rows
+
+    def score(self, rows: dict[str, dict[str, float]]) -> float:
+        """What chooses the best epoch."""
+        if self.moments:
+            return selection_score(rows["VCMR"])
+        return next(iter(rows.values()))["SumR"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -405,6 +446,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in positive:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1: {getattr(args, name)}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
     if args.temp_kernel_sz < 1 or args.temp_kernel_sz % 2 == 0:
         parser.error(f"--temp_kernel_sz must be odd and positive: {args.temp_kernel_sz}")
     if args.output_dir is None:
