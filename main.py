@@ -113,16 +113,13 @@ class Evaluation:
     def run(
         self, model: ProPy, device: torch.device, predictions_dir: Path | None = None
     ) -> dict[str, dict[str, float]]:
-        """Metrics by row: PRVR's "cosine" and, where asked for, "dot"; VCMR's after them.
+        """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `evaluate_vcmr`.
 
         Args:
-            predictions_dir: folder for the predicted moments, all of them; VCMR only.
+            predictions_dir: VCMR only: a folder to save the predicted moments in.
         """
         embeddings = embed_corpus(model, self.loader, self.texts, device)
-        rows = {
-            "cosine" if normalize else "dot": evaluate_prvr(embeddings, self.target, normalize)
-            for normalize in self.scoring
-        }
+        rows = {}
         if self.moments:
             predictions = predict_moments(
                 embeddings,
@@ -133,10 +130,14 @@ class Evaluation:
                 # The metrics read no more than the first 100.
                 limit=self.limit if predictions_dir else min(self.limit, max(RECALL_RANKS)),
             )
-            rows |= evaluate_vcmr(predictions, self.queries, self.window_rule)
+            rows = evaluate_vcmr(predictions, self.queries, self.window_rule)
             if predictions_dir:
                 save_predictions(predictions_dir / "predictions.h5", predictions)
                 export_all(predictions_dir, predictions, self.queries)
+        for normalize in self.scoring:
+            name = "cosine" if normalize else "dot"
+            if name not in rows:
+                rows[name] = evaluate_prvr(embeddings, self.target, normalize)
         return rows
 
     def score(self, rows: dict[str, dict[str, float]]) -> float:
@@ -170,6 +171,8 @@ def main(args: argparse.Namespace) -> None:
     ).to(device)
     check_settings(args, model, train_queries)
     evaluation = Evaluation(val_queries, args, model)
+    if args.subtask_type == "VCMR":
+        check_times(args, val_queries, log)
 
     best = args.resume
     if args.do_train:
@@ -177,7 +180,7 @@ def main(args: argparse.Namespace) -> None:
     if args.do_eval:
         checkpoint = load_checkpoint(best, model)
         log.info("evaluating %s, %d epochs trained", best, checkpoint.epoch)
-        rows = evaluation.run(model, device)
+        rows = evaluation.run(model, device, args.output_dir if args.save_predictions else None)
         show(rows, args.datatype, log)
         record = {"checkpoint": str(best), "epoch": checkpoint.epoch, "git": git_revision()}
         append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
@@ -193,6 +196,18 @@ def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Q
         raise SettingsError(
             f"--batch_size {args.batch_size}: {args.prvr_train_annos} has only {videos} videos"
         )
+
+
+def check_times(args: argparse.Namespace, queries: list[Query], log: logging.Logger) -> None:
+    """Moments are scored, and the best epoch chosen by them, where their times are known."""
+    missing = times_missing(queries)
+    if missing and args.do_train and not any(query.windows for query in queries):
+        raise SettingsError(
+            f"{args.prvr_val_annos}: {missing}, so no best epoch can be chosen: train with "
+            "--subtask_type PRVR, or give validation annotations with times"
+        )
+    if missing:
+        log.warning("%s: %s", args.prvr_val_annos, missing)
 
 
 def read_split(path: Path, datatype: str, split: str, log: logging.Logger) -> list[Query]:
@@ -266,7 +281,7 @@ def train(
             display_every=args.n_display,
         )
         rows = evaluation.run(model, device)
-        score = next(iter(rows.values()))["SumR"]
+        score = evaluation.score(rows)
         progress.epoch = epoch + 1
         progress.global_step += trained["steps"]
         if progress.best_score is None or score >= progress.best_score:  # a tie: the later epoch
@@ -291,7 +306,7 @@ def train(
         )
         show(rows, args.datatype, log)
     epoch_log.close()
-    log.info("best epoch %s, SumR %.2f: %s", progress.best_epoch, progress.best_score, best)
+    log.info("best epoch %s, score %.2f: %s", progress.best_epoch, progress.best_score, best)
     return best
 
 
@@ -314,17 +329,28 @@ def start(
             f"{args.resume}: training cannot go on from it, it holds no optimizer state of this "
             "program. To start a new training from its weights: --load_from_pretrained"
         )
+    task = progress.args.get("subtask_type", args.subtask_type)
+    if task != args.subtask_type:
+        raise CheckpointError(
+            f"{args.resume}: its best epoch was chosen by {task}, which does not compare with "
+            f"{args.subtask_type}: resume with --subtask_type {task}"
+        )
     log.info("resuming %s after epoch %d", args.resume, progress.epoch)
     return progress
 
 
 def show(rows: dict[str, dict[str, float]], datatype: str, log: logging.Logger) -> None:
-    """The metrics as a table, over the published row where there is one."""
+    """The metrics as tables, over the published row where there is one."""
     names = {"cosine": "ProPy", "dot": "ProPy, events not normalised"}
-    table = {names[row]: numbers for row, numbers in rows.items()}
+    table = {names[row]: numbers for row, numbers in rows.items() if row in names}
     if datatype in PRVR_RESULTS:
         table["published"] = PRVR_RESULTS[datatype]
     log.info("\n%s", metrics_table(table, PRVR_COLUMNS))
+    if "VR" in rows:
+        log.info("\n%s", report_tables(rows, VCMR_RESULTS.get(datatype)))
+    levels = {row.split("/")[1]: rows[row] for row in rows if row.startswith("levels/")}
+    if levels:
+        log.info("\n%s", level_table(levels))
 
 
 def plain(value: object) -> object:
@@ -335,9 +361,10 @@ def plain(value: object) -> object:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; an impossible combination ends the program with a message."""
     parser = argparse.ArgumentParser(
-        description="Train and evaluate ProPy for partially relevant video retrieval.",
+        description="Train and evaluate ProPy for partially relevant video retrieval, and for "
+        "weakly supervised moment retrieval from a corpus of videos.",
         epilog="[published: …] is the setting behind the paper's numbers. "
-        "scripts/prvr_<split>.sh hold them for each data set.",
+        "scripts/prvr_<split>.sh and vcmr_<split>.sh hold them for each data set.",
     )
     # fmt: off
     add = parser.add_argument_group("what to do").add_argument
@@ -345,8 +372,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="train, evaluating after every epoch (default 0)")
     add("--do_eval", type=int, choices=[0, 1], default=0,
         help="evaluate the checkpoint --resume; after training, its best checkpoint (default 0)")
-    add("--subtask_type", choices=["PRVR"], default="PRVR",
-        help="what is evaluated and chooses the best epoch (default PRVR)")
+    add("--subtask_type", choices=["PRVR", "VCMR"], default="PRVR",
+        help="what is evaluated and chooses the best epoch: PRVR, videos, by SumR; VCMR, moments "
+        "(and videos), by the sum of R@1, 10 and 100 at IoU 0.5 and 0.7 (default PRVR)")
     add("--datatype", choices=DATATYPES, default="custom",
         help="the data set: adds its published row to the results and checks the split's size "
         "(default custom: neither)")
@@ -426,7 +454,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--event_scores", choices=["cosine", "dot", "both"], default="cosine",
         help="how texts and events are compared: cosine, as the paper says; dot leaves the "
         "events' lengths in, as the authors' program does when it evaluates PRVR on ActivityNet; "
-        "both reports both rows, cosine choosing the best epoch (default cosine)")
+        "both reports both rows, cosine choosing the best epoch; moments are always ranked by "
+        "cosine (default cosine)")
+    add("--npev", type=int, default=10, metavar="N",
+        help="VCMR: moments of one video that count, the best [published: 10] (default 10)")
+    add("--max_event_per_text", type=int, default=1000, metavar="N",
+        help="VCMR: moments of a text that count, the best; the metrics read the first 100 "
+        "[published: 1000] (default 1000)")
+    add("--window_rule", choices=WINDOW_RULES, default="half",
+        help="VCMR: of a query with several windows a prediction must reach half, rounded down "
+        "but at least one, or any; the other rule is reported beside [published: half] "
+        "(default half)")
+    add("--save_predictions", type=int, choices=[0, 1], default=0,
+        help="VCMR: --do_eval leaves the predicted moments in the output folder: predictions.h5, "
+        "for python -m utils.moment_metrics, and in TVR's and QVHighlights' submission formats "
+        "(default 0)")
     # fmt: on
     args = parser.parse_args(argv)
 
@@ -441,8 +483,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for checkpoint in filter(None, (args.resume, args.load_from_pretrained)):
         if not checkpoint.is_file():
             parser.error(f"no such checkpoint: {checkpoint}")
+    if args.save_predictions and not (args.do_eval and args.subtask_type == "VCMR"):
+        parser.error("--save_predictions 1 needs --do_eval 1 and --subtask_type VCMR")
     positive = ("epochs", "batch_size", "batch_size_val", "max_words", "adapter_channels",
-                "gradient_accumulation_steps", "n_display")  # fmt: skip
+                "gradient_accumulation_steps", "n_display", "npev",
+                "max_event_per_text")  # fmt: skip
     for name in positive:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1: {getattr(args, name)}")

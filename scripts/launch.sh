@@ -22,6 +22,9 @@ batch_size=${batch_size:-24}
 batch_size_val=${batch_size_val:-16}
 seed=${seed:-42}
 
+npev=${npev:-10}
+max_event_per_text=${max_event_per_text:-1000}
+
 flags=(
   --do_train "$do_train" --do_eval "$do_eval"
   --subtask_type "$subtask_type" --datatype "$datatype"
@@ -32,6 +35,7 @@ flags=(
   --temp_kernel_sz "$temp_kernel_sz" --max_words "$max_words"
   --epochs "$epochs" --batch_size "$batch_size" --batch_size_val "$batch_size_val"
   --lr "$lr" --seed "$seed"
+  --npev "$npev" --max_event_per_text "$max_event_per_text"
 )
 [ "$do_train" = 0 ] || flags+=(--prvr_train_annos "$train_annos")
 [ -z "$resume" ] || flags+=(--resume "$resume")

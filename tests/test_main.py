@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,104 @@ def test_fine_tuning_clip(corpus, tmp_path) -> None:
     assert record["metrics"]["cosine"]["SumR"] == epochs(tmp_path)[0]["SumR"]
 
 
+VCMR = ("--subtask_type", "VCMR")
+
+
+@pytest.fixture(scope="module")
+def trained_vcmr(corpus, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("vcmr")
+    done = run(corpus, output, *TRAIN, *VCMR, "--epochs", "2", "--datatype", "tvr")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output
+
+
+def test_moment_retrieval_is_logged_and_chooses_the_epoch(trained_vcmr) -> None:
+    records = epochs(trained_vcmr)
+    recalls = {f"VCMR/{t}-r{k}" for t in (0.1, 0.3, 0.5, 0.7) for k in (1, 10, 100)}
+    assert recalls | {"SumR", "VR/r1", "SVMR/0.5-r1", "VCMR/random_event/0.5-r1"} <= set(records[0])
+    chosen_by = [f"VCMR/{t}-r{k}" for t in (0.5, 0.7) for k in (1, 10, 100)]
+    sums = [sum(record[name] for name in chosen_by) for record in records]
+    best = max((score, epoch) for epoch, score in enumerate(sums, start=1))
+    assert records[-1]["best_epoch"] == best[1]
+    text = (trained_vcmr / "log.txt").read_text()
+    assert "SVMR/whole_video" in text and "Best event of the right video" in text
+    assert "26.26" in text, "the published row"
+
+
+def test_saved_predictions_give_the_logged_numbers(corpus, trained_vcmr, tmp_path) -> None:
+    best = ("--resume", str(trained_vcmr / "ckpt.best.pth.tar"))
+    done = run(corpus, tmp_path, "--do_eval", "1", *best, *VCMR, "--save_predictions", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "eval.jsonl").read_text())["metrics"]
+    logged = epochs(trained_vcmr)[epochs(trained_vcmr)[-1]["best_epoch"] - 1]
+    for name, value in metrics["VCMR"].items():
+        assert logged[f"VCMR/{name}"] == value
+    command = [
+        sys.executable, "-m", "utils.moment_metrics", "--annotations", str(corpus / "annos.jsonl"),
+        "--predictions", str(tmp_path / "predictions.h5"),
+    ]  # fmt: skip
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    row = next(line.split() for line in again.stdout.splitlines() if line.startswith("VCMR "))
+    assert row[1:] == [f"{value:.2f}" for value in metrics["VCMR"].values()]
+    assert {"predictions_tvr.json", "predictions_qvhighlights.jsonl"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    videos_only = run(corpus, tmp_path, "--do_eval", "1", *best)
+    assert videos_only.returncode == 0
+    record = json.loads((tmp_path / "eval.jsonl").read_text().splitlines()[-1])
+    assert record["metrics"] == {"cosine": metrics["cosine"]}
+
+
+def test_moments_without_known_times(corpus, trained_vcmr, tmp_path) -> None:
+    records = [json.loads(line) for line in (corpus / "annos.jsonl").read_text().splitlines()]
+    untimed = tmp_path / "untimed.jsonl"
+    untimed.write_text(
+        "".join(json.dumps({k: r[k] for k in r if k != "ts"}) + "\n" for r in records)
+    )
+    annotations = ("--prvr_val_annos", str(untimed))
+    message = f"{untimed}: 8 of 8 queries have no times (ts): VCMR and SVMR cannot be scored"
+    done = run(corpus, tmp_path, *TRAIN, *VCMR, *annotations)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    best = ("--resume", str(trained_vcmr / "ckpt.best.pth.tar"), "--save_predictions", "1")
+    done = run(corpus, tmp_path, "--do_eval", "1", *best, *VCMR, *annotations)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert message in done.stdout and "VCMR/" not in done.stdout
+    assert (tmp_path / "predictions_qvhighlights.jsonl").read_text().count("\n") == 8
+
+
+def test_a_run_does_not_go_on_with_another_task(corpus, trained_vcmr, tmp_path) -> None:
+    flags = ("--resume", str(trained_vcmr / "ckpt.pth.tar"), "--epochs", "3")
+    done = run(corpus, tmp_path, *TRAIN, *flags)
+    assert done.returncode != 0
+    assert "resume with --subtask_type VCMR" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("split", ["tvr", "activitynet", "charades", "qvhighlights_val"])
+def test_moment_scripts_are_the_video_scripts_with_another_task(split: str, tmp_path) -> None:
+    """Both scripts of a split, with a Python that only prints what it is called with."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "scripts/setup.sh").write_text("")
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    flags = {}
+    for task in ("PRVR", "VCMR"):
+        script = tmp_path / f"scripts/{task.lower()}_{split}.sh"
+        done = subprocess.run(
+            ["bash", str(script), "--n_display", "7"], capture_output=True, text=True, check=True
+        )
+        program, *words = done.stdout.splitlines()
+        assert program == "main.py"
+        flags[task] = dict(zip(words[::2], words[1::2], strict=True))
+        assert flags[task].pop("--subtask_type") == task
+        assert flags[task].pop("--output_dir") == f"logs/{task.lower()}_{split}"
+    assert flags["VCMR"] == flags["PRVR"]
+    assert flags["VCMR"]["--n_display"] == "7"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -172,6 +271,8 @@ def test_fine_tuning_clip(corpus, tmp_path) -> None:
         ((*TRAIN, "--batch_size", "5"), "5"),
         ((*TRAIN, "--temp_kernel_sz", "4"), "odd"),
         ((*TRAIN, "--max_words", "99"), "77"),
+        ((*TRAIN, "--npev", "0"), "--npev must be at least 1"),
+        ((*TRAIN, *VCMR, "--save_predictions", "1"), "needs --do_eval 1"),
     ],
 )
 def test_mistakes_end_with_a_message(corpus, tmp_path, flags, message: str) -> None:

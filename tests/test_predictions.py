@@ -8,39 +8,27 @@ import h5py
 import pytest
 import torch
 
-from dataloaders.annotations import Query
-from modules.similarity import paired_event_scores, top_moments
+from dataloaders.annotations import Query, Video
+from modules.similarity import top_moments
 from utils import moment_metrics
+from utils.engine import Embeddings, evaluate_prvr, evaluate_vcmr, predict_moments
 from utils.moment_report import level_report, moment_report, times_missing
 from utils.predictions import (
-    MomentPredictions,
     PredictionsError,
     export_all,
     load_predictions,
     save_predictions,
 )
-from utils.retrieval_metrics import ranks_of
 
 # The whole video, its halves, its quarters.
 PROPOSALS = [[0, 1], [0, 0.5], [0.5, 1], [0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]
 DURATIONS = [61.46, 40.0, 8.0, 33.3]
 
 
-def predict(texts, events, target, ids, per_video=3, limit=1000):
-    top = top_moments(texts, events, per_video, limit)
-    return MomentPredictions(
-        desc_ids=[str(name) for name in ids],
-        vid_names=[f"video {i}" for i in range(len(events))],
-        durations=torch.tensor(DURATIONS[: len(events)]),
-        proposals=torch.tensor(PROPOSALS),
-        per_video=per_video,
-        videos=top.videos,
-        events=top.events,
-        scores=top.scores,
-        target=target,
-        target_rank=ranks_of(top.video_scores, target),
-        target_scores=paired_event_scores(texts, events, target),
-    )
+def predict(texts, events, queries, durations=DURATIONS):
+    videos = [Video(f"video {i}", durations[i]) for i in range(len(events))]
+    proposals = torch.tensor(PROPOSALS)
+    return predict_moments(Embeddings(events, texts), queries, videos, proposals, per_video=3)
 
 
 @pytest.fixture
@@ -60,13 +48,16 @@ def queries():
     ]
 
 
-@pytest.fixture
-def predictions(queries):
+def random_embeddings():
     generator = torch.Generator().manual_seed(3)
     texts = torch.randn(6, 16, generator=generator)
-    events = torch.randn(4, 7, 16, generator=generator)
-    target = torch.tensor([int(q.vid_name[-1]) for q in queries])
-    return predict(texts, events, target, [q.desc_id for q in queries])
+    return Embeddings(torch.randn(4, 7, 16, generator=generator), texts)
+
+
+@pytest.fixture
+def predictions(queries):
+    embeddings = random_embeddings()
+    return predict(embeddings.texts, embeddings.events, queries)
 
 
 @pytest.fixture
@@ -129,25 +120,19 @@ def test_single_video_retrieval_is_corpus_retrieval_on_a_corpus_of_one(queries):
     generator = torch.Generator().manual_seed(8)
     texts = torch.randn(6, 16, generator=generator)
     events = torch.randn(4, 7, 16, generator=generator).round()  # equal cosines among them
-    target = torch.tensor([int(q.vid_name[-1]) for q in queries])
-    predictions = predict(texts, events, target, [q.desc_id for q in queries])
+    predictions = predict(texts, events, queries)
     within = predictions.within_target()
-    for row, video in enumerate(target.tolist()):
+    for row, video in enumerate(predictions.target.tolist()):
         alone = top_moments(texts[row : row + 1], events[video : video + 1], per_video=3)
         assert torch.equal(within.events[row : row + 1].int(), alone.events)
         assert within.videos[row].tolist() == [video] * 3
-    report = moment_report(predictions, queries)
-    for row, query in enumerate(queries):
-        video = int(query.vid_name[-1])
-        one = predict(
-            texts[row : row + 1], events[video : video + 1], torch.tensor([0]), [query.desc_id]
-        )
-        one.vid_names[0] = query.vid_name
-        one.durations[0] = query.duration
-        corpus = moment_report(one, [query])
-        assert corpus["VCMR"] == corpus["SVMR"]
-        assert corpus["VR"]["r1"] == 100
-    assert report["SVMR"]["0.1-r10"] >= report["VCMR"]["0.1-r10"]
+        query = queries[row]
+        renamed = Query(query.desc_id, "", "video 0", query.duration, query.windows)
+        one = predict(texts[row : row + 1], events[video : video + 1], [renamed], [query.duration])
+        report = moment_report(one, [renamed])
+        kept = predictions.rows(torch.tensor([row]))
+        assert report["VCMR"] == report["SVMR"] == moment_report(kept, [query])["SVMR"]
+        assert report["VR"]["r1"] == 100
 
 
 def test_video_retrieval_is_the_order_in_which_videos_first_appear(predictions):
@@ -160,6 +145,14 @@ def test_video_retrieval_is_the_order_in_which_videos_first_appear(predictions):
         assert list(dict.fromkeys(videos)).index(target) + 1 == rank
 
 
+def test_one_evaluation_gives_both_tasks(predictions, queries):
+    rows = evaluate_vcmr(predictions, queries)
+    embeddings = random_embeddings()
+    assert rows["cosine"] == evaluate_prvr(embeddings, predictions.target)
+    assert rows["VCMR"] == moment_report(predictions, queries)["VCMR"]
+    assert rows["levels/all"]["queries"] == 6
+
+
 def test_baselines_worked_out_by_hand():
     # One query; the true window is the first half of the second video.
     query = Query("a", "text", "video 1", 40.0, ((0.0, 20.0),))
@@ -167,7 +160,7 @@ def test_baselines_worked_out_by_hand():
     events = torch.tensor([[0.1, 1.0]]).repeat(14, 1).view(2, 7, 2)
     events[0, 0] = torch.tensor([1.0, 0.0])  # the first video is first
     events[1, 3] = torch.tensor([1.0, 1.0])  # a quarter: IoU 0.5
-    report = moment_report(predict(texts, events, torch.tensor([1]), ["a"]), [query])
+    report = moment_report(predict(texts, events, [query]), [query])
     assert report["VR"] == {"r1": 0.0, "r5": 100.0, "r10": 100.0, "r100": 100.0}
     assert report["VCMR"]["0.5-r1"] == 0
     assert report["VCMR"]["0.5-r10"] == report["SVMR"]["0.5-r1"] == 100
@@ -209,10 +202,7 @@ def test_levels_that_win():
         Query(1, "short, too long", "video 0", 40.0, ((0.0, 10.0),)),
         Query(2, "long, found", "video 0", 40.0, ((1.0, 1.5), (0.0, 36.0))),
     ]
-    target = torch.zeros(3, dtype=torch.int64)
-    predictions = predict(texts, torch.eye(7)[None], target, [0, 1, 2])
-    predictions.durations[0] = 40
-    rows = level_report(predictions, queries)
+    rows = level_report(predict(texts, torch.eye(7)[None], queries, [40.0]), queries)
     assert list(rows) == ["25%", "100%", "all"]
     assert rows["25%"]["queries"] == 2
     assert [rows["25%"][f"won by {x}%"] for x in (25, 50, 100)] == [50, 50, 0]

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataloaders.annotations import Query, Video
 from modules.losses import video_text_loss
-from modules.similarity import best_event_scores
+from modules.similarity import best_event_scores, paired_event_scores, top_moments
 from utils.misc import autocast, peak_memory_gib
+from utils.moment_report import Rows, level_report, moment_report
 from utils.optim import set_learning_rate
-from utils.retrieval_metrics import retrieval_metrics
+from utils.predictions import MomentPredictions
+from utils.retrieval_metrics import ranks_of, recall_metrics, retrieval_metrics
 
 
 class TrainingError(RuntimeError):
@@ -229,6 +232,60 @@ def evaluate_prvr(
     """
     scores = best_event_scores(embeddings.texts, embeddings.events, normalize_events)
     return retrieval_metrics(scores, target.to(scores.device))
+
+
+def predict_moments(
+    embeddings: Embeddings,
+    queries: Sequence[Query],
+    videos: Sequence[Video],
+    proposals: Tensor,
+    *,
+    per_video: int = 10,
+    limit: int = 1000,
+) -> MomentPredictions:
+    """Weakly supervised moment retrieval: every event of the corpus is a proposed moment.
+
+    Args:
+        queries: what `embeddings.texts` are.
+        videos: what `embeddings.events` are of.
+        proposals: [N_e, 2] start and end of each event as a share of its video.
+        per_video: moments of one video that count, the best.
+        limit: moments kept of a query, the best.
+    """
+    device = embeddings.texts.device
+    column = {video.vid_name: index for index, video in enumerate(videos)}
+    target = torch.tensor([column[query.vid_name] for query in queries], device=device)
+    top = top_moments(embeddings.texts, embeddings.events, per_video, limit)
+    return MomentPredictions(
+        desc_ids=[str(query.desc_id) for query in queries],
+        vid_names=list(column),
+        durations=torch.tensor([video.duration for video in videos], device=device),
+        proposals=proposals.to(device),
+        per_video=per_video,
+        videos=top.videos,
+        events=top.events,
+        scores=top.scores,
+        target=target,
+        target_rank=ranks_of(top.video_scores, target),
+        target_scores=paired_event_scores(embeddings.texts, embeddings.events, target),
+    )
+
+
+def evaluate_vcmr(
+    predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
+) -> Rows:
+    """Video corpus moment retrieval, and with it PRVR, as rows of metrics.
+
+    Returns:
+        "cosine": what `evaluate_prvr` gives; the rows of `moment_report`; "levels/…": those of
+        `level_report`, if there are times.
+    """
+    rows = {"cosine": recall_metrics(predictions.target_rank)}
+    rows |= moment_report(predictions, queries, window_rule)
+    if any(query.windows for query in queries):
+        levels = level_report(predictions, queries)
+        rows |= {f"levels/{name}": row for name, row in levels.items()}
+    return rows
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -25,8 +25,11 @@ def metrics_table(
     lines = [" " * first + "".join(f"  {head:>{widths[key]}}" for key, head in heads.items())]
     for name, numbers in rows.items():
         cells = (
-            f"  {numbers[key]:>{widths[key]}.2f}" if key in numbers else f"  {'–':>{widths[key]}}"
-            for key in heads
+            f"  {_number(numbers[key]) if key in numbers else '–':>{widths[key]}}" for key in heads
         )
         lines.append(f"{name:<{first}}" + "".join(cells))
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
