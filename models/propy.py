@@ -22,6 +22,7 @@ from modules.interaction import event_key_counts, expand_attention, text_layer, 
 from modules.prompts import PyramidPrompts
 from modules.pyramid import PromptPyramid
 from modules.similarity import event_scores
+from modules.transformer import HEAD_WIDTH
 
 # The logit scale (before exp) stays in this range while it is trained.
 MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.1, 4.6052
@@ -92,26 +93,34 @@ class ProPy(nn.Module):
         """Side of the square frames, in pixels."""
         return self.clip.sizes.input_resolution
 
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a visual layer."""
+        return self.clip.sizes.vision_width // HEAD_WIDTH
+
     def encode_video(
-        self, frames: Tensor, return_attention: bool = False
+        self, frames: Tensor, return_attention: bool = False, head: int | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Event embeddings of videos (§3.2, §3.3).
 
         Args:
             frames: [B, N_f, 3, H, W], uint8, or float and normalised with CLIP's mean and std.
-            return_attention: also what every event attends to.
+            return_attention: also what every event attends to, averaged over heads.
+            head: of this head instead, counted from 0.
 
         Returns:
-            [B, N_e, D], not normalised; with attention also [L, B, N_e, keys], averaged over heads,
-            with the columns of ``visibility``.
+            [B, N_e, D], not normalised; with attention also [L, B, N_e, keys], with the columns of
+            ``visibility``.
 
         Raises:
-            ValueError: another number or size of frames than the model's.
+            ValueError: another number or size of frames than the model's, or no such head.
         """
         side = self.input_resolution
         expected = (self.pyramid.num_frames, 3, side, side)
         if tuple(frames.shape[1:]) != expected:
             raise ValueError(f"frames are [B, {expected}], not {list(frames.shape)}")
+        if head is not None and not 0 <= head < self.num_heads:
+            raise ValueError(f"head {head} of {self.num_heads}")
         visual, prompts = self.clip.visual, self.prompts
         x = visual.embed(self._normalize(frames).flatten(0, 1))  # [B·N_f, 1+G², D_v]
         events = prompts.event_prompts.expand(len(frames), -1, -1)  # [B, N_e, D_v]
@@ -128,6 +137,7 @@ class ProPy(nn.Module):
                 bias,
                 last=layer == len(blocks) - 1,
                 return_attention=return_attention,
+                head=head,
             )
             if return_attention:
                 attention.append(expand_attention(weights, self.pyramid, self.num_prompts))

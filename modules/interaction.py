@@ -64,6 +64,7 @@ def video_layer(
     *,
     last: bool = False,
     return_attention: bool = False,
+    head: int | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Both sides of one layer; each sees what the layer before has left.
 
@@ -76,6 +77,7 @@ def video_layer(
         bias: the log of ``event_key_counts``, added to the events' attention logits.
         last: frames are not needed after this layer, only their keys and values in it.
         return_attention: also the events' attention, averaged over heads.
+        head: that of this head instead, counted from 0.
 
     Returns:
         frames (None after the last layer), events, and the attention [B, N_e, keys] or None.
@@ -93,7 +95,7 @@ def video_layer(
     )  # [B, N_e + N_p + N_f·(1+G²), heads, 64]
     bias = bias.to(q.dtype)
     events = block.feed_forward(events + attn.attend(q, k, v, mask=bias))
-    attention = _attention_weights(q, k, bias) if return_attention else None
+    attention = _attention_weights(q, k, bias, head) if return_attention else None
     if last:
         return None, events, attention
 
@@ -143,7 +145,9 @@ def text_layer(
     return block.feed_forward(words + attn.attend(q, k, v, mask=mask))
 
 
-def _attention_weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q kᵀ / 8 + bias), averaged over heads: [B, N_e, keys]."""
+def _attention_weights(q: Tensor, k: Tensor, bias: Tensor, head: int | None) -> Tensor:
+    """softmax(q kᵀ / 8 + bias) of one head, or averaged over heads: [B, N_e, keys]."""
+    if head is not None:
+        q, k = q[:, :, head : head + 1], k[:, :, head : head + 1]
     logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / HEAD_WIDTH**0.5 + bias
     return logits.softmax(dim=-1).mean(dim=1)
