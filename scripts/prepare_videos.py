@@ -221,7 +221,7 @@ def encode_arguments(size: tuple[int, int], seconds: float | None) -> list[str]:
     rate = f"fps={PREPARED_FPS}:start_time=0" + (":eof_action=pass" if short else "")
     arguments = ["-filter_threads", "1"]
     arguments += ["-vf", f"{rate},scale={size[0]}:{size[1]}:out_range=tv,setsar=1"]
-    arguments += ["-map_metadata", "-1", "-map_chapters", "-1", *H264_ARGUMENTS]
+    arguments += ["-map_metadata", "-1", *H264_ARGUMENTS]
     if seconds is not None:
         # Some versions hold the last frame for as long as the gap before it.
         arguments += ["-frames:v", str(max(1, int(seconds * PREPARED_FPS + 0.5)))]
