@@ -3,6 +3,7 @@
 
     python main.py --do_train 1 --prvr_train_annos … --prvr_val_annos … --video_dir …
     python main.py --do_eval 1 --resume logs/prvr_tvr/ckpt.best.pth.tar --prvr_val_annos … …
+    python main.py --do_plot 1 --resume logs/prvr_tvr/ckpt.best.pth.tar --prvr_val_annos … …
 
 The published settings of every split are in scripts/prvr_<split>.sh.
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from dataloaders.annotations import (
     read_annotations,
 )
 from dataloaders.datasets import (
+    ClipLoader,
     TrainingLoader,
     evaluation_text_batches,
     evaluation_video_loader,
@@ -37,6 +40,7 @@ from dataloaders.video import VideoError
 from models import ProPy, build_model
 from models.clip import WEIGHTS_FILES, WeightsError, weights_path
 from modules.pyramid import PyramidError
+from modules.similarity import best_event_scores
 from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -57,9 +61,19 @@ from utils.misc import git_revision, parameter_report, pick_device, set_seed
 from utils.moment_metrics import RECALL_RANKS, WINDOW_RULES, selection_score
 from utils.moment_report import level_table, report_tables, times_missing
 from utils.optim import build_optimizer, learning_rate
+from utils.plots import (
+    PlotError,
+    PlotSettings,
+    check_request,
+    choose_queries,
+    plot_queries,
+    score_queries,
+)
 from utils.predictions import export_all, save_predictions
 from utils.published import DATATYPES, PRVR_RESULTS, VCMR_RESULTS, split_size_warning
+from utils.retrieval_metrics import ranks_of
 from utils.tables import PRVR_COLUMNS, metrics_table
+from utils.visualize import STYLES
 
 ROOT = Path(__file__).resolve().parent
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
@@ -73,6 +87,7 @@ class SettingsError(ValueError):
 USER_ERRORS = (
     AnnotationError,
     CheckpointError,
+    PlotError,
     PyramidError,
     SettingsError,
     TrainingError,
@@ -100,15 +115,16 @@ class Evaluation:
         self.window_rule = args.window_rule
         self.proposals = model.pyramid.proposals
         self.texts = evaluation_text_batches(queries, args.max_words, TEXT_BATCH)
-        self.loader = evaluation_video_loader(
-            self.videos,
-            args.video_dir,
+        self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
+            evaluation_video_loader,
+            video_dir=args.video_dir,
             num_frames=model.pyramid.num_frames,
             size=model.input_resolution,
             batch_size=args.batch_size_val,
             num_workers=args.num_thread_reader,
             pin_memory=torch.cuda.is_available(),
         )
+        self.loader = self.load_videos(self.videos)
 
     def run(
         self, model: ProPy, device: torch.device, predictions_dir: Path | None = None
@@ -116,11 +132,11 @@ class Evaluation:
         """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `evaluate_vcmr`.
 
         Args:
-            predictions_dir: VCMR only: a folder to save the predicted moments in.
+            predictions_dir: a folder to save the predicted moments in.
         """
         embeddings = embed_corpus(model, self.loader, self.texts, device)
         rows = {}
-        if self.moments:
+        if self.moments or predictions_dir:
             predictions = predict_moments(
                 embeddings,
                 self.queries,
@@ -130,7 +146,8 @@ class Evaluation:
                 # The metrics read no more than the first 100.
                 limit=self.limit if predictions_dir else min(self.limit, max(RECALL_RANKS)),
             )
-            rows = evaluate_vcmr(predictions, self.queries, self.window_rule)
+            if self.moments:
+                rows = evaluate_vcmr(predictions, self.queries, self.window_rule)
             if predictions_dir:
                 save_predictions(predictions_dir / "predictions.h5", predictions)
                 export_all(predictions_dir, predictions, self.queries)
@@ -140,6 +157,41 @@ class Evaluation:
                 rows[name] = evaluate_prvr(embeddings, self.target, normalize)
         return rows
 
+    def plot(
+        self,
+        model: ProPy,
+        device: torch.device,
+        settings: PlotSettings,
+        *,
+        ids: Sequence[str],
+        limit: int,
+        seed: int,
+        source: str,
+    ) -> tuple[int, int]:
+        """Draw the queries with these ids, or `limit` of those with their video at rank 1.
+
+        Returns:
+            How many were drawn, and how many there are at rank 1.
+        """
+        embeddings = embed_corpus(model, self.loader, self.texts, device)
+        normalize = self.scoring[0]
+        scores = best_event_scores(embeddings.texts, embeddings.events, normalize)
+        ranks = ranks_of(scores, self.target.to(device)).cpu()
+        chosen = choose_queries(ranks, self.queries, ids, limit, seed)
+        videos = [self.videos[i] for i in self.target[chosen].unique().tolist()]
+        plot_queries(
+            model,
+            self.load_videos(videos),
+            [video.vid_name for video in videos],
+            score_queries(embeddings, chosen, self.target, ranks, normalize),
+            self.queries,
+            device,
+            settings,
+            score_name="cosine" if normalize else "product",
+            source=source,
+        )
+        return len(chosen), int((ranks == 1).sum())
+
     def score(self, rows: dict[str, dict[str, float]]) -> float:
         """What chooses the best epoch."""
         if self.moments:
@@ -148,7 +200,7 @@ class Evaluation:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Wire everything up from the flags, then train, evaluate, or both."""
+    """Wire everything up from the flags, then train, evaluate and plot as asked for."""
     log = setup_logging(args.output_dir)
     log.info("propy %s, torch %s", git_revision(), torch.__version__)
     set_seed(args.seed)
@@ -173,6 +225,11 @@ def main(args: argparse.Namespace) -> None:
     evaluation = Evaluation(val_queries, args, model)
     if args.subtask_type == "VCMR":
         check_times(args, val_queries, log)
+    plots = PlotSettings(
+        args.plot_dir, args.plot_layer, args.plot_head, args.plot_style, args.plot_format
+    )
+    if args.do_plot:
+        check_request(plots, args.plot_ids, val_queries, model)
 
     best = args.resume
     if args.do_train:
@@ -184,6 +241,24 @@ def main(args: argparse.Namespace) -> None:
         show(rows, args.datatype, log)
         record = {"checkpoint": str(best), "epoch": checkpoint.epoch, "git": git_revision()}
         append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
+    if args.do_plot:
+        load_checkpoint(best, model)
+        log.info("plotting with %s", best)
+        drawn, hits = evaluation.plot(
+            model,
+            device,
+            plots,
+            ids=args.plot_ids,
+            limit=args.plot_limit,
+            seed=args.seed,
+            source=str(best),
+        )
+        log.info(
+            "%d queries drawn, of %s the right video is ranked first: %s",
+            drawn,
+            f"{hits:,} of {len(val_queries):,}",
+            plots.folder / "attention",
+        )
 
 
 def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Query]) -> None:
@@ -372,6 +447,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="train, evaluating after every epoch (default 0)")
     add("--do_eval", type=int, choices=[0, 1], default=0,
         help="evaluate the checkpoint --resume; after training, its best checkpoint (default 0)")
+    add("--do_plot", type=int, choices=[0, 1], default=0,
+        help="draw what the checkpoint --resume attends to; after training, its best checkpoint "
+        "(default 0)")
     add("--subtask_type", choices=["PRVR", "VCMR"], default="PRVR",
         help="what is evaluated and chooses the best epoch: PRVR, videos, by SumR; VCMR, moments "
         "(and videos), by the sum of R@1, 10 and 100 at IoU 0.5 and 0.7 (default PRVR)")
@@ -466,25 +544,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "but at least one, or any; the other rule is reported beside [published: half] "
         "(default half)")
     add("--save_predictions", type=int, choices=[0, 1], default=0,
-        help="VCMR: --do_eval leaves the predicted moments in the output folder: predictions.h5, "
-        "for python -m utils.moment_metrics, and in TVR's and QVHighlights' submission formats "
+        help="--do_eval leaves the predicted moments in the output folder: predictions.h5, "
+        "for scripts/report.py and python -m utils.moment_metrics, and in TVR's and "
+        "QVHighlights' submission formats (default 0)")
+
+    add = parser.add_argument_group("plotting").add_argument
+    add("--plot_dir", type=Path, metavar="DIR",
+        help="folder for the pictures and what they are drawn from (default VIS/<datatype>)")
+    add("--plot_ids", nargs="+", default=[], metavar="DESC_ID",
+        help="draw these queries (default: those whose right video is ranked first)")
+    add("--plot_limit", type=int, default=20, metavar="N",
+        help="of the queries ranked first draw N, chosen by --seed; 0 draws all (default 20)")
+    add("--plot_layer", type=int, default=0, metavar="L",
+        help="draw the attention of this layer, counted from 1; 0 is the last (default 0)")
+    add("--plot_head", type=int, default=0, metavar="H",
+        help="save and draw the attention of this head, counted from 1; 0 is the mean of all "
         "(default 0)")
+    add("--plot_style", choices=list(STYLES), default="readable",
+        help="colours: readable for all eyes, or those of the authors' figures, jet, red and "
+        "orange (default readable)")
+    add("--plot_format", choices=["png", "svg", "pdf"], default="png",
+        help="of the overview; svg and pdf draw the pyramid's picture in that format too "
+        "(default png)")
     # fmt: on
     args = parser.parse_args(argv)
 
-    if not (args.do_train or args.do_eval):
-        parser.error("nothing to do: give --do_train 1, --do_eval 1 or both")
+    if not (args.do_train or args.do_eval or args.do_plot):
+        parser.error("nothing to do: give --do_train 1, --do_eval 1, --do_plot 1 or several")
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
-    if args.do_eval and not args.do_train and not args.resume:
-        parser.error("--do_eval 1 needs --resume with the checkpoint to evaluate")
+    for task in ("do_eval", "do_plot"):
+        if getattr(args, task) and not args.do_train and not args.resume:
+            parser.error(f"--{task} 1 needs --resume with the checkpoint to use")
     if args.resume and args.load_from_pretrained:
         parser.error("--resume goes on with a run, --load_from_pretrained starts one: not both")
     for checkpoint in filter(None, (args.resume, args.load_from_pretrained)):
         if not checkpoint.is_file():
             parser.error(f"no such checkpoint: {checkpoint}")
-    if args.save_predictions and not (args.do_eval and args.subtask_type == "VCMR"):
-        parser.error("--save_predictions 1 needs --do_eval 1 and --subtask_type VCMR")
+    if args.save_predictions and not args.do_eval:
+        parser.error("--save_predictions 1 needs --do_eval 1")
     positive = ("epochs", "batch_size", "batch_size_val", "max_words", "adapter_channels",
                 "gradient_accumulation_steps", "n_display", "npev",
                 "max_event_per_text")  # fmt: skip
@@ -497,6 +595,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--temp_kernel_sz must be odd and positive: {args.temp_kernel_sz}")
     if args.output_dir is None:
         args.output_dir = ROOT / "logs" / f"{args.subtask_type.lower()}_{args.datatype}"
+    if args.plot_dir is None:
+        args.plot_dir = ROOT / "VIS" / args.datatype
     return args
 
 

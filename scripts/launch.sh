@@ -26,7 +26,7 @@ npev=${npev:-10}
 max_event_per_text=${max_event_per_text:-1000}
 
 flags=(
-  --do_train "$do_train" --do_eval "$do_eval"
+  --do_train "$do_train" --do_eval "$do_eval" --do_plot "${do_plot:-0}"
   --subtask_type "$subtask_type" --datatype "$datatype"
   --prvr_val_annos "$val_annos" --video_dir "$video_dir" --output_dir "$output_dir"
   --pretrained_clip_name "$pretrained_clip_name" --pretrained_dir "$pretrained_dir"

@@ -1,0 +1,264 @@
+"""Choosing the queries to draw, looking at their videos once more with attention, drawing them.
+
+Leaves in the folder: attn.hdf5, event_scores.hdf5, r1_ids.json (`utils.attention_store`) and per
+query attention/<id>/ with meta.json, figures/<frame>.jpg, tree.jpg and the overview.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataloaders.annotations import Query
+from modules.similarity import event_scores
+from utils.attention_store import AttentionStore, query_name
+from utils.engine import Embeddings
+from utils.visualize import (
+    STYLES,
+    EventAttention,
+    QueryPicture,
+    save_figures,
+    save_overview,
+    save_tree,
+)
+
+TEXT_BLOCK = 64  # texts compared with the whole corpus at a time
+
+
+class PlotError(ValueError):
+    """Nothing to draw, or a layer, head or query that does not exist."""
+
+
+@dataclass(frozen=True)
+class PlotSettings:
+    """What is drawn, and how.
+
+    Attributes:
+        folder: where to.
+        layer: whose attention is drawn, counted from 1; 0 the last.
+        head: the attention head, counted from 1; 0 the mean of all.
+        style: one of `utils.visualize.STYLES`.
+        file_format: of the overview, and of a further tree if it is a vector format.
+    """
+
+    folder: Path
+    layer: int = 0
+    head: int = 0
+    style: str = "readable"
+    file_format: str = "png"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A chosen query and its scores.
+
+    Attributes:
+        row: of the query in the split.
+        rank: of its video, from 1.
+        own: float32 [N_e], with the events of its video.
+        best: float32 [N_e], of each event the highest in any video.
+    """
+
+    row: int
+    rank: int
+    own: np.ndarray
+    best: np.ndarray
+
+
+def check_request(
+    settings: PlotSettings, ids: Sequence[str], queries: Sequence[Query], model: nn.Module
+) -> None:
+    """What can be said before anything is computed.
+
+    Raises:
+        PlotError: the model has no such layer or head, the split no such query.
+    """
+    layers = len(model.clip.visual.transformer.resblocks)
+    counts = {"layer": (settings.layer, layers), "head": (settings.head, model.num_heads)}
+    for name, (number, count) in counts.items():
+        if not 0 <= number <= count:
+            raise PlotError(f"--plot_{name} {number}: the model has {name}s 1 to {count}")
+    unknown = set(ids) - {str(query.desc_id) for query in queries}
+    if unknown:
+        raise PlotError(
+            f"--plot_ids: not in the split: {', '.join(sorted(unknown))}; its annotations have "
+            f"desc_ids such as {queries[0].desc_id}"
+        )
+
+
+def choose_queries(
+    ranks: Tensor, queries: Sequence[Query], ids: Sequence[str], limit: int, seed: int
+) -> list[int]:
+    """Rows of the queries to draw, in order: those named, or those with their video at rank 1.
+
+    Args:
+        ranks: int64 [T].
+        ids: query ids as text, of any rank. Empty: all queries at rank 1.
+        limit: of these a random choice of so many; 0 for all. Named ones are all drawn.
+
+    Raises:
+        PlotError: no query has its video at rank 1.
+    """
+    if ids:
+        return [row for row, query in enumerate(queries) if str(query.desc_id) in set(ids)]
+    hits = (ranks.cpu() == 1).nonzero()[:, 0].tolist()
+    if not hits:
+        raise PlotError(
+            f"none of the {len(queries)} queries has its video at rank 1: name the queries to draw "
+            "with --plot_ids"
+        )
+    if 0 < limit < len(hits):
+        chosen = np.random.default_rng(seed).choice(len(hits), limit, replace=False)
+        return [hits[i] for i in sorted(chosen)]
+    return hits
+
+
+def score_queries(
+    embeddings: Embeddings,
+    rows: Sequence[int],
+    target: Tensor,
+    ranks: Tensor,
+    normalize_events: bool = True,
+) -> list[Drawn]:
+    """Scores of the chosen queries with single events.
+
+    Args:
+        target: int64 [T], the right video of each text of the split.
+    """
+    drawn = []
+    for block in torch.tensor(rows).split(TEXT_BLOCK):
+        texts = embeddings.texts[block.to(embeddings.texts.device)]
+        scores = event_scores(texts, embeddings.events, normalize_events)  # [t, V, N_e]
+        for row, of_text in zip(block.tolist(), scores, strict=True):
+            own, best = of_text[target[row]], of_text.amax(0)
+            rank = int(ranks[row])
+            drawn.append(Drawn(row, rank, own.cpu().numpy(), best.cpu().numpy()))
+    return drawn
+
+
+@torch.inference_mode()
+def plot_queries(
+    model: nn.Module,
+    batches: Iterable[dict],
+    vid_names: Sequence[str],
+    drawn: Sequence[Drawn],
+    queries: Sequence[Query],
+    device: torch.device,
+    settings: PlotSettings,
+    score_name: str = "cosine",
+    source: str = "",
+) -> None:
+    """Write and draw the chosen queries, video by video.
+
+    Args:
+        batches: {frames, indices} of the chosen queries' videos.
+        vid_names: what the indices mean.
+        queries: of the whole split.
+        source: what the model is, kept in attn.hdf5.
+    """
+    layers = len(model.clip.visual.transformer.resblocks)
+    layer = (settings.layer or layers) - 1
+    head = settings.head - 1 if settings.head else None
+    of_video: dict[str, list[Drawn]] = {}
+    for one in drawn:
+        of_video.setdefault(queries[one.row].vid_name, []).append(one)
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    attributes = {"model": source, "heads": "mean" if head is None else str(settings.head)}
+    model.eval()
+    with (
+        AttentionStore(settings.folder, attributes) as store,
+        tqdm(total=len(drawn), desc="draw", unit="query", dynamic_ncols=True, leave=False) as bar,
+    ):
+        for batch in batches:
+            frames = batch["frames"].to(device)
+            _, attention = model.encode_video(frames, return_attention=True, head=head)
+            for i, video in enumerate(batch["indices"].tolist()):
+                of_one = attention[:, i].float().cpu().numpy()  # [L, N_e, keys]
+                for one in of_video[vid_names[video]]:
+                    query = queries[one.row]
+                    store.add(query.desc_id, query.vid_name, of_one, one.best, one.rank)
+                    picture = _picture(
+                        model, query, one, batch["frames"][i], of_one[layer], score_name,
+                        subtitle=f"layer {layer + 1} of {layers}, "
+                        + ("mean of all heads" if head is None else f"head {settings.head}"),
+                    )  # fmt: skip
+                    _draw(picture, query, one, layer + 1, settings)
+                    bar.update()
+
+
+def _picture(
+    model: nn.Module,
+    query: Query,
+    one: Drawn,
+    frames: Tensor,
+    attention: np.ndarray,
+    score_name: str,
+    subtitle: str,
+) -> QueryPicture:
+    event = int(one.own.argmax())
+    row = EventAttention.from_row(attention[event], model.pyramid, model.num_prompts)
+    shares = {
+        "patches": row.patches.sum(),
+        "class tokens": row.class_tokens.sum(),
+        "events": row.events.sum(),
+        "prompts": row.prompts,
+    }
+    parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+    return QueryPicture(
+        title=query.desc,
+        subtitle=f"query {query.desc_id} · video {query.vid_name}, rank {one.rank} · event {event},"
+        f" {score_name} {one.own[event]:.3f} · {subtitle} · attention goes to {parts}",
+        frames=frames.cpu(),
+        attention=row,
+        event=event,
+        scores=one.own,
+        score_name=score_name,
+        duration=query.duration,
+        windows=query.windows or (),
+        pyramid=model.pyramid,
+    )
+
+
+def _draw(
+    picture: QueryPicture, query: Query, one: Drawn, layer: int, settings: PlotSettings
+) -> None:
+    folder = settings.folder / "attention" / query_name(query.desc_id)
+    style = STYLES[settings.style]
+    save_figures(folder / "figures", picture, style)
+    save_tree(folder / "tree.jpg", picture, style)
+    if settings.file_format in ("svg", "pdf"):
+        save_tree(folder / f"tree.{settings.file_format}", picture, style)
+    save_overview(folder / f"overview.{settings.file_format}", picture, style)
+    meta = _meta(picture, query, one) | {"layer": layer, "head": settings.head or "mean"}
+    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _meta(picture: QueryPicture, query: Query, one: Drawn) -> dict:
+    """What meta.json says of the query, its video and the event that was drawn."""
+    pyramid, event = picture.pyramid, picture.event
+    per_frame = query.duration / pyramid.num_frames
+    start, end = pyramid.spans[event].tolist()
+    windows = [list(window) for window in picture.windows]
+    return {
+        "desc_id": query.desc_id,
+        "text": query.desc,
+        "video": query.vid_name,
+        "duration": query.duration,
+        "rank": one.rank,
+        "event": event,
+        "level": int(pyramid.level_of_event[event]),
+        "score": float(one.own[event]),
+        "proposal_frames": [start, end],
+        "proposal_seconds": [start * per_frame, end * per_frame],
+        "true_windows_seconds": windows,
+        "true_windows_frames": [[time / per_frame for time in window] for window in windows],
+        "strongest_event": picture.strongest,
+    }
