@@ -26,11 +26,12 @@ from torch.nn import functional as F
 from modules.pyramid import PromptPyramid
 
 # Colours of Okabe and Ito, which all eyes tell apart.
-VERMILLION, ORANGE, GREEN = "#D55E00", "#E69F00", "#009E73"
+VERMILLION, YELLOW, GREEN = "#D55E00", "#F0E442", "#009E73"
 GREY = "#767676"
 STRIP_HEIGHT = 112  # pixels of a frame in the overview; more would not be seen
 LEVEL_GAP = 0.3  # between the levels of the pyramid, in rows
 DPI = 150
+HOLLOW = {"facecolor": "none", "clip_on": False}
 # Text stays text in vector files, so that it can be searched and edited.
 VECTOR_TEXT = {"svg.fonttype": "none", "pdf.fonttype": 42}
 
@@ -59,7 +60,7 @@ class Style:
 # The authors' colours are jet, and red and orange edges: misleading in print, lost on the
 # colour-blind. They are kept for comparing with their figures.
 STYLES = {
-    "readable": Style("inferno", VERMILLION, "black", "--"),
+    "readable": Style("inferno", VERMILLION, YELLOW, "--"),
     "authors": Style("jet", "red", "orange", "-"),
 }
 
@@ -166,7 +167,7 @@ def save_tree(path: Path, picture: QueryPicture, style: Style) -> None:
 def save_overview(path: Path, picture: QueryPicture, style: Style) -> None:
     """Frames, heat, moments, pyramid and event scores on one time axis; format by ending."""
     figure = Figure(figsize=(16, 9.5), layout="constrained")
-    strip = 16 / picture.pyramid.num_frames  # keeps the frames square, more or less
+    strip = 11.5 / picture.pyramid.num_frames  # makes the frames square, more or less
     heights = [strip, strip, 0.45, 3.0, 2.4]
     rows = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     _draw_strip(rows[0], picture, _square_strip(picture.frames), "frames")
@@ -207,8 +208,10 @@ def _draw_moments(axes: Axes, picture: QueryPicture, style: Style) -> None:
     for start, end in picture.windows:
         axes.broken_barh([(start, end - start)], (1, 0.9), color=GREEN)
     axes.set_ylim(0, 2)
-    axes.set_yticks([0.45, 1.45], ["chosen", "true" if picture.windows else "true: unknown"])
+    names = ["chosen event", "true moment" if picture.windows else "true moment: unknown"]
+    axes.set_yticks([0.45, 1.45], names)
     axes.tick_params(left=False, bottom=False)
+    axes.spines[:].set_visible(False)
 
 
 def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style, frame_width: float) -> None:
@@ -216,7 +219,7 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style, frame_width: 
     pyramid = picture.pyramid
     colours = _event_colours(picture, style)
     visible = pyramid.related[picture.event].tolist()
-    rows, centres = _pyramid_rows(pyramid)
+    rows, centres = event_rows(pyramid.spans.tolist(), pyramid.level_of_event.tolist())
 
     def draw_box(event: int, **look: object) -> None:
         start, end = (frame_width * frame for frame in pyramid.spans[event].tolist())
@@ -231,34 +234,46 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style, frame_width: 
     draw_box(picture.strongest, **_strongest_edge(style))
     axes.set_xlim(0, pyramid.num_frames * frame_width)
     axes.set_ylim(-LEVEL_GAP / 2, max(rows) + 1 + LEVEL_GAP / 2)
-    axes.set_yticks(centres, [f"level {n}" for n in range(1, len(centres) + 1)])
+    lengths = dict(zip(pyramid.level_of_event.tolist(), pyramid.spans.diff()[:, 0], strict=True))
+    axes.set_yticks(
+        centres, [f"level {n}\n({lengths[n]} frames)" for n in range(1, len(centres) + 1)]
+    )
     axes.tick_params(left=False)
+    axes.spines[["left", "right", "top"]].set_visible(False)
 
 
 def _chosen_edge(style: Style) -> dict:
-    return {"facecolor": "none", "edgecolor": style.chosen, "linewidth": 3, "zorder": 3}
+    return {"edgecolor": style.chosen, "linewidth": 3.5, "zorder": 3} | HOLLOW
 
 
 def _strongest_edge(style: Style) -> dict:
-    look = {"edgecolor": style.strongest, "linestyle": style.dashes, "linewidth": 1.8}
-    return look | {"facecolor": "none", "zorder": 4}
+    look = {"edgecolor": style.strongest, "linestyle": style.dashes, "linewidth": 2.2}
+    return look | {"zorder": 4} | HOLLOW
 
 
-def _pyramid_rows(pyramid: PromptPyramid) -> tuple[list[float], list[float]]:
-    """Height of every event's box, and of the middle of every level, bottom level first.
+def event_rows(
+    spans: Sequence[tuple[float, float]], levels: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """Where the pyramid's boxes are drawn: heights in rows, the bottom level at 0.
 
     A level's events may overlap in time; those that do stand in rows of their own.
+
+    Args:
+        spans: start and end of every event, left to right within a level.
+        levels: of every event.
+
+    Returns:
+        The lower edge of every event's row, and the middle of every level, bottom level first.
     """
-    rows, centres, base = [0.0] * pyramid.num_events, [], 0.0
-    for level in range(1, len(pyramid.events_per_level) + 1):
-        ends: list[int] = []  # of the last event in every row of this level
-        members = (pyramid.level_of_event == level).nonzero()[:, 0].tolist()
-        for event in members:
-            start, end = pyramid.spans[event].tolist()
-            free = (row for row, last in enumerate(ends) if last <= start)
-            row = next(free, len(ends))
-            ends[row : row + 1] = [end]
-            rows[event] = base + row
+    rows, centres, base = [0.0] * len(spans), [], 0.0
+    for level in sorted(set(levels)):
+        ends: list[float] = []  # of the last event in every row of this level
+        for event, (start, end) in enumerate(spans):
+            if levels[event] == level:
+                free = (row for row, last in enumerate(ends) if last <= start)
+                row = next(free, len(ends))
+                ends[row : row + 1] = [end]
+                rows[event] = base + row
         centres.append(base + len(ends) / 2)
         base += len(ends) + LEVEL_GAP
     return rows, centres
@@ -288,6 +303,7 @@ def _draw_scores(axes: Axes, picture: QueryPicture, style: Style) -> None:
     axes.margins(y=0.12)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
+    axes.spines[["right", "top"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False)
 
 

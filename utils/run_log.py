@@ -1,0 +1,119 @@
+"""Reading what runs left: args.json, log.jsonl, eval.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# Counters of log.jsonl, nothing to look at as a curve.
+COUNTERS = ("epoch", "global_step", "steps", "skipped_steps", "best_epoch")
+# What training says of itself; every other number of a record is a metric.
+TRAINING = ("loss", "lr", "grad_norm", "data_time", "step_time", "memory_gib")
+NAMES = {
+    "loss": "training loss", "lr": "learning rate", "grad_norm": "gradient norm before clipping",
+    "data_time": "waiting for data (s/step)", "step_time": "computing (s/step)",
+    "memory_gib": "peak memory (GiB)", "MedR": "median rank", "MeanR": "mean rank",
+    "R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "R100": "R@100 (%)",
+}  # fmt: skip
+MOMENT_RECALL = re.compile(r"(\w+)/([\d.]+)-r(\d+)")
+VIDEO_RECALL = re.compile(r"(\w+)/r(\d+)")
+
+
+class RunLogError(Exception):
+    """A folder that is not a run's, or a file in it that cannot be read."""
+
+
+def read_args(folder: Path) -> dict:
+    """args.json of a run; empty if there is none. RunLogError: it is not JSON."""
+    path = folder / "args.json"
+    if not path.is_file():
+        return {}
+    try:
+        args = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunLogError(f"{path}: not JSON: {error}") from error
+    if not isinstance(args, Mapping):
+        raise RunLogError(f"{path}: not an object of settings")
+    return dict(args)
+
+
+def read_records(path: Path) -> list[dict]:
+    """The lines of a .jsonl file, each an object.
+
+    A last line that was torn off, as when a run is killed while it writes, is left out with a
+    warning.
+
+    Raises:
+        RunLogError: no such file, or another line that is not an object.
+    """
+    if not path.is_file():
+        raise RunLogError(f"{path}: no such file: give the folder of a run, such as logs/prvr_tvr")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no line end: it was still being written
+                logger.warning("%s:%d: the last line is incomplete and left out", path, number)
+                continue
+            raise RunLogError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise RunLogError(f"{path}:{number}: not an object")
+        records.append(record)
+    return records
+
+
+def read_epochs(folder: Path) -> list[dict]:
+    """log.jsonl by epoch, in order; of an epoch that was run again after resuming, the last.
+
+    Raises:
+        RunLogError: there is no log.jsonl, it holds no epoch, or it is damaged.
+    """
+    path = folder / "log.jsonl"
+    records = [record for record in read_records(path) if isinstance(record.get("epoch"), int)]
+    if not records:
+        raise RunLogError(f"{path}: no finished epoch in it")
+    return sorted({record["epoch"]: record for record in records}.values(), key=_epoch)
+
+
+def curve(epochs: list[dict], name: str) -> list[tuple[int, float]]:
+    """(epoch, value) where the value is there and finite."""
+    points = ((record["epoch"], record.get(name)) for record in epochs)
+    return [(epoch, value) for epoch, value in points if is_number(value)]
+
+
+def curve_names(epochs: list[dict]) -> list[str]:
+    """All numbers that were logged: training first, then metrics in the order of the log."""
+    found = dict.fromkeys(key for record in epochs for key in record if curve([record], key))
+    rest = [name for name in found if name not in (*COUNTERS, *TRAINING)]
+    return [name for name in TRAINING if name in found] + rest
+
+
+def label(name: str) -> str:
+    """What a reader calls a number of the log, with its unit."""
+    name = MOMENT_RECALL.sub(r"\1 R@\3, IoU ≥ \2 (%)", name)
+    return NAMES.get(name, VIDEO_RECALL.sub(r"\1 R@\2 (%)", name))
+
+
+def best_epoch(epochs: list[dict]) -> dict:
+    """The record that the run itself called the best; the last one if it did not say."""
+    best = epochs[-1].get("best_epoch")
+    return next((record for record in epochs if record["epoch"] == best), epochs[-1])
+
+
+def is_number(value: object) -> bool:
+    """True for finite numbers, which True and False are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _epoch(record: dict) -> int:
+    return record["epoch"]
