@@ -236,7 +236,9 @@ def test_tvr_export(tmp_path, predictions, queries):
         assert {queries[query["desc_id"] - 10].vid_name} == {
             f"video {moment[0]}" for moment in query["predictions"]
         }
-    assert all(len({m[0] for m in q["predictions"]}) == 4 for q in content["VR"])
+    for moments, videos in zip(content["VCMR"], content["VR"], strict=True):
+        best = {moment[0]: moment for moment in reversed(moments["predictions"])}
+        assert videos["predictions"] == sorted(best.values(), key=lambda moment: -moment[3])
 
 
 def test_qvhighlights_export(tmp_path, predictions, queries):

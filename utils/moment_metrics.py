@@ -62,8 +62,8 @@ def right_moments(moments: Tensor, windows: Tensor, window_rule: str = "half") -
         raise ValueError(f"window_rule is one of {', '.join(WINDOW_RULES)}: {window_rule!r}")
     moments, windows = moments.float(), windows.float()
     thresholds = torch.tensor(THRESHOLDS, device=moments.device)
-    reached = torch.zeros(*moments.shape[:2], len(THRESHOLDS), dtype=torch.int32)
-    reached = reached.to(moments.device)
+    shape = (*moments.shape[:2], len(THRESHOLDS))
+    reached = torch.zeros(shape, dtype=torch.int32, device=moments.device)
     for window in windows.unbind(1):  # one at a time: a few queries have many
         reached += temporal_iou(moments, window[:, None])[..., None] >= thresholds
     needed = torch.ones(len(windows), dtype=torch.int64, device=windows.device)

@@ -67,6 +67,11 @@ class MomentPredictions:
         """Start and end of moments of any shape [...]: float32 [..., 2]."""
         return self.proposals[events.long()] * self.durations[videos.long()][..., None]
 
+    def cpu(self) -> MomentPredictions:
+        """The same, in the CPU's memory."""
+        tensors = {name: x.cpu() for name, x in vars(self).items() if torch.is_tensor(x)}
+        return replace(self, **tensors)
+
     def first(self, count: int) -> MomentPredictions:
         """The first `count` moments of every query."""
         names = ("videos", "events", "scores")
@@ -128,13 +133,13 @@ def _compare_queries(predicted: Collection[str], wanted: Collection[str]) -> Non
 
 def save_predictions(path: Path, predictions: MomentPredictions) -> None:
     """Write an HDF5 file: the attributes of `MomentPredictions` as data sets of the same names."""
+    predictions = predictions.cpu()
     with partial_file(path) as part:
         with h5py.File(part, "w") as file:
             file.attrs["format"] = FORMAT
             file.attrs["per_video"] = predictions.per_video
             for name, dtype in DATASETS.items():
                 values = getattr(predictions, name)
-                values = values.cpu().numpy() if torch.is_tensor(values) else values
                 packed = PACKED if np.ndim(values) == 2 else {}
                 file.create_dataset(name, data=values, dtype=dtype, **packed)
         publish(part, path)
@@ -204,11 +209,11 @@ def export_tvr(path: Path, predictions: MomentPredictions, queries: Sequence[Que
     {"video2idx": {…}, "VCMR": [{"desc_id", "desc", "predictions": [[idx, st, ed, score], …]}, …],
     "SVMR": moments of the right video, "VR": distinct videos, with their best moment}.
     """
-    predictions = predictions.of(queries)
+    predictions = predictions.of(queries).cpu()
     tasks = {
-        "VCMR": _lists(predictions.first(EXPORTED)),
-        "SVMR": _lists(predictions.within_target().first(EXPORTED)),
-        "VR": map(_distinct_videos, _lists(predictions)),
+        "VCMR": _lists(predictions),
+        "SVMR": _lists(predictions.within_target()),
+        "VR": _lists(predictions, distinct_videos=True),
     }
     content: dict = {"video2idx": {name: i for i, name in enumerate(predictions.vid_names)}}
     for task, rows in tasks.items():
@@ -226,7 +231,7 @@ def export_qvhighlights(
 
     {"qid", "query", "vid", "pred_relevant_windows": [[st, ed, score], …]}.
     """
-    moments = _lists(predictions.of(queries).within_target().first(EXPORTED))
+    moments = _lists(predictions.of(queries).cpu().within_target())
     lines = (
         {
             "qid": query.desc_id,
@@ -239,21 +244,26 @@ def export_qvhighlights(
     _write_lines(path, lines)
 
 
-def _lists(predictions: MomentPredictions) -> Iterator[list[list[float]]]:
-    """[[video, start, end, score], …] of every query, with the shortest decimals of the float32."""
+def _lists(
+    predictions: MomentPredictions, distinct_videos: bool = False
+) -> Iterator[list[list[float]]]:
+    """[[video, start, end, score], …] of every query, with the shortest decimals of the float32.
+
+    The first 100 moments; or the best moments of the first 100 distinct videos.
+    """
     columns = zip(predictions.videos, predictions.events, predictions.scores, strict=True)
     for videos, events, scores in columns:
-        scores = scores[:, None].clamp(min=-1)  # -inf, from a NaN cosine, is not JSON
-        numbers = torch.cat([predictions.seconds(videos, events), scores], dim=1)
-        decimals = numbers.cpu().numpy().astype(str).astype(float).tolist()
-        yield [[video, *row] for video, row in zip(videos.tolist(), decimals, strict=True)]
-
-
-def _distinct_videos(moments: list[list[float]]) -> list[list[float]]:
-    best: dict[float, list[float]] = {}
-    for moment in moments:
-        best.setdefault(moment[0], moment)
-    return list(best.values())[:EXPORTED]
+        indices = videos.tolist()
+        picked = range(len(indices))
+        if distinct_videos:
+            first = {video: i for i, video in reversed(list(enumerate(indices)))}
+            picked = sorted(first.values())
+        picked = list(picked[:EXPORTED])
+        seconds = predictions.seconds(videos[picked], events[picked])
+        # -inf, from a NaN cosine, is not JSON
+        numbers = torch.cat([seconds, scores[picked, None].clamp(min=-1)], dim=1)
+        decimals = numbers.numpy().astype(str).astype(float).tolist()
+        yield [[indices[i], *row] for i, row in zip(picked, decimals, strict=True)]
 
 
 def _write_lines(path: Path, records: Iterable[dict]) -> None:
