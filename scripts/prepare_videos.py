@@ -50,25 +50,14 @@ from utils.ffmpeg import (
 
 REPORT_NAME = "prepare_report.jsonl"
 # What lies beside videos. Anything else is tried, as no list of video suffixes is complete.
-OTHER_SUFFIXES = {
-    *(".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".pdf", ".log", ".yaml"),
-    *(".srt", ".vtt", ".ass", ".py", ".sh", ".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5", ".pkl"),
-    *(
-        ".zip",
-        ".tar",
-        ".gz",
-        ".tgz",
-        ".bz2",
-        ".xz",
-        ".7z",
-        ".jpg",
-        ".jpeg",
-        ".png",
-        ".webp",
-        ".gif",
-    ),
-    *(".mp3", ".wav", ".flac", ".m4a", ".part", ".ytdl", ".tmp", ".aria2", ".crdownload"),
-}
+TEXT_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".pdf", ".log"}
+CAPTION_SUFFIXES = {".srt", ".vtt", ".ass"}
+DATA_SUFFIXES = {".py", ".sh", ".yaml", ".npy", ".npz", ".pt", ".pth", ".h5", ".hdf5", ".pkl"}
+ARCHIVE_SUFFIXES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z"}
+MEDIA_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp3", ".wav", ".flac", ".m4a"}
+DOWNLOAD_SUFFIXES = {".part", ".ytdl", ".tmp", ".aria2", ".crdownload"}
+OTHER_SUFFIXES = TEXT_SUFFIXES | CAPTION_SUFFIXES | DATA_SUFFIXES | ARCHIVE_SUFFIXES
+OTHER_SUFFIXES |= MEDIA_SUFFIXES | DOWNLOAD_SUFFIXES
 FRAME_SUFFIXES = {".jpg", ".jpeg"}
 MAX_SIDE = 16384  # what H.264 can hold
 
@@ -175,9 +164,7 @@ def convert_video(source: Path, output: Path, settings: Settings) -> dict:
     """
     packets = read_packets(source, settings.time_limit)
     if len(packets.times) == 0:
-        raise PrepareError(
-            f"its video stream is empty{f': {packets.said}' if packets.said else ''}"
-        )
+        raise PrepareError(f"its video stream is empty ({packets.said or 'no packets'})")
     first = decode_frames(source, settings.time_limit, limit=1)
     size = prepared_size(first.width, first.height, first.sample_aspect, settings.authors_scale)
     start, seconds = video_clock(packets)
@@ -244,6 +231,8 @@ def verify(part: Path, size: tuple[int, int], ends: list[float], time_limit: flo
         found = f"{written.width}x{written.height}"
         raise PrepareError(f"written as {found} instead of {size[0]}x{size[1]}: report this")
     count = len(written.times)
+    if count == 0:
+        raise PrepareError("not one frame was written: it is too short, or tells no times")
     off = min(abs(count - end * PREPARED_FPS) for end in ends)
     if off > 0.5 + 0.05 and count > 1:  # times are rounded on their way
         wanted = " or ".join(f"{end:.2f}" for end in ends)
@@ -469,7 +458,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "used by none of them")  # fmt: skip
     add("--workers", type=int, default=cores, help="videos at a time; each takes about one core")
     add("--authors_scale", action="store_true",
-        help="give portrait videos the squashed size of the authors' files")  # fmt: skip
+        help="give portrait videos the squashed size of the authors' files; needs an --output_dir "
+        "of its own")  # fmt: skip
     add("--min_decoded", type=float, default=0.5,
         help="share of a damaged video that must decode for it to be kept; what is kept with less "
         f"than {WARN_BELOW} is listed as partial")  # fmt: skip

@@ -351,7 +351,7 @@ def broken_inputs(folder: Path) -> dict[str, Path]:
     truncate(noisy_video(folder / "no_index.mp4", 2), 0.5)
     tone = ["-f", "lavfi", "-t", "1", "-i", "sine", f"file:{folder / 'sound_only.mp4'}"]
     assert run_ffmpeg(tone).status == 0
-    picture = ["-f", "lavfi", "-i", "color=s=64x64", "-frames:v:0", "1", "-c:v", "mjpeg"]
+    picture = ["-f", "lavfi", "-i", "color=s=64x64:r=5:d=0.2", "-c:v", "mjpeg"]
     cover = [*tone[:-1], *picture, "-pix_fmt", "yuvj420p", "-disposition:v:0", "attached_pic"]
     cover += ["-map", "0:a", "-map", "1:v", f"file:{folder / 'cover.mp4'}"]
     assert run_ffmpeg(cover).status == 0

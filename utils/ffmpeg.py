@@ -50,12 +50,13 @@ DEFAULT_TIME_LIMIT = 1800.0  # seconds; an hour of 1080p decodes in less on one 
 # Address space of one ffmpeg, in bytes. 8K HEVC, the most demanding of all tried, takes 1.6 GB; a
 # header that claims absurd sizes must not take the machine down.
 MEMORY_LIMIT = 8 * 2**30
+MAX_MESSAGES = 2**24  # bytes of ffmpeg's messages that are looked at
 NO_TIMESTAMP = -(2**63)  # how ffmpeg prints a time it does not know
 PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 # Messages that end every failure and say less than the ones before them.
 CLOSING_WORDS = (
     *("Error opening", "Error marking", "Error while opening", "Nothing was written"),
-    *("Terminating thread", "Task finished", "Conversion failed"),
+    *("Terminating thread", "Task finished", "Conversion failed", "file:"),
 )
 DISCARDED = 0x4  # packet flag: decoded for the frames after it, but not shown (edit lists)
 
@@ -177,7 +178,7 @@ def run_ffmpeg(
             raise FfmpegError(f"not done within {time_limit:g} s, and stopped")
         if status < 0:
             raise FfmpegError(f"ffmpeg was ended by signal {-status}")
-        return Completed(status, _read_back(output), _read_back(errors))
+        return Completed(status, _read_back(output), _read_back(errors, MAX_MESSAGES))
 
 
 def _limit_memory(process: subprocess.Popen) -> None:
@@ -186,7 +187,7 @@ def _limit_memory(process: subprocess.Popen) -> None:
         prlimit(process.pid, RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
 
 
-def _read_back(file, limit: int = 2**26) -> str:
+def _read_back(file, limit: int = -1) -> str:
     file.seek(0)
     return file.read(limit).decode(errors="replace")
 
