@@ -10,43 +10,21 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
-from utils.ffmpeg import (
-    DEFAULT_TIME_LIMIT,
-    H264_ARGUMENTS,
-    PARTIAL_PREFIX,
-    PREPARED_FPS,
-    PREPARED_SHORT_SIDE,
-    FfmpegError,
-    Track,
-    decode_frames,
-    input_arguments,
-    kill_running,
-    listing_arguments,
-    parse_track,
-    partial_file,
-    publish,
-    raw_input_arguments,
-    read_packets,
-    run_ffmpeg,
-)
+from utils.ffmpeg import DEFAULT_TIME_LIMIT, PARTIAL_PREFIX, kill_running, partial_file, publish
+from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
 
 REPORT_NAME = "prepare_report.jsonl"
 # What lies beside videos. Anything else is tried, as no list of video suffixes is complete.
@@ -58,253 +36,6 @@ MEDIA_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".mp3", ".wav", ".fl
 DOWNLOAD_SUFFIXES = {".part", ".ytdl", ".tmp", ".aria2", ".crdownload"}
 OTHER_SUFFIXES = TEXT_SUFFIXES | CAPTION_SUFFIXES | DATA_SUFFIXES | ARCHIVE_SUFFIXES
 OTHER_SUFFIXES |= MEDIA_SUFFIXES | DOWNLOAD_SUFFIXES
-FRAME_SUFFIXES = {".jpg", ".jpeg"}
-MAX_SIDE = 16384  # what H.264 can hold
-
-# Sound and pictures rarely end together, and headers round: a second of difference between the
-# video stream and the file's own duration says nothing about the pictures.
-CLOCK_TOLERANCE = 1.0  # seconds
-# A slot of 1/3 s is lost if the file has frames in it, but none decodes within this of its middle.
-LOST_AFTER = 0.5  # seconds
-WARN_BELOW = 0.95  # share of a video that decodes
-
-
-class PrepareError(Exception):
-    """An input that cannot be prepared, with the reason."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is the same for every video of a run.
-
-    Attributes:
-        authors_scale: the size the authors' command gives portrait videos.
-        min_decoded: share of a video that must decode for it to be kept.
-        time_limit: seconds for each of the calls of ffmpeg that a video takes.
-    """
-
-    authors_scale: bool = False
-    min_decoded: float = 0.5
-    time_limit: float = DEFAULT_TIME_LIMIT
-
-
-def prepared_size(
-    width: int, height: int, sample_aspect: Fraction = Fraction(1), authors_scale: bool = False
-) -> tuple[int, int]:
-    """Width and height of the prepared clip of an upright video.
-
-    The short side becomes 224, the other keeps the aspect as displayed and is rounded down to an
-    even number. With `authors_scale` a portrait video gets the width 224 and the height
-    ⌊224·a/2⌋·2 < 224, a = width/height of the stored pixels: squashed, as in the authors' files.
-
-    Raises:
-        PrepareError: the aspect is too extreme for H.264.
-    """
-    aspect = Fraction(width, height) * (1 if authors_scale else sample_aspect)
-    short = PREPARED_SHORT_SIDE
-    if aspect >= 1:
-        size = int(short * aspect / 2) * 2, short
-    elif authors_scale:
-        size = short, max(int(short * aspect / 2) * 2, 2)
-    else:
-        size = short, int(short / aspect / 2) * 2
-    if max(size) > MAX_SIDE:
-        raise PrepareError(f"its aspect of {width}:{height} is too extreme to prepare")
-    return size
-
-
-def video_clock(packets: Track) -> tuple[float, float | None]:
-    """When the video starts and how long it lasts, in seconds.
-
-    The start is 0, or below where the container places frames before its own zero. Pictures that
-    come later than sound do not move the start: times in annotations count from the file's zero.
-    The duration is None if the container tells no times.
-    """
-    times = packets.times
-    if np.isnan(times).any():
-        return 0.0, None
-    start = min(0.0, float(times[:, 0].min()))
-    seconds = float(times[:, 1].max()) - start
-    claimed = packets.container_seconds
-    if claimed and 0 < seconds - claimed < CLOCK_TOLERANCE:
-        seconds = claimed  # an edit list cuts the last frames, and players do not show them
-    return start, seconds
-
-
-def decoded_share(packets: Track, frames: np.ndarray, seconds: float | None) -> float:
-    """Share of the video that decodes, between 0 and 1.
-
-    Args:
-        packets: what the container holds.
-        frames: float64 [n], times of the decoded frames, from the start of the video.
-        seconds: duration of what the container holds, None if it tells no times.
-    """
-    if seconds is None:
-        return min(1.0, len(frames) / len(packets.times))
-    starts = packets.times[:, 0] - min(0.0, packets.times[:, 0].min())
-    middles = (np.unique(np.floor(starts * PREPARED_FPS)) + 0.5) / PREPARED_FPS
-    frames = np.concatenate([[-np.inf], np.sort(frames), [np.inf]])
-    after = np.searchsorted(frames, middles)
-    distance = np.minimum(middles - frames[after - 1], frames[after] - middles)
-    share = float(np.mean(distance <= LOST_AFTER))
-    claimed = packets.container_seconds or 0.0
-    if claimed - seconds > CLOCK_TOLERANCE:  # the file ends before its header says
-        share *= seconds / claimed
-    return share
-
-
-def convert_video(source: Path, output: Path, settings: Settings) -> dict:
-    """Prepare one video file.
-
-    Returns the fields of its line in the report: status, reason, frames, width, height, seconds
-    (of the source) and decoded (the share of it that decodes).
-
-    Raises:
-        FfmpegError, PrepareError: it cannot be prepared; no output is left.
-    """
-    packets = read_packets(source, settings.time_limit)
-    if len(packets.times) == 0:
-        raise PrepareError(f"its video stream is empty ({packets.said or 'no packets'})")
-    first = decode_frames(source, settings.time_limit, limit=1)
-    size = prepared_size(first.width, first.height, first.sample_aspect, settings.authors_scale)
-    start, seconds = video_clock(packets)
-    arguments = [
-        # The filters meet a change of resolution themselves: what follows is scaled to the same
-        # size. Starting them anew, as is the default, would start the clock anew as well.
-        *("-reinit_filter", "0", "-itsoffset", f"{-start:.6f}", *input_arguments(source)),
-        *("-map", "0:V:0", *encode_arguments(size, seconds)),
-    ]
-    with partial_file(output) as part:
-        arguments += [f"file:{part}", *listing_arguments()]
-        done = run_ffmpeg(["-v", "level+error", "-y", *arguments], settings.time_limit)
-        if done.status != 0:
-            raise FfmpegError(f"cannot be converted: {done.reason}")
-        decoded = parse_track(done)
-        share = decoded_share(packets, decoded.times[:, 0], seconds)
-        words = decoded.said or packets.said or "the file ends before its header says"
-        reason = f"only {share:.0%} of it decodes: {words}"
-        if share < settings.min_decoded:
-            raise PrepareError(f"{reason} (get it anew, or see --min_decoded)")
-        ends = [decoded.times[:, 1].max(), *([] if seconds is None else [seconds])]
-        count = verify(part, size, ends, settings.time_limit)
-        publish(part, output)
-    return _result(count, size, ends[-1], share, reason if share < WARN_BELOW else None)
-
-
-def _result(
-    count: int, size: tuple[int, int], seconds: float, share: float, reason: str | None
-) -> dict:
-    result = {"status": "partial" if reason else "done", "frames": count}
-    result |= {"width": size[0], "height": size[1]}
-    result |= {"seconds": round(float(seconds), 3), "decoded": round(share, 4)}
-    return result | ({"reason": reason} if reason else {})
-
-
-def encode_arguments(size: tuple[int, int], seconds: float | None) -> list[str]:
-    """Arguments that turn what is read into the prepared format."""
-    # A frame is taken from the middle of its third of a second, the last one where at least half
-    # of that is left. What is shorter than half still gives its one frame.
-    short = seconds is not None and seconds * PREPARED_FPS < 0.5
-    rate = f"fps={PREPARED_FPS}:start_time=0" + (":eof_action=pass" if short else "")
-    arguments = ["-filter_threads", "1"]
-    arguments += ["-vf", f"{rate},scale={size[0]}:{size[1]}:out_range=tv,setsar=1"]
-    arguments += ["-map_metadata", "-1", *H264_ARGUMENTS]
-    if seconds is not None:
-        # Some versions hold the last frame for as long as the gap before it.
-        arguments += ["-frames:v", str(max(1, int(seconds * PREPARED_FPS + 0.5)))]
-    return [*arguments, "-f", "mp4"]
-
-
-def verify(part: Path, size: tuple[int, int], ends: list[float], time_limit: float) -> int:
-    """Decode what was written and compare it with what it should be; gives its frame count.
-
-    Args:
-        size: width and height.
-        ends: seconds at which the video may end: with its last decoded frame, or where the
-            container ends it.
-
-    Raises:
-        PrepareError: wrong size, or a count that is off by more than half a frame interval.
-    """
-    written = decode_frames(part, time_limit)
-    if (written.width, written.height) != size:
-        found = f"{written.width}x{written.height}"
-        raise PrepareError(f"written as {found} instead of {size[0]}x{size[1]}: report this")
-    count = len(written.times)
-    if count == 0:
-        raise PrepareError("not one frame was written: it is too short, or tells no times")
-    off = min(abs(count - end * PREPARED_FPS) for end in ends)
-    if off > 0.5 + 0.05 and count > 1:  # times are rounded on their way
-        wanted = " or ".join(f"{end:.2f}" for end in ends)
-        raise PrepareError(f"{count} frames were written for {wanted} s at {PREPARED_FPS} fps")
-    return count
-
-
-def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
-    """Prepare a folder of JPEG frames, taken as 3 fps in natural order; else as `convert_video`.
-
-    A frame that does not decode shows the one before it, so that the others keep their times.
-    """
-    files = sorted(frame_files(folder), key=natural_key)
-    frames = FrameReader(files)
-    size = prepared_size(frames.width, frames.height, authors_scale=settings.authors_scale)
-    seconds = len(files) / PREPARED_FPS
-    arguments = raw_input_arguments(frames.width, frames.height, PREPARED_FPS)
-    arguments += encode_arguments(size, seconds)
-    with partial_file(output) as part:
-        command = ["-v", "level+error", "-y", *arguments, f"file:{part}"]
-        done = run_ffmpeg(command, settings.time_limit, feed=frames)
-        if done.status != 0:
-            raise FfmpegError(f"cannot be converted: {done.reason}")
-        share = 1 - len(frames.broken) / len(files)
-        reason = f"{len(frames.broken)} of {len(files)} frames are broken: {frames.broken[:3]}"
-        if share < settings.min_decoded:
-            raise PrepareError(f"{reason} (get it anew, or see --min_decoded)")
-        count = verify(part, size, [seconds], settings.time_limit)
-        publish(part, output)
-    return _result(count, size, seconds, share, reason if frames.broken else None)
-
-
-class FrameReader:
-    """The pixels of JPEG files, one after the other, all in the size of the first that decodes.
-
-    `broken` fills with the names of those that do not decode. Raises PrepareError if none does.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-        self.broken: list[str] = []
-        self.current = next((image for image in map(_read_jpeg, files) if image), None)
-        if self.current is None:
-            raise PrepareError("none of its frames decodes")
-        self.width, self.height = self.current.size
-
-    def __iter__(self) -> Iterator[bytes]:
-        for file in self.files:
-            image = _read_jpeg(file)
-            if image is None:
-                self.broken.append(file.name)
-            else:
-                self.current = image.resize((self.width, self.height))
-            yield self.current.tobytes()
-
-
-def _read_jpeg(file: Path) -> Image.Image | None:
-    try:
-        with Image.open(file, formats=["JPEG"]) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-
-
-def natural_key(path: Path) -> list:
-    """Sort key that puts frame 9 before frame 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
-
-
-def frame_files(folder: Path) -> list[Path]:
-    """The JPEG files of a folder, in no order."""
-    return [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
 
 
 def find_inputs(paths: Iterable[Path], skip: Path) -> tuple[dict[str, list[Path]], list[Path]]:
@@ -350,15 +81,6 @@ def find_inputs(paths: Iterable[Path], skip: Path) -> tuple[dict[str, list[Path]
 
 def _fail(error: OSError) -> None:
     raise error
-
-
-def prepare(source: Path, output: Path, settings: Settings) -> dict:
-    """Prepare one input of either kind; a failure becomes its line in the report."""
-    convert = convert_frames if source.is_dir() else convert_video
-    try:
-        return convert(source, output, settings)
-    except (FfmpegError, PrepareError, OSError) as error:
-        return {"status": "failed", "reason": str(error)}
 
 
 def prepare_all(
@@ -431,7 +153,8 @@ def summarise(lines: list[dict], ignored: list[Path], report: Path) -> None:
     for status in ("partial", "failed", "missing", "unused"):
         listed = [line for line in lines if line["status"] == status]
         for line in listed[:10]:
-            print(f"{status}: {line.get('input', line['vid_name'])}: {line.get('reason', '')}")
+            reason = f": {line['reason']}" if "reason" in line else ""
+            print(f"{status}: {line.get('input', line['vid_name'])}{reason}")
         if len(listed) > 10:
             print(f"{status}: {len(listed) - 10} more, see the report")
     if ignored:
@@ -458,8 +181,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "used by none of them")  # fmt: skip
     add("--workers", type=int, default=cores, help="videos at a time; each takes about one core")
     add("--authors_scale", action="store_true",
-        help="give portrait videos the squashed size of the authors' files; needs an --output_dir "
-        "of its own")  # fmt: skip
+        help="the sizes of the authors' files: portrait videos squashed, pixels taken as square; "
+        "needs an --output_dir of its own")  # fmt: skip
     add("--min_decoded", type=float, default=0.5,
         help="share of a damaged video that must decode for it to be kept; what is kept with less "
         f"than {WARN_BELOW} is listed as partial")  # fmt: skip

@@ -20,16 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from scripts.prepare_videos import (
-    PrepareError,
-    Settings,
-    find_inputs,
-    main,
-    natural_key,
-    prepare,
-    prepared_size,
-    video_clock,
-)
+from scripts.prepare_videos import find_inputs, main
 from utils.ffmpeg import (
     Track,
     ffmpeg_program,
@@ -37,6 +28,14 @@ from utils.ffmpeg import (
     read_packets,
     run_ffmpeg,
     write_video,
+)
+from utils.prepare import (
+    PrepareError,
+    Settings,
+    natural_key,
+    prepare,
+    prepared_size,
+    video_clock,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
