@@ -1,0 +1,324 @@
+#!/usr/bin/env python3
+"""One page about a run: settings, results, curves, best and worst queries. Needs no network.
+
+    python scripts/report.py logs/prvr_tvr
+
+The queries come from predictions.h5, which main.py --do_eval 1 --save_predictions 1 leaves in the
+run's folder; pictures of attention from the folder of main.py --do_plot 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+
+import h5py
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dataloaders.annotations import AnnotationError, Query, read_annotations
+from utils import report_parts as parts
+from utils.attention_store import ATTENTION
+from utils.moment_report import MOMENT_COLUMNS, VIDEO_COLUMNS
+from utils.predictions import MomentPredictions, PredictionsError, load_predictions
+from utils.published import PRVR_RESULTS, VCMR_RESULTS
+from utils.report_queries import Thumbnails, best_and_worst, query_card
+from utils.run_log import (
+    COUNTERS,
+    TRAINING,
+    RunLogError,
+    best_epoch,
+    curve,
+    curve_names,
+    is_number,
+    label,
+    read_args,
+    read_epochs,
+    read_records,
+)
+from utils.tables import PRVR_COLUMNS
+
+ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = ROOT / "utils/report_template.html"
+PUBLISHED = ("published",)  # rows of the tables to set apart
+PICTURE_WIDTH = 1600  # pixels of an overview in the page
+Rows = dict[str, dict[str, float]]
+
+
+@dataclass
+class Run:
+    """What a run's folder holds.
+
+    Attributes:
+        epochs: records of log.jsonl; evaluations: of eval.jsonl. Either may be empty, not both.
+    """
+
+    folder: Path
+    args: dict
+    epochs: list[dict]
+    evaluations: list[dict]
+    notes: list[str] = field(default_factory=list)  # what is missing, for the reader
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """RunLogError: not a folder of a run, or its files are damaged."""
+        epochs = read_epochs(folder) if (folder / "log.jsonl").is_file() else []
+        evaluated = folder / "eval.jsonl"
+        evaluations = read_records(evaluated) if evaluated.is_file() else []
+        if not epochs and not evaluations:
+            raise RunLogError(
+                f"{folder}: neither log.jsonl nor eval.jsonl: not the folder of a run"
+            )
+        return cls(folder, read_args(folder), epochs, evaluations)
+
+    @property
+    def datatype(self) -> str:
+        """One of `utils.published.DATATYPES`."""
+        return self.args.get("datatype", "custom")
+
+
+def result_rows(run: Run) -> dict[str, Rows]:
+    """Rows of metrics as `Evaluation.run` of main.py gives them, by where they come from."""
+    found = {}
+    if run.epochs:
+        best = best_epoch(run.epochs)
+        rows: Rows = {}
+        for name, value in best.items():
+            if is_number(value) and name not in (*COUNTERS, *TRAINING):
+                row, _, key = name.rpartition("/")
+                rows.setdefault(row or "cosine", {})[key] = value
+        found[f"epoch {best['epoch']}"] = rows
+    for record in run.evaluations[-3:]:
+        name = f"{Path(str(record.get('checkpoint'))).name}, epoch {record.get('epoch')}"
+        found[f"evaluated {name}"] = record.get("metrics", {})
+    return found
+
+
+def results_section(run: Run) -> str:
+    """All rows against the published ones."""
+    found = result_rows(run)
+    videos: Rows = {}
+    for source, rows in found.items():
+        for row, name in (("cosine", ""), ("dot", ", events not normalised")):
+            if row in rows:
+                videos[source + name] = rows[row]
+    videos |= _published(PRVR_RESULTS.get(run.datatype))
+    tables = [parts.table("Video retrieval (PRVR), in %; ranks", videos, PRVR_COLUMNS, PUBLISHED)]
+    newest = list(found.values())[-1] if found else {}
+    for task, title, columns in (
+        ("VCMR", "Moments among all videos (VCMR), in %", MOMENT_COLUMNS),
+        ("SVMR", "Moments, the right video given (SVMR), in %", MOMENT_COLUMNS),
+    ):
+        rows = {name: row for name, row in newest.items() if name.split("/")[0] == task}
+        if rows and task == "VCMR":
+            rows |= _published(VCMR_RESULTS.get(run.datatype))
+        if rows:
+            tables.append(parts.table(title, rows, columns, PUBLISHED))
+    if "VR" in newest:
+        rows = {name: row for name, row in newest.items() if name.split("/")[0] == "VR"}
+        title = "Videos by their best moment (VR), in %"
+        tables.append(parts.table(title, rows, VIDEO_COLUMNS))
+    levels = {n.split("/")[1]: row for n, row in newest.items() if n.startswith("levels/")}
+    if levels:
+        columns = {key: key for key in levels.get("all", {})}
+        title = "Level of the best event, by length of the moment, in %; mean IoU in %"
+        tables.append(parts.table(title, levels, columns))
+    return "".join(f'<div class="card">{table}</div>' for table in tables)
+
+
+def _published(row: Mapping[str, float] | None) -> Rows:
+    return {"published": dict(row)} if row else {}
+
+
+def curves_section(run: Run) -> str:
+    """A chart for every number of log.jsonl but breakdowns."""
+    published = PRVR_RESULTS.get(run.datatype, {}) | {
+        f"VCMR/{key}": value for key, value in VCMR_RESULTS.get(run.datatype, {}).items()
+    }
+    best = best_epoch(run.epochs)["epoch"]
+    charts = [
+        parts.line_chart(label(name), curve(run.epochs, name), best, published.get(name))
+        for name in curve_names(run.epochs)
+        if name.count("/") < 2
+    ]
+    legend = f"By epoch. The ring is the best epoch, {best}"
+    legend += "; the dashed line is the published result." if published else "."
+    return (
+        f'<p class="soft">{legend}</p><div class="card"><div class="charts">{"".join(charts)}</div>'
+        "</div>"
+    )
+
+
+def queries_sections(
+    run: Run, predictions: MomentPredictions, queries: Sequence[Query], thumbnails: Thumbnails,
+    count: int,
+) -> dict[str, str]:  # fmt: skip
+    """Cards of the best and the worst queries."""
+    predictions = predictions.of(queries)
+    sections = {}
+    hint = '<p class="soft hint">Keys <b>j</b> and <b>k</b> go to the next and the last query.</p>'
+    for title, rows, what in zip(
+        ("Best queries", "Worst queries"),
+        best_and_worst(predictions, count),
+        ("The right video first, by the largest lead.", "The right video furthest down the list."),
+        strict=True,
+    ):
+        cards = "".join(query_card(predictions, row, queries[row], thumbnails) for row in rows)
+        sections[title] = f'<p class="soft">{what}</p>{hint}{cards or "<p>None.</p>"}'
+    return sections
+
+
+def attention_section(folder: Path, limit: int) -> str:
+    """Overviews that main.py --do_plot 1 has drawn."""
+    figures = []
+    for meta_file in sorted((folder / "attention").glob("*/meta.json"))[:limit]:
+        picture = meta_file.with_name("overview.png")
+        if picture.is_file():
+            meta = json.loads(meta_file.read_text(encoding="utf-8"))
+            with Image.open(picture) as image:
+                source = parts.data_uri(image, PICTURE_WIDTH)
+            alt = (
+                f"What event {meta['event']} of video {meta['video']} attends to, for the query "
+                f"“{meta['text']}”: frames, attention, moments, pyramid and scores over time"
+            )
+            figures.append(
+                f'<figure class="card" style="margin-inline:0"><div class="scroll" tabindex="0">'
+                f'<img class="picture" style="min-width:44rem" src="{source}" '
+                f'alt="{parts.text(alt)}" loading="lazy"></div>'
+                f"<figcaption>{parts.text(meta['text'])}</figcaption></figure>"
+            )
+    return "".join(figures)
+
+
+def facts(run: Run) -> str:
+    """The head of the page."""
+    shown = {
+        "data set": run.datatype,
+        "task": run.args.get("subtask_type"),
+        "epochs": len(run.epochs) or None,
+        "best epoch": best_epoch(run.epochs)["epoch"] if run.epochs else None,
+        "trained parameters": _millions(run.args.get("trainable")),
+        "precision": run.args.get("used_precision"),
+        "seed": run.args.get("seed"),
+        "revision": str(run.args.get("git", ""))[:12] or None,
+    }
+    items = "".join(
+        f"<li>{name} <b>{parts.text(value)}</b></li>" for name, value in shown.items() if value
+    )
+    return f'<h1>{parts.text(run.folder.resolve().name)}</h1><ul class="facts">{items}</ul>'
+
+
+def _millions(count: object) -> str | None:
+    return f"{count / 1e6:.2f} M" if is_number(count) else None
+
+
+def make_page(run: Run, sections: Mapping[str, str]) -> str:
+    """The whole page as HTML."""
+    ids = {title: title.lower().replace(" ", "-") for title in sections}
+    nav = "".join(f'<a href="#{ids[title]}">{parts.text(title)}</a>' for title in sections)
+    body = facts(run) + "".join(
+        f'<section id="{ids[title]}"><h2>{parts.text(title)}</h2>{content}</section>'
+        for title, content in sections.items()
+    )
+    if run.notes:
+        items = "".join(f"<li>{parts.text(note)}</li>" for note in run.notes)
+        body += f'<section><h2>Left out</h2><ul class="card">{items}</ul></section>'
+    title = parts.text(f"{run.folder.resolve().name}: ProPy")
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(title=title, nav=nav, body=body)
+
+
+def build(
+    run: Run, annotations: Path | None, video_dir: Path | None, plots: Path | None, count: int
+) -> str:
+    """The page of a run. What is missing is left out, and named at its end."""
+    sections = {"Results": results_section(run)}
+    if run.epochs:
+        sections["Curves"] = curves_section(run)
+    pictures = attention_section(plots, count) if plots else ""
+    if pictures:
+        sections["Attention"] = pictures
+    thumbnails = Thumbnails(video_dir if video_dir and video_dir.is_dir() else None)
+    if thumbnails.video_dir is None:
+        run.notes.append(f"Thumbnails: no video folder {video_dir or ''} (--video_dir)")
+    try:
+        if annotations is None:
+            raise AnnotationError("no annotations: name them with --annotations")
+        predictions = load_predictions(run.folder / "predictions.h5")
+        queries = read_annotations(annotations)
+        sections |= queries_sections(run, predictions, queries, thumbnails, count)
+    except (PredictionsError, AnnotationError) as error:
+        run.notes.append(f"Queries: {error}")
+    run.notes += [f"Thumbnails: {message}" for message in thumbnails.failed.values()]
+    if run.args:
+        table = parts.settings_table(run.args)
+        summary = f"<summary>all {len(run.args)} settings</summary>"
+        sections["Settings"] = f'<details class="card">{summary}{table}</details>'
+    return make_page(run, sections)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="LOGDIR", help="folder of a run")
+    parser.add_argument("--output", type=Path, help="the page (default LOGDIR/report.html)")
+    parser.add_argument(
+        "--annotations", type=Path,
+        help="annotations of predictions.h5 (default: the run's prvr_val_annos)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--video_dir", type=Path, help="prepared clips, for thumbnails (default: the run's)"
+    )
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR",
+        help="pictures of main.py --do_plot 1 to show (default: the run's plot_dir, if they are of "
+        "this run)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--queries", type=int, default=6, metavar="N",
+        help="best, worst and drawn queries to show, N of each (default 6)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    run = Run.read(args.folder)
+    page = build(
+        run,
+        args.annotations or _path(run.args.get("prvr_val_annos")),
+        args.video_dir or _path(run.args.get("video_dir")),
+        args.plots or own_plots(run),
+        args.queries,
+    )
+    output = args.output or args.folder / "report.html"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    for note in run.notes:
+        print(f"left out: {note}", file=sys.stderr)
+    print(output)
+
+
+def own_plots(run: Run) -> Path | None:
+    """The run's plot folder, if what lies there was drawn with a checkpoint of the run."""
+    folder = _path(run.args.get("plot_dir")) or ROOT / "VIS" / run.datatype
+    if not (folder / ATTENTION).is_file():
+        return None
+    with h5py.File(folder / ATTENTION) as file:
+        model = Path(file.attrs["model"])
+    return folder if model.parent.resolve() == run.folder.resolve() else None
+
+
+def _path(value: object) -> Path | None:
+    """A path of args.json; relative ones start at the checkout, where the scripts run."""
+    return ROOT / str(value) if value else None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RunLogError as error:
+        sys.exit(f"error: {error}")
