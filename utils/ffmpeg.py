@@ -56,7 +56,8 @@ PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 # Messages that end every failure and say less than the ones before them.
 CLOSING_WORDS = (
     *("Error opening", "Error marking", "Error while opening", "Nothing was written"),
-    *("Terminating thread", "Task finished", "Conversion failed", "file:"),
+    *("Terminating thread", "Task finished", "Conversion failed", "Could not open encoder"),
+    "file:",
 )
 DISCARDED = 0x4  # packet flag: decoded for the frames after it, but not shown (edit lists)
 
