@@ -49,6 +49,7 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.engine import (
+    Embeddings,
     TrainingError,
     embed_corpus,
     evaluate_prvr,
@@ -126,15 +127,18 @@ class Evaluation:
         )
         self.loader = self.load_videos(self.videos)
 
+    def embed(self, model: ProPy, device: torch.device) -> Embeddings:
+        """All videos and texts of the split."""
+        return embed_corpus(model, self.loader, self.texts, device)
+
     def run(
-        self, model: ProPy, device: torch.device, predictions_dir: Path | None = None
+        self, embeddings: Embeddings, predictions_dir: Path | None = None
     ) -> dict[str, dict[str, float]]:
         """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `evaluate_vcmr`.
 
         Args:
             predictions_dir: a folder to save the predicted moments in.
         """
-        embeddings = embed_corpus(model, self.loader, self.texts, device)
         rows = {}
         if self.moments or predictions_dir:
             predictions = predict_moments(
@@ -159,8 +163,8 @@ class Evaluation:
 
     def plot(
         self,
+        embeddings: Embeddings,
         model: ProPy,
-        device: torch.device,
         settings: PlotSettings,
         *,
         ids: Sequence[str],
@@ -173,10 +177,9 @@ class Evaluation:
         Returns:
             How many were drawn, and how many there are at rank 1.
         """
-        embeddings = embed_corpus(model, self.loader, self.texts, device)
         normalize = self.scoring[0]
         scores = best_event_scores(embeddings.texts, embeddings.events, normalize)
-        ranks = ranks_of(scores, self.target.to(device)).cpu()
+        ranks = ranks_of(scores, self.target.to(scores.device)).cpu()
         chosen = choose_queries(ranks, self.queries, ids, limit, seed)
         videos = [self.videos[i] for i in self.target[chosen].unique().tolist()]
         plot_queries(
@@ -185,7 +188,6 @@ class Evaluation:
             [video.vid_name for video in videos],
             score_queries(embeddings, chosen, self.target, ranks, normalize),
             self.queries,
-            device,
             settings,
             score_name="cosine" if normalize else "product",
             source=source,
@@ -234,19 +236,19 @@ def main(args: argparse.Namespace) -> None:
     best = args.resume
     if args.do_train:
         best = train(args, model, evaluation, train_queries, device, precision, log)
-    if args.do_eval:
+    if args.do_eval or args.do_plot:
         checkpoint = load_checkpoint(best, model)
-        log.info("evaluating %s, %d epochs trained", best, checkpoint.epoch)
-        rows = evaluation.run(model, device, args.output_dir if args.save_predictions else None)
+        log.info("using %s, %d epochs trained", best, checkpoint.epoch)
+        embeddings = evaluation.embed(model, device)
+    if args.do_eval:
+        rows = evaluation.run(embeddings, args.output_dir if args.save_predictions else None)
         show(rows, args.datatype, log)
         record = {"checkpoint": str(best), "epoch": checkpoint.epoch, "git": git_revision()}
         append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
     if args.do_plot:
-        load_checkpoint(best, model)
-        log.info("plotting with %s", best)
         drawn, hits = evaluation.plot(
+            embeddings,
             model,
-            device,
             plots,
             ids=args.plot_ids,
             limit=args.plot_limit,
@@ -355,7 +357,7 @@ def train(
             clip_grad_norm=args.clip_grad_norm,
             display_every=args.n_display,
         )
-        rows = evaluation.run(model, device)
+        rows = evaluation.run(evaluation.embed(model, device))
         score = evaluation.score(rows)
         progress.epoch = epoch + 1
         progress.global_step += trained["steps"]

@@ -150,7 +150,6 @@ def plot_queries(
     vid_names: Sequence[str],
     drawn: Sequence[Drawn],
     queries: Sequence[Query],
-    device: torch.device,
     settings: PlotSettings,
     score_name: str = "cosine",
     source: str = "",
@@ -177,7 +176,7 @@ def plot_queries(
         tqdm(total=len(drawn), desc="draw", unit="query", dynamic_ncols=True, leave=False) as bar,
     ):
         for batch in batches:
-            frames = batch["frames"].to(device)
+            frames = batch["frames"].to(model.visibility.device)
             _, attention = model.encode_video(frames, return_attention=True, head=head)
             for i, video in enumerate(batch["indices"].tolist()):
                 of_one = attention[:, i].float().cpu().numpy()  # [L, N_e, keys]
