@@ -48,6 +48,18 @@ from utils.tables import PRVR_COLUMNS
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "utils/report_template.html"
 PUBLISHED = ("published",)  # rows of the tables to set apart
+MOMENT_TABLES = {
+    "VCMR": ("Moments among all videos (VCMR), in %", MOMENT_COLUMNS),
+    "SVMR": ("Moments, the right video given (SVMR), in %", MOMENT_COLUMNS),
+    "VR": ("Videos by type of query, in %", VIDEO_COLUMNS),
+}
+ROW_NAMES = {
+    "": "ProPy",
+    "whole_video": "the video as a whole",
+    "random_event": "a random event",
+    "half": "ProPy, half of the windows",
+    "any": "ProPy, any window",
+}
 PICTURE_WIDTH = 1600  # pixels of an overview in the page
 Rows = dict[str, dict[str, float]]
 
@@ -112,25 +124,23 @@ def results_section(run: Run) -> str:
     videos |= _published(PRVR_RESULTS.get(run.datatype))
     tables = [parts.table("Video retrieval (PRVR), in %; ranks", videos, PRVR_COLUMNS, PUBLISHED)]
     newest = list(found.values())[-1] if found else {}
-    for task, title, columns in (
-        ("VCMR", "Moments among all videos (VCMR), in %", MOMENT_COLUMNS),
-        ("SVMR", "Moments, the right video given (SVMR), in %", MOMENT_COLUMNS),
-    ):
-        rows = {name: row for name, row in newest.items() if name.split("/")[0] == task}
-        if rows and task == "VCMR":
+    for task, (title, columns) in MOMENT_TABLES.items():
+        rows = {_row_name(name): newest[name] for name in newest if name.split("/")[0] == task}
+        if task == "VCMR" and rows:
             rows |= _published(VCMR_RESULTS.get(run.datatype))
-        if rows:
-            tables.append(parts.table(title, rows, columns, PUBLISHED))
-    if "VR" in newest:
-        rows = {name: row for name, row in newest.items() if name.split("/")[0] == "VR"}
-        title = "Videos by their best moment (VR), in %"
-        tables.append(parts.table(title, rows, VIDEO_COLUMNS))
+        if task != "VR" or len(rows) > 1:  # alone it would repeat the table above
+            tables.append(parts.table(title, rows, columns, PUBLISHED) if rows else "")
     levels = {n.split("/")[1]: row for n, row in newest.items() if n.startswith("levels/")}
     if levels:
-        columns = {key: key for key in levels.get("all", {})}
+        columns = {key: key for key in levels["all"]}
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
         tables.append(parts.table(title, levels, columns))
-    return "".join(f'<div class="card">{table}</div>' for table in tables)
+    return "".join(f'<div class="card">{table}</div>' for table in tables if table)
+
+
+def _row_name(name: str) -> str:
+    """What a row of `utils.moment_report` is called in the tables."""
+    return ROW_NAMES.get(name.partition("/")[2], name.partition("/")[2])
 
 
 def _published(row: Mapping[str, float] | None) -> Rows:
@@ -163,7 +173,9 @@ def queries_sections(
     """Cards of the best and the worst queries."""
     predictions = predictions.of(queries)
     sections = {}
-    hint = '<p class="soft hint">Keys <b>j</b> and <b>k</b> go to the next and the last query.</p>'
+    hint = (
+        '<p class="soft hint">Keys <b>j</b> and <b>k</b> go to the next and the previous query.</p>'
+    )
     for title, rows, what in zip(
         ("Best queries", "Worst queries"),
         best_and_worst(predictions, count),
@@ -176,25 +188,26 @@ def queries_sections(
 
 
 def attention_section(folder: Path, limit: int) -> str:
-    """Overviews that main.py --do_plot 1 has drawn."""
-    figures = []
-    for meta_file in sorted((folder / "attention").glob("*/meta.json"))[:limit]:
-        picture = meta_file.with_name("overview.png")
-        if picture.is_file():
-            meta = json.loads(meta_file.read_text(encoding="utf-8"))
-            with Image.open(picture) as image:
-                source = parts.data_uri(image, PICTURE_WIDTH)
-            alt = (
-                f"What event {meta['event']} of video {meta['video']} attends to, for the query "
-                f"“{meta['text']}”: frames, attention, moments, pyramid and scores over time"
-            )
-            figures.append(
-                f'<figure class="card" style="margin-inline:0"><div class="scroll" tabindex="0">'
-                f'<img class="picture" style="min-width:44rem" src="{source}" '
-                f'alt="{parts.text(alt)}" loading="lazy"></div>'
-                f"<figcaption>{parts.text(meta['text'])}</figcaption></figure>"
-            )
-    return "".join(figures)
+    """Overviews of the queries that main.py --do_plot 1 drew last."""
+    with h5py.File(folder / ATTENTION) as file:
+        drawn = [folder / "attention" / name for name in file]
+    pictures = [path for path in drawn if (path / "overview.png").is_file()]
+    return "".join(_overview(path) for path in pictures[:limit])
+
+
+def _overview(folder: Path) -> str:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    with Image.open(folder / "overview.png") as image:
+        source = parts.data_uri(image, PICTURE_WIDTH)
+    alt = (
+        f"What event {meta['event']} of video {meta['video']} attends to: "
+        "frames, attention over them, moments, pyramid and scores on one time axis"
+    )
+    return (
+        '<figure class="card wide"><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{parts.text(meta["text"])}"><img class="picture" src="{source}" '
+        f'alt="{parts.text(alt)}"></div></figure>'
+    )
 
 
 def facts(run: Run) -> str:
@@ -242,9 +255,8 @@ def build(
     sections = {"Results": results_section(run)}
     if run.epochs:
         sections["Curves"] = curves_section(run)
-    pictures = attention_section(plots, count) if plots else ""
-    if pictures:
-        sections["Attention"] = pictures
+    if plots:
+        sections["Attention"] = attention_section(plots, count)
     thumbnails = Thumbnails(video_dir if video_dir and video_dir.is_dir() else None)
     if thumbnails.video_dir is None:
         run.notes.append(f"Thumbnails: no video folder {video_dir or ''} (--video_dir)")
@@ -264,7 +276,7 @@ def build(
     return make_page(run, sections)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="LOGDIR", help="folder of a run")
     parser.add_argument("--output", type=Path, help="the page (default LOGDIR/report.html)")
@@ -284,14 +296,14 @@ def main() -> None:
         "--queries", type=int, default=6, metavar="N",
         help="best, worst and drawn queries to show, N of each (default 6)",
     )  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     run = Run.read(args.folder)
     page = build(
         run,
         args.annotations or _path(run.args.get("prvr_val_annos")),
         args.video_dir or _path(run.args.get("video_dir")),
-        args.plots or own_plots(run),
+        checked_plots(args.plots) or own_plots(run),
         args.queries,
     )
     output = args.output or args.folder / "report.html"
@@ -300,6 +312,13 @@ def main() -> None:
     for note in run.notes:
         print(f"left out: {note}", file=sys.stderr)
     print(output)
+
+
+def checked_plots(folder: Path | None) -> Path | None:
+    """RunLogError: the folder is not one of --do_plot 1."""
+    if folder is not None and not (folder / ATTENTION).is_file():
+        raise RunLogError(f"{folder}: no {ATTENTION} in it: name the folder of main.py --do_plot 1")
+    return folder
 
 
 def own_plots(run: Run) -> Path | None:

@@ -21,6 +21,7 @@ from utils.visualize import event_rows
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 320, 190, 46, 10, 10, 22  # of a chart, in its own units
 ROW_HEIGHT = 0.75  # rem of a pyramid's row
 SCALE = colormaps["cividis"]
+DRAWING = {"quality": 88, "subsampling": 0}  # of JPEG; as PNG they are three times as large
 
 
 def text(value: object) -> str:
@@ -48,8 +49,9 @@ def table(
         kind = ' class="published"' if name in published else ""
         body.append(f'<tr{kind}><th scope="row">{text(name)}</th>{cells}</tr>')
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}"><table>'
-        f"<caption>{text(caption)}</caption><thead><tr><td></td>{heads}</tr></thead>"
+        f'<p class="caption" aria-hidden="true">{text(caption)}</p>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}">'
+        f"<table><thead><tr><td></td>{heads}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -86,7 +88,7 @@ def line_chart(
     for tick in y_ticks:
         _, y = place(xs[0], tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{_short(tick)}</text>')
     for tick in x_ticks:
         if x_range[0] <= tick <= x_range[1]:
             x, _ = place(tick, y_range[0])
@@ -115,24 +117,21 @@ def line_chart(
     )
 
 
-def data_uri(picture: np.ndarray | Image.Image, side: int | None = None) -> str:
-    """A picture as the value of src: JPEG of photographs, PNG of drawings.
+def data_uri(picture: np.ndarray | Image.Image, width: int | None = None) -> str:
+    """A picture as the value of src.
 
     Args:
-        picture: uint8 [H, W, 3] for a photograph, or a drawing opened with PIL.
-        side: largest width in pixels.
+        picture: uint8 [H, W, 3] for a photograph, or a drawing opened with PIL, whose lines and
+            letters get a better quality.
+        width: largest width in pixels.
     """
     photograph = isinstance(picture, np.ndarray)
     image = Image.fromarray(picture) if photograph else picture.convert("RGB")
-    if side and image.width > side:
-        image = image.resize((side, round(image.height * side / image.width)), Image.LANCZOS)
+    if width and image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.LANCZOS)
     buffer = io.BytesIO()
-    if photograph:
-        image.save(buffer, "JPEG", quality=75)
-    else:
-        image.quantize(128).save(buffer, "PNG", optimize=True)
-    kind = "jpeg" if photograph else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "JPEG", **({"quality": 75} if photograph else DRAWING))
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def lane(
@@ -202,7 +201,8 @@ def legend(scores: np.ndarray, score_name: str, timed: bool) -> str:
     return (
         f'<div class="legend"><span>{text(score_name)} {scores.min():.3f}<span class="scale" '
         f'style="background:linear-gradient(90deg,{stops})"></span>{scores.max():.3f}</span>'
-        f'<span><span class="key edge"></span>best event</span>{true}</div>'
+        f'<span><span class="key edge"></span>best event</span>{true}'
+        "<span>rows: levels of the pyramid, the shortest events lowest</span></div>"
     )
 
 
@@ -220,6 +220,11 @@ def _ticks(low: float, high: float, integer: bool) -> list[float]:
     if low == high:
         low, high = low - 0.5 * (not integer), high + (1 if integer else 0.5)
     return MaxNLocator(5, integer=integer).tick_values(low, high).tolist()
+
+
+def _short(tick: float) -> str:
+    """At most six characters."""
+    return f"{tick:.4g}" if tick == 0 or 0.01 <= abs(tick) < 1e5 else f"{tick:.0e}"
 
 
 def _number(value: float | None) -> str:

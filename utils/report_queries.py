@@ -63,7 +63,10 @@ class Thumbnails:
                 raise VideoError(f"{path}: no such video file")
             track = read_packets(path, limit=2)
             frames = load_clip(path, SAMPLED, min(track.width, track.height)).float()
-        except (VideoError, FfmpegError) as error:
+        except FfmpegError as error:
+            self.failed[vid_name] = f"{path}: {error}"
+            return None
+        except VideoError as error:
             self.failed[vid_name] = str(error)
             return None
         side = min(THUMBNAIL, frames.shape[-1])

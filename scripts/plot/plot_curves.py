@@ -123,7 +123,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(path.parts[-depth:]) for path in paths]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="LOGDIR", help="folders of runs")
     parser.add_argument(
@@ -136,7 +136,7 @@ def main() -> None:
         help="numbers to draw, such as loss SumR 'VCMR/0.5*' (default: all but breakdowns by "
         "query type, level and baseline)",
     )  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
     runs = {
         name: read_epochs(folder)

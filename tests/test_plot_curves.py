@@ -1,0 +1,123 @@
+"""Curves: what is drawn is what was logged, for whole and for broken logs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "plot"))
+
+from plot_curves import choose_names, main, plot_curves, published_values, run_names
+
+from utils.run_log import RunLogError, best_epoch, curve, curve_names, label, read_epochs
+
+PLOT_CURVES = Path(__file__).resolve().parents[1] / "scripts/plot/plot_curves.py"
+
+
+def records(count: int, factor: float = 1.0) -> list[dict]:
+    return [
+        {"epoch": e, "global_step": 9 * e, "steps": 9, "skipped_steps": 0, "loss": factor / e,
+         "lr": 1e-3, "R1": 10.0 * e, "SumR": 40.0 * e, "VCMR/0.5-r10": 1.0 * e,
+         "VCMR/random_event/0.5-r10": 1.5, "VR/r1": 5, "best_epoch": e - (e > 2)}
+        for e in range(1, count + 1)
+    ]  # fmt: skip
+
+
+def write(folder: Path, lines: list[dict], torn: str = "", **args: object) -> Path:
+    folder.mkdir(parents=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "log.jsonl").write_text(text + torn)
+    (folder / "args.json").write_text(json.dumps(args))
+    return folder
+
+
+def test_lines_are_what_was_logged() -> None:
+    runs = {"a": records(5), "b": records(3, factor=2.0)}
+    names = ["loss", "R1", "VCMR/0.5-r10"]
+    figure = plot_curves(runs, names, {"R1": 22.4})
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
+    assert list(panels) == ["training loss", "R@1 (%)", "VCMR R@10, IoU ≥ 0.5 (%)"]
+    for name, axes in zip(names, panels.values(), strict=True):
+        drawn = [list(zip(*line.get_data(), strict=True)) for line in axes.lines]
+        for epochs in runs.values():
+            assert [(r["epoch"], r[name]) for r in epochs] in drawn
+            best = epochs[epochs[-1]["best_epoch"] - 1]
+            assert [(best["epoch"], best[name])] in drawn
+    heights = [set(line.get_ydata()) for line in panels["R@1 (%)"].lines]
+    assert {22.4} in heights and len(heights) == 5
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["a", "b", "best epoch", "published"]
+    colours = {line.get_color() for line in panels["training loss"].lines}
+    assert len(colours) == 2
+
+
+def test_a_torn_last_line_is_left_out(tmp_path, caplog) -> None:
+    folder = write(tmp_path / "run", records(3), torn='{"epoch": 4, "lo')
+    assert [r["epoch"] for r in read_epochs(folder)] == [1, 2, 3]
+    assert "log.jsonl:4: the last line is incomplete" in caplog.text
+    whole = write(tmp_path / "no_line_end", records(2), torn='{"epoch": 3}')
+    assert [r["epoch"] for r in read_epochs(whole)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"epoch": 1}\n{"epoch\n{"epoch": 3}\n', "log.jsonl:2: not JSON"),
+        ('{"epoch": 1\n', "log.jsonl:1: not JSON"),
+        ("[1]\n", "log.jsonl:1: not an object"),
+        ("", "no finished epoch"),
+        ('{"step": 1}\n', "no finished epoch"),
+    ],
+)
+def test_damaged_logs_are_named(tmp_path, content: str, message: str) -> None:
+    (tmp_path / "log.jsonl").write_text(content)
+    with pytest.raises(RunLogError, match=message):
+        read_epochs(tmp_path)
+
+
+def test_an_epoch_run_again_counts_once(tmp_path) -> None:
+    again = records(2)[1] | {"loss": 99.0}
+    folder = write(tmp_path / "run", [*records(3), again])
+    assert curve(read_epochs(folder), "loss") == [(1, 1.0), (2, 99.0), (3, 1 / 3)]
+
+
+def test_what_is_a_curve() -> None:
+    epochs = [*records(2), {"epoch": 3, "loss": float("nan"), "note": "text", "ok": True, "R1": 1}]
+    assert curve_names(epochs) == ["loss", "lr", "R1", "SumR", "VCMR/0.5-r10",
+                                   "VCMR/random_event/0.5-r10", "VR/r1"]  # fmt: skip
+    assert curve(epochs, "loss") == [(1, 1.0), (2, 0.5)] and curve(epochs, "R1")[-1] == (3, 1)
+    assert choose_names(curve_names(epochs), []) == ["loss", "lr", "R1", "SumR", "VCMR/0.5-r10",
+                                                     "VR/r1"]  # fmt: skip
+    assert choose_names(curve_names(epochs), ["VCMR/*", "lr"])[-1] == "VCMR/random_event/0.5-r10"
+    assert best_epoch(records(5))["epoch"] == 4
+    assert label("VR/r5") == "VR R@5 (%)" and label("something") == "something"
+
+
+def test_published_values_only_where_all_runs_compare() -> None:
+    assert published_values({"tvr"})["SumR"] == 212.8
+    assert published_values({"tvr"})["VCMR/0.5-r10"] == 17.49
+    assert published_values({"tvr", "charades"}) == published_values({"custom"}) == {}
+
+
+def test_run_names_tell_runs_apart() -> None:
+    assert run_names([Path("logs/a"), Path("logs/b")]) == ["a", "b"]
+    assert run_names([Path("x/logs"), Path("y/logs")]) == ["x/logs", "y/logs"]
+
+
+def test_the_program(tmp_path, capsys, caplog) -> None:
+    a = write(tmp_path / "a", records(4), datatype="tvr", torn='{"epo')
+    b = write(tmp_path / "b", records(2), datatype="tvr")
+    output = str(tmp_path / "new" / "ab.svg")
+    main([str(a), str(b), "--output", output, "--select", "SumR", "loss"])
+    assert "incomplete" in caplog.text and capsys.readouterr().out.strip() == output
+    assert Path(output).read_text().startswith("<?xml")
+    with pytest.raises(RunLogError, match="there is: loss, lr, R1"):
+        main([str(a), "--select", "nothing"])
+    command = [sys.executable, str(PLOT_CURVES), str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "log.jsonl: no such file" in done.stderr
+    assert "Traceback" not in done.stderr

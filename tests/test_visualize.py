@@ -1,0 +1,368 @@
+"""Pictures: what is drawn is what the model attends to, in files that others can read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from golden_model import GoldenModel
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import colormaps
+from PIL import Image
+from tiny_run import ROOT, TinyRun, make_run
+
+from dataloaders.annotations import Query, corpus_videos, read_annotations
+from dataloaders.tokenizer import tokenize
+from dataloaders.video import load_clip
+from models import ProPy, build_model
+from modules.pyramid import PromptPyramid
+from modules.similarity import event_scores
+from utils.attention_store import AttentionStore, query_name, read_attention, read_scores
+from utils.checkpoint import load_checkpoint
+from utils.plots import Drawn, PlotError, PlotSettings, check_request, choose_queries, plot_queries
+from utils.visualize import (
+    STYLES,
+    EventAttention,
+    QueryPicture,
+    event_rows,
+    heat_frames,
+    save_overview,
+    save_tree,
+)
+
+SPLITS = ["tvr", "activitynet", "charades", "qvhighlights_val", "qvhighlights_test"]
+PYRAMIDS = [
+    {"Nf": 32, "H": [[2, 2], [2, 1], [3, 2], [3, 2], [3, 1]]},
+    {"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]},
+    {"Nf": 9, "H": [[3, 1], [3, 1], [5, 1]]},
+    {"Nf": 4, "H": [[4, 1]]},
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> TinyRun:
+    return make_run(tmp_path_factory.getbasetemp())
+
+
+def query(desc_id: str | int, vid_name: str = "v", desc: str = "a dog") -> Query:
+    return Query(desc_id, desc, vid_name, 8.0, ((1.0, 3.0),))
+
+
+# ---------------------------------------------------------------- attention
+
+
+def load_golden(name: str, folder: Path) -> tuple[GoldenModel, ProPy]:
+    golden = GoldenModel.read(name)
+    model = golden.build()
+    load_checkpoint(golden.write_authors_checkpoint(folder / "authors.pth.tar"), model)
+    return golden, model.double().eval()
+
+
+def test_stored_attention_is_the_authors(tmp_path) -> None:
+    golden, model = load_golden("m1", tmp_path)
+    frames = golden.video()
+    names = [f"v{i}" for i in range(len(frames))]
+    queries = [query(f"{vid_name}#0", vid_name) for vid_name in names]
+    scores = np.linspace(0, 1, model.pyramid.num_events, dtype=np.float32)
+    drawn = [Drawn(row, 1, scores, scores) for row in range(len(names))]
+    batches = [{"frames": frames, "indices": torch.arange(len(frames))}]
+    plot_queries(model, batches, names, drawn, queries, PlotSettings(tmp_path))
+    stored = np.stack([read_attention(tmp_path, q.desc_id) for q in queries], axis=1)
+    np.testing.assert_allclose(stored, golden["attention_weights"], rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("name", ["m1", "m5"])
+def test_heads_average_to_the_authors(name: str, tmp_path) -> None:
+    golden, model = load_golden(name, tmp_path)
+    with torch.no_grad():
+        heads = [
+            model.encode_video(golden.video(), return_attention=True, head=head)[1]
+            for head in range(model.num_heads)
+        ]
+    mean = torch.stack(heads).mean(0)
+    np.testing.assert_allclose(mean, golden["attention_weights"], rtol=0, atol=5e-7)
+    for head in heads:
+        np.testing.assert_allclose(head.sum(-1), 1, atol=1e-9)
+    assert all(not torch.allclose(heads[0], other) for other in heads[1:])
+    with pytest.raises(ValueError, match="head"):
+        model.encode_video(golden.video(), return_attention=True, head=model.num_heads)
+
+
+def test_columns_of_a_row() -> None:
+    """Each column holds its own number, so that every part can be told by what it holds."""
+    pyramid = PromptPyramid.from_config(PYRAMIDS[1])
+    prompts, grid, frames = 3, 4, 8
+    first = pyramid.num_events + prompts * pyramid.num_bottom_events
+    row = np.arange(first + (1 + grid * grid) * frames, dtype=np.float64)
+    got = EventAttention.from_row(row, pyramid, prompts)
+    assert got.events.tolist() == list(range(pyramid.num_events))
+    assert got.prompts == sum(range(pyramid.num_events, first))
+    assert got.class_tokens.tolist() == [first + f for f in range(frames)]
+    assert got.patches.shape == (frames, grid, grid)
+    for f, y, x in np.ndindex(got.patches.shape):
+        assert got.patches[f, y, x] == first + (1 + y * grid + x) * frames + f
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def test_heat_lies_where_the_attention_is() -> None:
+    frames = torch.zeros(2, 3, 35, 35, dtype=torch.uint8)  # 5 pixels a patch, one is its middle
+    frames[:, :, :, 20:] = 200
+    patches = np.zeros((2, 7, 7))
+    patches[1, 2, 5] = 0.4
+    heat = heat_frames(frames, patches, "inferno")
+    assert heat.shape == (2, 35, 35, 3) and heat.dtype == np.uint8
+    cold, hot = (255 * np.array(colormaps["inferno"](x)[:3]) for x in (0.0, 1.0))
+    np.testing.assert_allclose(heat[0, :, :20], np.broadcast_to(cold / 2, (35, 20, 3)), atol=1)
+    np.testing.assert_allclose(heat[0, 0, 30], (cold + 255) / 2, atol=1)
+    np.testing.assert_allclose(heat[1, 2 * 5 + 2, 5 * 5 + 2], (hot + 255) / 2, atol=1)
+    elsewhere = np.ones((35, 35), bool)
+    elsewhere[1 * 5 : 4 * 5, 4 * 5 : 7 * 5] = False  # bilinear: it reaches its neighbours
+    assert (heat[0] == heat[1])[elsewhere].all()
+
+
+def test_heat_scale_is_that_of_the_whole_video() -> None:
+    patches = np.full((3, 4, 4), 0.1)
+    patches[1], patches[2] = 0.2, 0.3
+    heat = heat_frames(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), patches, "gray")
+    assert [int(frame[4, 4, 0]) for frame in heat] == [0, 64, 128]
+    constant = heat_frames(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), patches * 0 + 0.5, "gray")
+    assert not constant.any()
+
+
+@pytest.mark.parametrize("config", PYRAMIDS)
+def test_boxes_of_the_pyramid_do_not_overlap(config: dict) -> None:
+    pyramid = PromptPyramid.from_config(config)
+    spans, levels = pyramid.spans.tolist(), pyramid.level_of_event.tolist()
+    rows, centres = event_rows(spans, levels)
+    for a in range(len(rows)):
+        for b in range(a):
+            apart = spans[a][1] <= spans[b][0] or spans[b][1] <= spans[a][0]
+            assert apart or abs(rows[a] - rows[b]) > 0.999
+            assert levels[a] == levels[b] or (rows[a] < rows[b]) == (levels[a] < levels[b])
+    assert centres == sorted(centres) and len(centres) == max(levels)
+
+
+def picture(title: str, windows=((1.0, 3.0),)) -> QueryPicture:
+    pyramid = PromptPyramid.from_config(PYRAMIDS[0])
+    rng = np.random.default_rng(0)
+    attention = EventAttention(rng.random(42), 0.1, rng.random(32), rng.random((32, 7, 7)))
+    frames = torch.from_numpy(rng.integers(0, 256, (32, 3, 16, 16), dtype=np.uint8))
+    return QueryPicture(
+        title, "video v", frames, attention, 3, rng.random(42), "cosine", 64.0, windows, pyramid
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_overview_says_what_is_what(style: str, tmp_path) -> None:
+    title = "it costs $5, then $6_x^2 & <b>"
+    save_overview(tmp_path / "o.svg", picture(title), STYLES[style])
+    svg = (tmp_path / "o.svg").read_text()
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    for label in (
+        "it costs $5, then $6_x^2 &amp; &lt;b&gt;", "time (s)", "level 1", "(2 frames)",
+        "attention to events", "attention per patch", "chosen event", "true moment",
+        "text and event", "event it attends to most", "event it cannot see", "60",
+    ):  # fmt: skip
+        assert label in texts, label
+    save_overview(tmp_path / "o.svg", picture(title, windows=()), STYLES[style])
+    assert "true moment: unknown" in (tmp_path / "o.svg").read_text()
+
+
+def test_vector_and_pixel_formats(tmp_path) -> None:
+    for name, start in (("t.pdf", b"%PDF"), ("t.jpg", b"\xff\xd8"), ("t.png", b"\x89PNG")):
+        save_tree(tmp_path / name, picture("a dog"), STYLES["readable"])
+        assert (tmp_path / name).read_bytes().startswith(start)
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def test_hits_limit_and_names() -> None:
+    queries = [query(name) for name in ("a", "b", 3, "d", "e", "f")]
+    ranks = torch.tensor([1, 2, 1, 1, 7, 1])
+    assert choose_queries(ranks, queries, [], 0, 0) == [0, 2, 3, 5]
+    assert choose_queries(ranks, queries, [], 9, 0) == [0, 2, 3, 5]
+    choices = {tuple(choose_queries(ranks, queries, [], 2, seed)) for seed in range(30)}
+    assert all(set(c) <= {0, 2, 3, 5} and c == tuple(sorted(c)) for c in choices)
+    assert len(choices) == 6, "every pair comes up"
+    assert choose_queries(ranks, queries, [], 2, 5) == choose_queries(ranks, queries, [], 2, 5)
+    assert choose_queries(ranks, queries, ["e", "3"], 1, 0) == [2, 4], "named ones, whatever rank"
+    with pytest.raises(PlotError, match="none of the 6"):
+        choose_queries(ranks + 1, queries, [], 0, 0)
+
+
+# ---------------------------------------------------------------- files
+
+NASTY = ["a", "a/b", "a/b/c", "/", ".", "..", "", "%", "%2F", "a%2Fb", "x#0", "con:", "é", " ",
+         "a ", "\n", "x" * 400, "x" * 399 + "y", "é" * 200]  # fmt: skip
+
+
+@given(st.lists(st.text(max_size=8), unique=True, max_size=20))
+def test_names_are_safe_and_distinct(ids: list[str]) -> None:
+    ids = list(dict.fromkeys(ids + NASTY))
+    names = [query_name(desc_id) for desc_id in ids]
+    assert len(set(names)) == len(ids)
+    for name in names:
+        assert name and "/" not in name and "\\" not in name and not name.startswith(".")
+        assert len(name.encode(errors="surrogatepass")) <= 200 and "\0" not in name
+    assert query_name("v_x-1#0") == "v_x-1#0" and query_name(7) == "7"
+
+
+def test_store_holds_every_id_and_a_video_once(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    attention = {name: rng.random((3, 7, 50), dtype=np.float32) for name in "uvw"}
+    scores = {name: rng.random(7, dtype=np.float32) for name in NASTY}
+    with AttentionStore(tmp_path, {"model": "m"}) as store:
+        for i, name in enumerate(NASTY):
+            store.add(name, "uvw"[i % 3], attention["uvw"[i % 3]], scores[name], 1 + i % 2)
+        assert not list(tmp_path.glob("*.hdf5")), "files appear when they are complete"
+    for i, name in enumerate(NASTY):
+        assert (read_attention(tmp_path, name) == attention["uvw"[i % 3]]).all()
+        assert (read_scores(tmp_path, name) == scores[name]).all()
+        folder = tmp_path / query_name(name)
+        folder.mkdir()
+    hits = json.loads((tmp_path / "r1_ids.json").read_text())
+    assert hits == [[name, "uvw"[i % 3]] for i, name in enumerate(NASTY) if i % 2 == 0]
+    with h5py.File(tmp_path / "attn.hdf5") as file:
+        assert len(file) == len(NASTY) and dict(file.attrs) == {"model": "m"}
+        data = file[query_name("a")]
+        assert data.chunks == (1, 7, 50) and data.compression == "gzip"
+    assert (tmp_path / "attn.hdf5").stat().st_size < 4 * attention["u"].nbytes + 40_000
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".hdf5", ".json"}
+
+
+def test_a_broken_off_store_leaves_the_old_files(tmp_path) -> None:
+    one = np.ones((1, 2, 3), np.float32)
+    with AttentionStore(tmp_path, {}) as store:
+        store.add("a", "v", one, one[0, 0], 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RuntimeError), AttentionStore(tmp_path, {}) as store:
+        store.add("b", "v", one, one[0, 0], 1)
+        raise RuntimeError
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---------------------------------------------------------------- the program
+
+
+def test_what_plotting_leaves(tiny_run) -> None:
+    queries = {q.desc_id: q for q in read_annotations(tiny_run.corpus / "annos.jsonl")}
+    model = build_model(
+        tiny_run.corpus / "clip.pt", tiny_run.corpus / "pyramid.json", adapter_channels=16
+    ).eval()
+    load_checkpoint(tiny_run.logs / "ckpt.best.pth.tar", model)
+    names = [video.vid_name for video in corpus_videos(queries.values())]
+    clips = torch.stack(
+        [
+            load_clip(tiny_run.corpus / "videos" / f"{n}.mp4", 8, model.input_resolution)
+            for n in names
+        ]
+    )
+    with torch.no_grad():
+        events, attention = model.encode_video(clips, return_attention=True)
+        texts = model.encode_text(tokenize([q.desc for q in queries.values()], 32))
+    cosines = event_scores(texts, events).numpy()
+
+    folders = {path.name for path in (tiny_run.plots / "attention").iterdir()}
+    assert folders == {"v%2F0#1", "%2E%2E", "7"}
+    hits = []
+    for row, (desc_id, q) in enumerate(queries.items()):
+        if desc_id not in ("v/0#1", "..", 7):
+            continue
+        video = names.index(q.vid_name)
+        own = cosines[row, video]
+        folder = tiny_run.plots / "attention" / query_name(desc_id)
+        meta = json.loads((folder / "meta.json").read_text())
+        rank = 1 + sum(cosines[row].max(-1) > own.max())
+        hits += [[desc_id, q.vid_name]] if rank == 1 else []
+        event = int(own.argmax())
+        start, end = model.pyramid.spans[event].tolist()
+        per_frame = q.duration / 8
+        expected = {
+            "desc_id": desc_id, "text": q.desc, "video": q.vid_name, "duration": q.duration,
+            "rank": rank, "event": event, "level": int(model.pyramid.level_of_event[event]),
+            "proposal_frames": [start, end], "layer": len(attention), "head": "mean",
+            "proposal_seconds": [start * per_frame, end * per_frame],
+            "true_windows_seconds": [list(w) for w in q.windows],
+        }  # fmt: skip
+        assert expected.items() <= meta.items()
+        assert meta["score"] == pytest.approx(own.max(), abs=1e-5)
+        assert meta["true_windows_frames"][0] == pytest.approx(np.array(q.windows[0]) / per_frame)
+        best = cosines[row].max(0)
+        np.testing.assert_allclose(read_scores(tiny_run.plots, desc_id), best, atol=1e-5)
+        stored = read_attention(tiny_run.plots, desc_id)
+        np.testing.assert_allclose(stored, attention[:, video].numpy(), atol=1e-6)
+        assert meta["strongest_event"] == stored[-1, event, : model.pyramid.num_events].argmax()
+        assert {p.name for p in (folder / "figures").iterdir()} == {f"{i}.jpg" for i in range(8)}
+        assert Image.open(folder / "figures/3.jpg").size == (model.input_resolution,) * 2
+        assert Image.open(folder / "tree.jpg").size[0] > 1000
+        assert Image.open(folder / "overview.png").size[0] > 1000
+    assert json.loads((tiny_run.plots / "r1_ids.json").read_text()) == hits
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids", "message"),
+    [
+        ({"layer": 99}, [], "--plot_layer 99: the model has layers 1 to"),
+        ({"layer": -1}, [], "--plot_layer -1"),
+        ({"head": 99}, [], "--plot_head 99: the model has heads 1 to"),
+        ({}, ["v_x#0", "nobody"], "not in the split: nobody"),
+    ],
+)
+def test_impossible_requests(settings: dict, ids: list[str], message: str, tmp_path) -> None:
+    model = GoldenModel.read("m1").build()
+    queries = [query("v_x#0"), query(7)]
+    check_request(PlotSettings(tmp_path, layer=1, head=1), ["7"], queries, model)
+    with pytest.raises(PlotError, match=message):
+        check_request(PlotSettings(tmp_path, **settings), ids, queries, model)
+
+
+def test_flags_of_plotting(tiny_run, tmp_path) -> None:
+    done = tiny_run.main(
+        "--do_plot", "1", "--resume", str(tiny_run.logs / "ckpt.best.pth.tar"),
+        "--plot_dir", str(tmp_path), "--output_dir", str(tmp_path), "--plot_ids", "v_1#0",
+        "--plot_layer", "2", "--plot_head", "1", "--plot_style", "authors", "--plot_format", "svg",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "attention" / "v_1#0"
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"figures", "meta.json", "tree.jpg", "tree.svg", "overview.svg"}
+    meta = json.loads((folder / "meta.json").read_text())
+    assert (meta["layer"], meta["head"]) == (2, 1)
+    with h5py.File(tmp_path / "attn.hdf5") as file:
+        assert file.attrs["heads"] == "1"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_plot_scripts_use_the_settings_of_training(split: str, tmp_path) -> None:
+    """Both scripts of a split, with a Python that only prints what it is called with."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "scripts/setup.sh").write_text("")
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+
+    def flags(script: str) -> dict[str, str]:
+        command = ["bash", str(tmp_path / "scripts" / script), "--plot_limit", "3"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        program, *words = done.stdout.splitlines()
+        assert program == "main.py"
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    plot, train = flags(f"plot/plot_{split}.sh"), flags(f"prvr_{split}.sh")
+    assert plot.pop("--resume") == f"logs/prvr_{split}/ckpt.best.pth.tar"
+    assert (plot.pop("--do_train"), plot.pop("--do_plot")) == ("0", "1")
+    assert (train.pop("--do_train"), train.pop("--do_plot")) == ("1", "0")
+    del train["--prvr_train_annos"]
+    assert plot == train
