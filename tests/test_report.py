@@ -21,7 +21,7 @@ from tiny_run import CAPTIONS, ROOT, TinyRun, make_run
 
 from dataloaders.annotations import read_annotations
 from utils.predictions import MomentPredictions, load_predictions
-from utils.report_parts import line_chart, pyramid, table
+from utils.report_parts import legend, line_chart, pyramid, table
 from utils.report_queries import best_and_worst, retrieved
 from utils.run_log import RunLogError
 
@@ -241,6 +241,17 @@ def test_pyramid_colours_follow_the_scores() -> None:
     assert colours[1] == colours[3] and len(set(colours)) == 3
     assert source.count("chosen-edge") == 1 and "0.0–30.0 s: cosine 0.400" in source
     assert pyramid(proposals, np.zeros(4), 0, 60.0, "cosine").count("background:#") == 4
+
+
+def test_the_legend_runs_from_the_lowest_to_the_highest_colour() -> None:
+    scores = np.array([0.1, 0.4, -0.2])
+    proposals = np.array([[0, 1], [0, 0.5], [0.5, 1]], np.float32)
+    boxes = re.findall(r"background:(#\w{6})", pyramid(proposals, scores, 1, 60.0, "cosine"))
+    source = legend(scores, "cosine", timed=True)
+    stops = re.findall(r"#\w{6}", source)
+    assert (stops[0], stops[-1]) == (boxes[2], boxes[1])
+    assert "-0.200" in source and "0.400" in source and "true moment" in source
+    assert "true moment" not in legend(scores, "cosine", timed=False)
 
 
 def test_tables_escape_and_fill_gaps() -> None:

@@ -328,13 +328,17 @@ def test_impossible_requests(settings: dict, ids: list[str], message: str, tmp_p
 
 
 def test_flags_of_plotting(tiny_run, tmp_path) -> None:
+    folder = tmp_path / "attention" / "v_1#0"
+    (folder / "figures").mkdir(parents=True)
+    for name in ("overview.png", "tree.pdf", "figures/8.jpg"):
+        (folder / name).write_text("of an earlier plot")
     done = tiny_run.main(
         "--do_plot", "1", "--resume", str(tiny_run.logs / "ckpt.best.pth.tar"),
         "--plot_dir", str(tmp_path), "--output_dir", str(tmp_path), "--plot_ids", "v_1#0",
         "--plot_layer", "2", "--plot_head", "1", "--plot_style", "authors", "--plot_format", "svg",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "attention" / "v_1#0"
+    assert len(list((folder / "figures").iterdir())) == 8
     files = {path.name for path in folder.iterdir()}
     assert files == {"figures", "meta.json", "tree.jpg", "tree.svg", "overview.svg"}
     meta = json.loads((folder / "meta.json").read_text())

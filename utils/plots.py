@@ -230,6 +230,9 @@ def _draw(
 ) -> None:
     folder = settings.folder / "attention" / query_name(query.desc_id)
     style = STYLES[settings.style]
+    # Pictures of an earlier plot, perhaps of another layer, would contradict meta.json.
+    for old in [*folder.glob("overview.*"), *folder.glob("tree.*"), *folder.glob("figures/*.jpg")]:
+        old.unlink()
     save_figures(folder / "figures", picture, style)
     save_tree(folder / "tree.jpg", picture, style)
     if settings.file_format in ("svg", "pdf"):

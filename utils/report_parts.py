@@ -196,7 +196,7 @@ def pyramid(
 
 def legend(scores: np.ndarray, score_name: str, timed: bool) -> str:
     """What the colours of a time axis with its pyramid mean."""
-    stops = ",".join(to_hex(SCALE(x)) for x in (0, 0.25, 0.5, 0.75, 1))
+    stops = ",".join(to_hex(SCALE(x)) for x in np.linspace(0.0, 1.0, 9))
     true = '<span><span class="key true"></span>true moment</span>' if timed else ""
     return (
         f'<div class="legend"><span>{text(score_name)} {scores.min():.3f}<span class="scale" '
