@@ -230,7 +230,8 @@ def test_charts_put_larger_values_higher_and_inside(values: list[float]) -> None
         for (_, y2), v2 in zip(places, values, strict=True):
             assert (v1 < v2) <= (y1 > y2) and (v1 == v2) <= (y1 == y2)
     assert [x for x, _ in places] == sorted({x for x, _ in places})
-    assert all(len(label) <= 7 for label in re.findall(r">([^<>]*)</text>", svg))
+    labels = re.findall(r'text-anchor="end">([^<>]*)</text>', svg)
+    assert len(set(labels)) == len(labels) > 2 and all(len(label) <= 7 for label in labels)
 
 
 def test_pyramid_colours_follow_the_scores() -> None:

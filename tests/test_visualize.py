@@ -32,6 +32,7 @@ from utils.visualize import (
     STYLES,
     EventAttention,
     QueryPicture,
+    Style,
     event_rows,
     heat_frames,
     save_overview,
@@ -119,24 +120,34 @@ def test_heat_lies_where_the_attention_is() -> None:
     frames[:, :, :, 20:] = 200
     patches = np.zeros((2, 7, 7))
     patches[1, 2, 5] = 0.4
-    heat = heat_frames(frames, patches, "inferno")
+    heat = heat_frames(frames, patches, STYLES["readable"])
     assert heat.shape == (2, 35, 35, 3) and heat.dtype == np.uint8
     cold, hot = (255 * np.array(colormaps["inferno"](x)[:3]) for x in (0.0, 1.0))
     np.testing.assert_allclose(heat[0, :, :20], np.broadcast_to(cold / 2, (35, 20, 3)), atol=1)
-    np.testing.assert_allclose(heat[0, 0, 30], (cold + 255) / 2, atol=1)
-    np.testing.assert_allclose(heat[1, 2 * 5 + 2, 5 * 5 + 2], (hot + 255) / 2, atol=1)
+    np.testing.assert_allclose(heat[0, 0, 30], (cold + 200) / 2, atol=1)
+    np.testing.assert_allclose(heat[1, 2 * 5 + 2, 5 * 5 + 2], (hot + 200) / 2, atol=1)
     elsewhere = np.ones((35, 35), bool)
     elsewhere[1 * 5 : 4 * 5, 4 * 5 : 7 * 5] = False  # bilinear: it reaches its neighbours
     assert (heat[0] == heat[1])[elsewhere].all()
 
 
 def test_heat_scale_is_that_of_the_whole_video() -> None:
+    grey = Style("gray", "red", "orange", "-", stretch=False)
+    black = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
     patches = np.full((3, 4, 4), 0.1)
     patches[1], patches[2] = 0.2, 0.3
-    heat = heat_frames(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), patches, "gray")
+    heat = heat_frames(black, patches, grey)
     assert [int(frame[4, 4, 0]) for frame in heat] == [0, 64, 128]
-    constant = heat_frames(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), patches * 0 + 0.5, "gray")
-    assert not constant.any()
+    assert not heat_frames(black, patches * 0 + 0.5, grey).any(), "nothing stands out"
+
+
+def test_the_authors_stretch_every_frame() -> None:
+    frames = torch.full((2, 3, 8, 8), 60, dtype=torch.uint8)
+    frames[0, :, :4], frames[1, :, 4:] = 110, 20
+    stretched = Style("gray", "red", "orange", "-", stretch=True)
+    heat = heat_frames(frames, np.zeros((2, 4, 4)), stretched)
+    assert heat[0, 0, 0].tolist() == [128] * 3 and heat[0, 7, 0].tolist() == [0] * 3
+    assert heat[1, 0, 0].tolist() == [128] * 3 and heat[1, 7, 0].tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("config", PYRAMIDS)

@@ -223,8 +223,11 @@ def _ticks(low: float, high: float, integer: bool) -> list[float]:
 
 
 def _short(tick: float) -> str:
-    """At most six characters."""
-    return f"{tick:.4g}" if tick == 0 or 0.01 <= abs(tick) < 1e5 else f"{tick:.0e}"
+    """Few characters: 0.25, 1.6e-3, 1e7."""
+    if tick == 0 or 0.01 <= abs(tick) < 1e5:
+        return f"{tick:.4g}"
+    digits, exponent = f"{tick:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def _number(value: float | None) -> str:

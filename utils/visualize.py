@@ -44,12 +44,14 @@ class Style:
         heat: colour map of attention over patches.
         chosen, strongest: edges of the chosen event and of the one it attends to most.
         dashes: line style of the latter, for those who cannot tell the edges' colours apart.
+        stretch: show every frame, under the heat, from its darkest to its brightest value.
     """
 
     heat: str
     chosen: str
     strongest: str
     dashes: str
+    stretch: bool
 
     @property
     def events(self) -> Colormap:
@@ -57,11 +59,11 @@ class Style:
         return colormaps["Blues"].resampled(10)
 
 
-# The authors' colours are jet, and red and orange edges: misleading in print, lost on the
-# colour-blind. They are kept for comparing with their figures.
+# The authors' pictures: jet, red and orange edges, which the colour-blind cannot tell apart, and
+# frames that are stretched one by one. Kept for comparing with their figures.
 STYLES = {
-    "readable": Style("inferno", VERMILLION, YELLOW, "--"),
-    "authors": Style("jet", "red", "orange", "-"),
+    "readable": Style("inferno", VERMILLION, YELLOW, "--", stretch=False),
+    "authors": Style("jet", "red", "orange", "-", stretch=True),
 }
 
 
@@ -119,16 +121,15 @@ class QueryPicture:
         return int(self.attention.events.argmax())
 
 
-def heat_frames(frames: torch.Tensor, patches: np.ndarray, heat: str) -> np.ndarray:
-    """Attention over patches, laid over the frames it belongs to.
+def heat_frames(frames: torch.Tensor, patches: np.ndarray, style: Style) -> np.ndarray:
+    """Attention over patches, laid half over the frames it belongs to.
 
-    Attention is scaled over the whole video, from its least to its largest weight, so frames
-    compare; each frame is stretched over all brightnesses; the result is half of each.
+    Attention is scaled over the whole video, from its least to its largest weight, so that frames
+    compare.
 
     Args:
         frames: uint8 [N_f, 3, S, S].
         patches: [N_f, G, G].
-        heat: name of a colour map of matplotlib.
 
     Returns:
         uint8 [N_f, S, S, 3].
@@ -136,15 +137,16 @@ def heat_frames(frames: torch.Tensor, patches: np.ndarray, heat: str) -> np.ndar
     scaled = torch.from_numpy(_stretch(patches, axes=(0, 1, 2)))
     size = frames.shape[-2:]
     scaled = F.interpolate(scaled[:, None], size=size, mode="bilinear", align_corners=False)
-    colours = colormaps[heat](scaled[:, 0].numpy())[..., :3]
-    pictures = _stretch(frames.permute(0, 2, 3, 1).numpy(), axes=(1, 2, 3))
+    colours = colormaps[style.heat](scaled[:, 0].numpy())[..., :3]
+    pictures = frames.permute(0, 2, 3, 1).numpy()
+    pictures = _stretch(pictures, axes=(1, 2, 3)) if style.stretch else pictures / 255
     return np.rint(255 * (colours + pictures) / 2).astype(np.uint8)
 
 
 def save_figures(folder: Path, picture: QueryPicture, style: Style) -> None:
     """<folder>/<frame>.jpg of all frames, counted from 0."""
     folder.mkdir(parents=True, exist_ok=True)
-    heat = heat_frames(picture.frames, picture.attention.patches, style.heat)
+    heat = heat_frames(picture.frames, picture.attention.patches, style)
     for number, frame in enumerate(heat):
         Image.fromarray(frame).save(folder / f"{number}.jpg", quality=90)
 
@@ -171,7 +173,7 @@ def save_overview(path: Path, picture: QueryPicture, style: Style) -> None:
     heights = [strip, strip, 0.45, 3.0, 2.4]
     rows = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     _draw_strip(rows[0], picture, _square_strip(picture.frames), "frames")
-    heat = heat_frames(picture.frames, picture.attention.patches, style.heat)
+    heat = heat_frames(picture.frames, picture.attention.patches, style)
     heat = torch.from_numpy(heat).permute(0, 3, 1, 2)
     _draw_strip(rows[1], picture, _square_strip(heat), "attention\nto patches")
     _draw_moments(rows[2], picture, style)
