@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -358,26 +361,44 @@ def test_flags_of_plotting(tiny_run, tmp_path) -> None:
         assert file.attrs["heads"] == "1"
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_plot_scripts_use_the_settings_of_training(split: str, tmp_path) -> None:
-    """Both scripts of a split, with a Python that only prints what it is called with."""
+@pytest.fixture
+def flags_of(tmp_path) -> Callable[..., dict[str, str]]:
+    """Runs a copy of a script with a Python that prints what main.py would be called with."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "scripts/setup.sh").write_text("")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = main.py ] || exec {sys.executable} "$@"\nprintf "%s\\n" "$@"\n'
+    )
     python.chmod(0o755)
 
-    def flags(script: str) -> dict[str, str]:
+    def flags(script: str, **variables: str) -> dict[str, str]:
         command = ["bash", str(tmp_path / "scripts" / script), "--plot_limit", "3"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        program, *words = done.stdout.splitlines()
-        assert program == "main.py"
+        env = os.environ | variables
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        _, *words = done.stdout.splitlines()
         return dict(zip(words[::2], words[1::2], strict=True))
 
-    plot, train = flags(f"plot/plot_{split}.sh"), flags(f"prvr_{split}.sh")
+    return flags
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_plot_scripts_use_the_settings_of_training(split: str, flags_of) -> None:
+    plot, train = flags_of(f"plot/plot_{split}.sh"), flags_of(f"prvr_{split}.sh")
     assert plot.pop("--resume") == f"logs/prvr_{split}/ckpt.best.pth.tar"
     assert (plot.pop("--do_train"), plot.pop("--do_plot")) == ("0", "1")
     assert (train.pop("--do_train"), train.pop("--do_plot")) == ("1", "0")
     del train["--prvr_train_annos"]
     assert plot == train
+
+
+def test_plotting_a_run_takes_its_settings(tiny_run, flags_of) -> None:
+    flags = flags_of("plot/plot_demo.sh", run=str(tiny_run.logs), plot_dir="VIS/a b")
+    assert flags["--resume"] == str(tiny_run.logs / "ckpt.best.pth.tar")
+    assert (flags["--do_plot"], flags["--plot_dir"]) == ("1", "VIS/a b")
+    args = json.loads((tiny_run.logs / "args.json").read_text())
+    for name in ("prvr_val_annos", "video_dir", "pretrained_clip_name", "pyr_config_path", "lr",
+                 "adapter_channels", "temp_kernel_sz", "max_words", "datatype"):  # fmt: skip
+        assert flags[f"--{name}"] == str(args[name]), name

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# What the demo's ProPy attends to: pictures in VIS/demo of queries whose right video it ranks first.
+# Settings are those in the args.json of the run, so this draws any other run as well:
+#   run=logs/prvr_mine plot_dir=VIS/mine bash scripts/plot/plot_demo.sh --plot_limit 5
+# Flags are passed on to main.py: --plot_ids, --plot_limit, --plot_layer, --plot_head, --plot_style,
+# --plot_format.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+bash scripts/setup.sh
+
+run=${run:-logs/prvr_demo}
+if [ ! -f "$run/args.json" ]; then
+  echo "error: $run/args.json: no such file: run bash scripts/demo.sh first" >&2
+  exit 1
+fi
+# args.json as shell variables, of those that scripts/launch.sh reads
+eval "$(.venv/bin/python - "$run/args.json" <<'PYTHON'
+import json, shlex, sys
+names = (
+    "datatype video_dir pretrained_clip_name pretrained_dir pyr_config_path Nvp adapter_channels "
+    "num_adapter_layers temp_kernel_sz max_words batch_size_val lr seed"
+)
+args = json.load(open(sys.argv[1], encoding="utf-8"))
+for name in names.split():
+    print(f"{name}={shlex.quote(str(args[name]))}")
+print(f"val_annos={shlex.quote(str(args['prvr_val_annos']))}")
+PYTHON
+)"
+
+do_train=0
+do_eval=0
+do_plot=1
+resume=${resume:-$run/ckpt.best.pth.tar}
+output_dir=$run
+set -- --plot_dir "${plot_dir:-VIS/demo}" "$@"
+source scripts/launch.sh
