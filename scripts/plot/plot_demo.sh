@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 bash scripts/setup.sh
 
-run=${run:-logs/prvr_demo}
+run=${run:-logs/demo}
 if [ ! -f "$run/args.json" ]; then
   echo "error: $run/args.json: no such file: run bash scripts/demo.sh first" >&2
   exit 1

@@ -1,0 +1,284 @@
+"""The whole method on a corpus of its own: videos, a small CLIP, ProPy, and a table to compare.
+
+Run it through scripts/demo.sh. Everything is made here and depends on the seed alone: rendered
+videos with captions and times (dataloaders/synthetic.py), a CLIP that is trained on single frames,
+and then main.py, called as for the real data sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataloaders.annotations import Query, corpus_videos, read_annotations
+from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
+from dataloaders.synthetic import draw_clips, draw_pictures, write_annotations, write_clips
+from dataloaders.tokenizer import tokenize
+from models import build_model
+from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
+from modules.similarity import best_event_scores
+from utils.checkpoint import load_checkpoint
+from utils.engine import embed_corpus
+from utils.optim import learning_rate, set_learning_rate
+from utils.retrieval_metrics import retrieval_metrics
+from utils.tables import PRVR_COLUMNS, metrics_table
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 64  # pixels, of videos and of the CLIP
+CLIP_SIZES = CLIPSizes(
+    embed_dim=64,
+    vision_width=64,
+    vision_layers=3,
+    patch_size=16,
+    grid=SIZE // 16,
+    text_width=64,
+    text_layers=3,
+    context_length=77,
+    vocab_size=49408,
+)
+PYRAMID = ROOT / "scripts/pyramids/cfg_32.json"
+PICTURE_FOLDER = ROOT / "VIS" / "demo"
+PICTURES, PICTURE_BATCH = 16_000, 128
+IMAGE_STEPS, TEXT_STEPS = 600, 400
+QUERY_TYPES = ("appearance", "motion")
+
+
+def main() -> None:
+    """Each step says what it does; what an earlier run has made with the same settings is kept."""
+    args = parse_args()
+    started = time.perf_counter()
+    folder, run = ROOT / "demo", ROOT / "logs" / "demo"
+    settings = {
+        "seed": args.seed,
+        "videos": [args.train_videos, args.test_videos],
+        "clip": [*astuple(CLIP_SIZES), PICTURES, PICTURE_BATCH, IMAGE_STEPS, TEXT_STEPS],
+    }
+    stamp = folder / "settings.json"
+    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
+        print(f"[1, 2/4] videos and CLIP of an earlier run with these settings: {relative(folder)}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        make_corpus(folder, args)
+        make_clip(folder / "clip.pt", args.seed)
+        stamp.write_text(json.dumps(settings))
+
+    print("[3/4] training and evaluating ProPy: main.py, as on a real data set", flush=True)
+    shutil.rmtree(run, ignore_errors=True)
+    run_main(folder, run, args)
+
+    print("[4/4] what the same CLIP finds without ProPy")
+    queries = read_annotations(folder / "test.jsonl")
+    show(queries, all_scores(folder, run, queries))
+    minutes = (time.perf_counter() - started) / 60
+    print(
+        f"\nThe run: {relative(run)} (log.txt, log.jsonl, checkpoints), as a page: "
+        f"{relative(run)}/report.html\n"
+        f"What three queries attend to: {relative(PICTURE_FOLDER)}/attention\n"
+        f"Videos and annotations: {relative(folder)}\n"
+        f"{minutes:.1f} minutes."
+    )
+
+
+def make_corpus(folder: Path, args: argparse.Namespace) -> None:
+    """Render the videos and write the annotations of both splits."""
+    for split, count in (("train", args.train_videos), ("test", args.test_videos)):
+        clips = draw_clips(split, count, args.seed)
+        write_annotations(folder / f"{split}.jsonl", clips)
+        written = write_clips(folder / "videos", clips, SIZE, os.cpu_count() or 1)
+        for _ in tqdm(written, desc=f"[1/4] {split} videos", total=count, unit="video"):
+            pass
+
+
+def make_clip(path: Path, seed: int) -> None:
+    """A CLIP that knows single pictures, in OpenAI's format.
+
+    First the image tower and one vector per word learn from each other, then the text tower learns
+    to say what the words say together: on so few pictures a transformer would take far longer.
+    """
+    torch.manual_seed(seed)
+    images, captions = draw_pictures(PICTURES, SIZE, seed)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    known, words = tokenize(captions, 77).unique(return_inverse=True)  # 0 is the padding
+    clip = CLIP(replace(CLIP_SIZES, vocab_size=len(known)))
+    clip.initialize()
+    bag = nn.Embedding(len(known), CLIP_SIZES.embed_dim)
+    nn.init.normal_(bag.weight, std=0.3)
+    batches = np.random.default_rng(seed).integers(
+        len(captions), size=(IMAGE_STEPS + TEXT_STEPS, PICTURE_BATCH)
+    )
+    batches = torch.from_numpy(batches)
+
+    def sum_of_words(rows: Tensor) -> Tensor:
+        present = (words[rows] != 0).unsqueeze(-1)
+        return F.normalize((bag(words[rows]) * present).sum(1), dim=-1)
+
+    def image_loss(rows: Tensor) -> Tensor:
+        seen = F.normalize(clip.encode_image(normalize(images[rows])), dim=-1)
+        logits = clip.logit_scale.exp() * sum_of_words(rows) @ seen.T
+        own = torch.arange(len(rows))
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    def text_loss(rows: Tensor) -> Tensor:
+        length = int((words[rows] != 0).sum(1).max())
+        said = F.normalize(clip.encode_text(words[rows, :length]), dim=-1)
+        return (said - sum_of_words(rows).detach()).square().sum(1).mean()
+
+    image_side = [*clip.visual.parameters(), *bag.parameters(), clip.logit_scale]
+    inner = {id(p) for p in image_side}
+    text_side = [p for p in clip.parameters() if id(p) not in inner]
+    fit(image_loss, image_side, batches[:IMAGE_STEPS], "[2/4] CLIP, pictures and words")
+    fit(text_loss, text_side, batches[IMAGE_STEPS:], "[2/4] CLIP, text tower")
+    state = clip.state_dict()
+    # words that no picture had keep random vectors, as small as a new CLIP's
+    table = torch.randn(CLIP_SIZES.vocab_size, CLIP_SIZES.text_width) * 0.02
+    table[known] = state["token_embedding.weight"]
+    torch.save(state | {"token_embedding.weight": table}, path)
+
+
+def fit(
+    loss_of: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], batches: Tensor, what: str
+) -> None:
+    """AdamW over the batches with warm-up and cosine."""
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr_scale": 1.0}], betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1
+    )
+    with tqdm(batches, desc=what, unit="step") as progress:
+        for step, rows in enumerate(progress):
+            set_learning_rate(optimizer, learning_rate(step + 1, len(batches), 2e-3))
+            loss = loss_of(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if step % 20 == 0:
+                progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def run_main(folder: Path, run: Path, args: argparse.Namespace) -> None:
+    """main.py with the flags a real split has, then the report page."""
+    # decoding and computing take about as long: each gets half of the cores
+    half = max(1, (os.cpu_count() or 1) // 2)
+    flags = {
+        "do_train": 1,
+        "do_eval": 1,
+        "do_plot": 1,
+        "subtask_type": "VCMR",
+        "prvr_train_annos": folder / "train.jsonl",
+        "prvr_val_annos": folder / "test.jsonl",
+        "video_dir": folder / "videos",
+        "output_dir": run,
+        "pretrained_clip_name": folder / "clip.pt",
+        "epochs": args.epochs,
+        "lr": 1e-2,
+        "adapter_channels": 64,
+        "seed": args.seed,
+        "num_thread_reader": half,
+        "save_predictions": 1,
+        "plot_limit": 3,
+        "plot_dir": PICTURE_FOLDER,
+    }
+    command = [f"--{name}={value}" for name, value in flags.items()]
+    environment = {"OMP_NUM_THREADS": str(half)} | os.environ
+    subprocess.run([sys.executable, str(ROOT / "main.py"), *command], check=True, env=environment)
+    report = [str(ROOT / "scripts/report.py"), str(run), "--plots", str(PICTURE_FOLDER)]
+    subprocess.run([sys.executable, *report, "--queries", "3"], check=True)
+
+
+@torch.inference_mode()
+def all_scores(folder: Path, run: Path, queries: list[Query]) -> dict[str, Tensor]:
+    """Scores [T, V] of CLIP alone, with a video's mean and with its best frame, and of ProPy."""
+    model = build_model(folder / "clip.pt", PYRAMID, adapter_channels=64)
+    load_checkpoint(run / "ckpt.best.pth.tar", model)
+    clip, cpu = model.clip, torch.device("cpu")
+    loader = evaluation_video_loader(
+        corpus_videos(queries),
+        folder / "videos",
+        num_frames=model.pyramid.num_frames,
+        size=SIZE,
+        batch_size=16,
+        num_workers=0,
+        pin_memory=False,
+    )
+    batches = list(tqdm(loader, desc="[4/4] videos", unit="batch"))
+    texts = evaluation_text_batches(queries, 77, len(queries))
+    propy = embed_corpus(model, batches, texts, cpu)
+    frames = torch.cat(
+        [clip.encode_image(normalize(b["frames"].flatten(0, 1))) for b in batches]
+    ).unflatten(0, (-1, model.pyramid.num_frames))  # [V, N_f, D]
+    sentences = clip.encode_text(texts[0]["token_ids"])
+    mean = F.normalize(frames, dim=-1).mean(dim=1, keepdim=True)
+    return {
+        "zero-shot CLIP, mean frame": best_event_scores(sentences, mean),
+        "zero-shot CLIP, best frame": best_event_scores(sentences, frames),
+        "ProPy": best_event_scores(propy.texts, propy.events),
+    }
+
+
+def show(queries: list[Query], scores: dict[str, Tensor]) -> None:
+    """One table: all captions, then those of appearance and of motion alone."""
+    names = [video.vid_name for video in corpus_videos(queries)]
+    target = torch.tensor([names.index(query.vid_name) for query in queries])
+    # clips come in pairs of the same moving shots played forwards and backwards
+    twin = target ^ 1
+    columns = {key: PRVR_COLUMNS[key] for key in ("R1", "R5", "R10", "R100", "SumR")}
+    print(f"\n{len(queries)} captions, {len(names)} held-out videos; in %:")
+    for kind in (None, *QUERY_TYPES):
+        chosen = torch.tensor([kind in (None, query.query_type) for query in queries])
+        rows = {"chance": chance(len(names))}
+        for name, all_rows in scores.items():
+            own, right = all_rows[chosen], target[chosen]
+            rows[name] = dict(retrieval_metrics(own, right))
+            difference = own.gather(1, right[:, None]) - own.gather(1, twin[chosen][:, None])
+            rows[name]["twin"] = 50 * (difference.sign() + 1).mean().item()
+        print(f"\n{kind or 'all'} captions ({int(chosen.sum())})")
+        print(metrics_table(rows, columns | {"twin": "vs twin"}))
+    print(
+        "\nvs twin: how often the right video beats its twin, which shows the same motion played\n"
+        "backwards. No single frame can tell the two apart by a motion caption: 50 is chance."
+    )
+
+
+def chance(videos: int) -> dict[str, float]:
+    """What a random order of the videos gives."""
+    recalls = {f"R{k}": 100 * min(k, videos) / videos for k in (1, 5, 10, 100)}
+    return recalls | {"SumR": sum(recalls.values()), "twin": 50.0}
+
+
+def relative(path: Path) -> Path:
+    return path.relative_to(ROOT)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] as CLIP wants it."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
+    return (images / 255 - mean) / std
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
+    parser.add_argument("--train_videos", type=int, default=400, help="even (default 400)")
+    parser.add_argument("--test_videos", type=int, default=80, help="even (default 80)")
+    parser.add_argument("--epochs", type=int, default=20, help="of ProPy (default 20)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The demo corpus: the same for a seed, true to its captions, and told apart by time alone."""
+
+from __future__ import annotations
+
+import decord
+import numpy as np
+import pytest
+
+from dataloaders.annotations import read_annotations
+from dataloaders.synthetic import (
+    COLOURS,
+    OPPOSITE,
+    annotation_lines,
+    draw_clips,
+    draw_pictures,
+    render_clip,
+    render_shot,
+    write_annotations,
+    write_clips,
+)
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return draw_clips("test", 24, seed=3)
+
+
+def test_a_seed_gives_one_corpus(clips) -> None:
+    assert draw_clips("test", 24, seed=3) == clips
+    assert draw_clips("test", 24, seed=4) != clips
+    assert draw_clips("test", 6, seed=3) == clips[:6], "a longer split starts alike"
+    pictures, captions = draw_pictures(20, SIZE, seed=1)
+    again, same = draw_pictures(20, SIZE, seed=1)
+    assert (pictures == again).all() and captions == same
+
+
+def test_odd_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="even"):
+        draw_clips("test", 3, seed=0)
+
+
+def test_lengths_and_times(clips) -> None:
+    for clip in clips:
+        frames = render_clip(clip, 16)
+        assert frames.dtype == np.uint8 and len(frames) == clip.duration * 3
+        assert 20 <= clip.duration <= 60
+        end = 0.0
+        for caption in clip.captions:  # one for each shot, in order
+            start, stop = clip.window(caption)
+            assert start == pytest.approx(end) and start < stop <= clip.duration + 1e-9
+            end = stop
+        assert end == pytest.approx(clip.duration)
+
+
+def test_captions_are_true_of_their_moment(clips) -> None:
+    for clip in clips:
+        for caption in clip.captions:
+            assert caption.meaning.true_of([clip.shots[caption.shot]])
+            others = [s for i, s in enumerate(clip.shots) if i != caption.shot]
+            assert not caption.meaning.true_of(others), "a caption means one moment of its clip"
+
+
+def test_twins_differ_in_time_only(clips) -> None:
+    """A moving shot's frames, in the opposite order, are its twin's, to the pixel."""
+    by_name = {clip.vid_name: clip for clip in clips}
+    checked = 0
+    for clip in clips:
+        twin = by_name[clip.twin]
+        assert twin.twin == clip.vid_name
+        for caption in clip.captions:
+            shot = clip.shots[caption.shot]
+            if caption.meaning.query_type != "motion":
+                continue
+            assert not caption.meaning.true_of(twin.shots)
+            (back,) = [s for s in twin.shots if s == shot.backwards()]
+            assert back.action == OPPOSITE[shot.action]
+            assert (render_shot(shot, SIZE)[::-1] == render_shot(back, SIZE)).all()
+            checked += 1
+    assert checked > 20
+
+
+def test_things_move_as_the_captions_say(clips) -> None:
+    """Position and area are measured in the frames, by the thing's colour."""
+    seen = set()
+    for shot in (s for clip in clips for s in clip.shots if s.action in OPPOSITE):
+        frames = render_shot(shot, SIZE, [0, shot.num_frames - 1]).astype(int)
+        coloured = np.abs(frames - COLOURS[shot.thing.colour]).sum(-1) < 60
+        area = coloured.sum((1, 2))
+        seen.add(shot.action)
+        if shot.action in ("grow", "appear"):
+            assert area[1] > area[0]
+        elif shot.action in ("shrink", "vanish"):
+            assert area[1] < area[0]
+        else:
+            (y0, x0), (y1, x1) = (np.argwhere(mask).mean(0) for mask in coloured)
+            step = {"left": x0 - x1, "right": x1 - x0, "up": y0 - y1, "down": y1 - y0}
+            assert step[shot.action] > SIZE / 4
+    assert seen == set(OPPOSITE), "some action was never drawn"
+
+
+def test_files_are_what_the_loaders_read(clips, tmp_path) -> None:
+    few = clips[:2]
+    write_annotations(tmp_path / "test.jsonl", few)
+    assert len(list(write_clips(tmp_path / "videos", few, SIZE))) == 2
+    queries = read_annotations(tmp_path / "test.jsonl")
+    assert [q.desc for q in queries] == [c.text for clip in few for c in clip.captions]
+    assert {q.query_type for q in queries} == {"appearance", "motion"}
+    assert len({line["desc_id"] for line in annotation_lines(few)}) == len(queries)
+    for clip in few:
+        reader = decord.VideoReader(str(tmp_path / "videos" / f"{clip.vid_name}.mp4"))
+        decoded = reader.get_batch(range(len(reader))).asnumpy().astype(int)
+        rendered = render_clip(clip, SIZE).astype(int)
+        assert decoded.shape == rendered.shape
+        assert np.abs(decoded - rendered).mean() < 8, "more than the codec's loss"
+
+
+def test_pictures_say_nothing_of_motion() -> None:
+    _, captions = draw_pictures(300, SIZE, seed=0)
+    words = {word for caption in captions for word in caption.split()}
+    assert not words & {"moves", "slides", "rises", "sinks", "becomes", "gets"}
+    assert {"left", "right", "top", "bottom", "small", "large", "faint"} <= words
