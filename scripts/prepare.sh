@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # Videos as downloaded -> 3 fps clips that the programs read, one <vid_name>.mp4 each.
 # The variables may be set from outside; further arguments go to scripts/prepare_videos.py (--help):
-#   INPUT=~/Charades_v1 VIDEO_DIR=videos/charades bash scripts/prepare.sh --workers 8
+#   input_dir=~/Charades_v1 video_dir=data/charades/videos bash scripts/prepare.sh --workers 8
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-INPUT=${INPUT:?set INPUT to the folder of the downloaded videos or frame folders}
-VIDEO_DIR=${VIDEO_DIR:-videos}     # where the clips go
-ANNOTATIONS=${ANNOTATIONS:-}       # an annotation file: report which of its videos are missing
+input_dir=${input_dir:-}        # the downloaded videos, or folders of frames
+video_dir=${video_dir:-}        # where the clips go
+annotations=${annotations:-}    # annotation files, separated by spaces: report which of their videos are missing
 
+if [ -z "$input_dir" ] || [ -z "$video_dir" ]; then
+  echo "prepare: set input_dir and video_dir, for example" >&2
+  echo "    input_dir=~/Charades_v1 video_dir=data/charades/videos bash scripts/prepare.sh" >&2
+  exit 2
+fi
 bash scripts/setup.sh
-exec .venv/bin/python scripts/prepare_videos.py --inputs "$INPUT" --output_dir "$VIDEO_DIR" \
-  ${ANNOTATIONS:+--annotations "$ANNOTATIONS"} "$@"
+# shellcheck disable=SC2086  # several annotation files are several words
+exec .venv/bin/python scripts/prepare_videos.py --inputs "$input_dir" --output_dir "$video_dir" \
+  ${annotations:+--annotations $annotations} "$@"
