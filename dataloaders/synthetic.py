@@ -90,7 +90,7 @@ class Shot:
 class Meaning:
     """What a caption claims: its type and the fields that must hold.
 
-    appearance: `thing` over `background`; motion: `thing` does `action`.
+    appearance: `thing` over `background`; motion: `thing` does `action`, perhaps over `background`.
     """
 
     query_type: str
@@ -236,7 +236,9 @@ def _sentence(meaning: Meaning, rng: np.random.Generator) -> str:
     """One of the grammar's sentences with this meaning."""
     subject = _phrase(meaning.thing, rng)
     if meaning.action:
-        return f"{subject} {rng.choice(VERBS[meaning.action])}"
+        subject = f"{subject} {rng.choice(VERBS[meaning.action])}"
+    if meaning.background is None:
+        return subject
     place = str(rng.choice(BACKGROUNDS[meaning.background][0]))
     return str(rng.choice((f"{subject} over {place}", f"{place} behind {subject}")))
 
@@ -246,7 +248,8 @@ def _captions(shots: Sequence[Shot], rng: np.random.Generator) -> tuple[Caption,
     captions = []
     for i, shot in enumerate(shots):
         if shot.action in OPPOSITE:
-            meaning = Meaning("motion", shot.thing, action=shot.action)
+            place = shot.background if rng.random() < 0.5 else None
+            meaning = Meaning("motion", shot.thing, shot.action, place)
         else:
             meaning = Meaning("appearance", shot.thing, background=shot.background)
         captions.append(Caption(_sentence(meaning, rng), meaning, i))
@@ -254,8 +257,8 @@ def _captions(shots: Sequence[Shot], rng: np.random.Generator) -> tuple[Caption,
 
 
 def _shot_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Frames of each shot; together 20 to 60 seconds."""
-    total = int(rng.integers(20 * PREPARED_FPS, 60 * PREPARED_FPS + 1))
+    """Frames of each shot; together 20 to 60 seconds, the shorter the more often."""
+    total = round((20 + 40 * rng.uniform() ** 2) * PREPARED_FPS)
     shares = rng.uniform(0.7, 1.4, count)
     edges = np.rint(total * np.concatenate([[0], np.cumsum(shares / shares.sum())])).astype(int)
     return np.diff(edges)
@@ -263,7 +266,7 @@ def _shot_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def _draw_pair(names: tuple[str, str], rng: np.random.Generator) -> tuple[Clip, Clip]:
     """A clip and its twin: motion shots reversed in order and in time, resting shots replaced."""
-    moves = [True] * int(rng.integers(2, 4)) + [False] * int(rng.integers(1, 3))
+    moves = [True] * int(rng.integers(2, 4)) + [False]
     rng.shuffle(moves)
     # No colour and shape twice in the pair, so that a caption means one moment of a clip only.
     looks = iter(rng.permutation(len(COLOURS) * len(SHAPES)))
