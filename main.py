@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train and evaluate ProPy. The only reader of the command line: everything else takes values.
+"""Train and evaluate ProPy. The only reader of the flags: everything else takes plain values.
 
     python main.py --do_train 1 --prvr_train_annos … --prvr_val_annos … --video_dir …
     python main.py --do_eval 1 --resume logs/prvr_tvr/ckpt.best.pth.tar --prvr_val_annos … …
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,9 +37,10 @@ from dataloaders.datasets import (
 )
 from dataloaders.video import VideoError
 from models import ProPy, build_model
-from models.clip import WEIGHTS_FILES, WeightsError, weights_path
+from models.clip import WeightsError, weights_path
 from modules.pyramid import PyramidError
 from modules.similarity import best_event_scores
+from utils.arguments import parse_args
 from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -59,7 +59,7 @@ from utils.engine import (
 )
 from utils.logger import EpochLog, append_json, setup_logging
 from utils.misc import git_revision, parameter_report, pick_device, set_seed
-from utils.moment_metrics import RECALL_RANKS, WINDOW_RULES, selection_score
+from utils.moment_metrics import RECALL_RANKS, selection_score
 from utils.moment_report import level_table, report_tables, times_missing
 from utils.optim import build_optimizer, learning_rate
 from utils.plots import (
@@ -71,12 +71,10 @@ from utils.plots import (
     score_queries,
 )
 from utils.predictions import export_all, save_predictions
-from utils.published import DATATYPES, PRVR_RESULTS, VCMR_RESULTS, split_size_warning
+from utils.published import PRVR_RESULTS, VCMR_RESULTS, split_size_warning
 from utils.retrieval_metrics import ranks_of
 from utils.tables import PRVR_COLUMNS, metrics_table
-from utils.visualize import STYLES
 
-ROOT = Path(__file__).resolve().parent
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
 
 
@@ -433,173 +431,6 @@ def show(rows: dict[str, dict[str, float]], datatype: str, log: logging.Logger) 
 def plain(value: object) -> object:
     """A flag's value as JSON and checkpoints can hold it."""
     return str(value) if isinstance(value, Path) else value
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; an impossible combination ends the program with a message."""
-    parser = argparse.ArgumentParser(
-        description="Train and evaluate ProPy for partially relevant video retrieval, and for "
-        "weakly supervised moment retrieval from a corpus of videos.",
-        epilog="[published: …] is the setting behind the paper's numbers. "
-        "scripts/prvr_<split>.sh and vcmr_<split>.sh hold them for each data set.",
-    )
-    # fmt: off
-    add = parser.add_argument_group("what to do").add_argument
-    add("--do_train", type=int, choices=[0, 1], default=0,
-        help="train, evaluating after every epoch (default 0)")
-    add("--do_eval", type=int, choices=[0, 1], default=0,
-        help="evaluate the checkpoint --resume; after training, its best checkpoint (default 0)")
-    add("--do_plot", type=int, choices=[0, 1], default=0,
-        help="draw what the checkpoint --resume attends to; after training, its best checkpoint "
-        "(default 0)")
-    add("--subtask_type", choices=["PRVR", "VCMR"], default="PRVR",
-        help="what is evaluated and chooses the best epoch: PRVR, videos, by SumR; VCMR, moments "
-        "(and videos), by the sum of R@1, 10 and 100 at IoU 0.5 and 0.7 (default PRVR)")
-    add("--datatype", choices=DATATYPES, default="custom",
-        help="the data set: adds its published row to the results and checks the split's size "
-        "(default custom: neither)")
-    add("--resume", type=Path, metavar="CKPT",
-        help="checkpoint to evaluate, or whose training is to go on; may be one of the authors' "
-        "for evaluation")
-    add("--load_from_pretrained", type=Path, metavar="CKPT",
-        help="start a new training from this checkpoint's weights, with a fresh optimizer")
-    add("--output_dir", type=Path,
-        help="folder for log.txt, log.jsonl, args.json, TensorBoard events and checkpoints "
-        "(default logs/<subtask>_<datatype>)")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--prvr_train_annos", type=Path, metavar="JSONL", help="training annotations")
-    add("--prvr_val_annos", type=Path, metavar="JSONL", required=True,
-        help="annotations of the split to evaluate")
-    add("--video_dir", type=Path, required=True,
-        help="folder of <vid_name>.mp4, prepared by scripts/prepare.sh (3 fps, short side 224)")
-    add("--max_words", type=int, default=32,
-        help="tokens of a caption, start and end included [published: 32; ActivityNet and "
-        "QVHighlights 64] (default 32)")
-    add("--num_thread_reader", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that decode videos (default: one a CPU core, at most 8); results do not "
-        "depend on it")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_clip_name", default="ViT-B/32", metavar="NAME|FILE",
-        help=f"{', '.join(WEIGHTS_FILES)}, or a weights file in OpenAI's format "
-        "[published: ViT-B/32] (default ViT-B/32)")
-    add("--pretrained_dir", type=Path, default=ROOT / "CLIP_weights",
-        help="folder of OpenAI's weights, fetched by scripts/download_clip.sh "
-        "(default CLIP_weights)")
-    add("--freeze_clip", type=int, choices=[0, 1], default=1,
-        help="0 fine-tunes CLIP too, with lr·coef_lr [published: 1] (default 1)")
-    add("--pyr_config_path", type=Path, default=ROOT / "scripts/pyramids/cfg_32.json",
-        help="the prompt pyramid [published: scripts/pyramids/cfg_32.json, 32 frames, 42 events] "
-        "(default that)")
-    add("--Nvp", type=int, default=4, help="visual prompts per layer [published: 4] (default 4)")
-    add("--num_adapter_layers", type=int, default=12,
-        help="first so many layers with a temporal adapter [published: 12, all] (default 12)")
-    add("--adapter_channels", type=int, default=384,
-        help="width of an adapter [published: 384] (default 384)")
-    add("--temp_kernel_sz", type=int, default=5,
-        help="frames an adapter's convolution spans, odd [published: 5; Charades 3] (default 5)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, default=10, help="[published: 10] (default 10)")
-    add("--batch_size", type=int, default=24,
-        help="videos in a batch, each with all its captions [published: 24] (default 24)")
-    add("--lr", type=float, default=8e-4,
-        help="peak learning rate of the new parameters [published: TVR and Charades 8e-4, "
-        "ActivityNet 1e-3, QVHighlights 9e-4] (default 8e-4)")
-    add("--coef_lr", type=float, default=1e-3,
-        help="factor on lr for CLIP's own parameters, only with --freeze_clip 0 (default 1e-3)")
-    add("--wd", type=float, default=0.2,
-        help="weight decay of everything but biases [published: 0.2] (default 0.2)")
-    add("--warmup_proportion", type=float, default=0.1,
-        help="share of the steps in the linear warm-up [published: 0.1] (default 0.1)")
-    add("--clip_grad_norm", type=float, default=1.0,
-        help="largest norm of the gradient [published: 1.0] (default 1.0)")
-    add("--gradient_accumulation_steps", type=int, default=1, metavar="K",
-        help="compute each batch in K parts, to need less memory. For a contrastive loss adding "
-        "up small batches would be another loss, with fewer negatives; here every text still "
-        "meets all videos of the batch, so loss and gradient are those of K=1, for a third more "
-        "work [published: 1] (default 1)")
-    add("--precision", choices=["amp", "bf16", "fp32"],
-        help="of the training forward: amp (float16 autocast with loss scaling), bf16 (bfloat16 "
-        "autocast) or fp32; loss and evaluation are float32 always [published: amp] "
-        "(default: amp on a GPU, fp32 on a CPU)")
-    add("--seed", type=int, default=42,
-        help="of initial values, shuffling and frame sampling [published: 42] (default 42)")
-    add("--n_display", type=int, default=50, help="log a line every so many steps (default 50)")
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--batch_size_val", type=int, default=16,
-        help="videos encoded at a time [published: 16] (default 16)")
-    add("--event_scores", choices=["cosine", "dot", "both"], default="cosine",
-        help="how texts and events are compared: cosine, as the paper says; dot leaves the "
-        "events' lengths in, as the authors' program does when it evaluates PRVR on ActivityNet; "
-        "both reports both rows, cosine choosing the best epoch; moments are always ranked by "
-        "cosine (default cosine)")
-    add("--npev", type=int, default=10, metavar="N",
-        help="VCMR: moments of one video that count, the best [published: 10] (default 10)")
-    add("--max_event_per_text", type=int, default=1000, metavar="N",
-        help="VCMR: moments of a text that count, the best; the metrics read the first 100 "
-        "[published: 1000] (default 1000)")
-    add("--window_rule", choices=WINDOW_RULES, default="half",
-        help="VCMR: of a query with several windows a prediction must reach half, rounded down "
-        "but at least one, or any; the other rule is reported beside [published: half] "
-        "(default half)")
-    add("--save_predictions", type=int, choices=[0, 1], default=0,
-        help="--do_eval leaves the predicted moments in the output folder: predictions.h5, "
-        "for scripts/report.py and python -m utils.moment_metrics, and in TVR's and "
-        "QVHighlights' submission formats (default 0)")
-
-    add = parser.add_argument_group("plotting").add_argument
-    add("--plot_dir", type=Path, metavar="DIR",
-        help="folder for the pictures and what they are drawn from (default VIS/<datatype>)")
-    add("--plot_ids", nargs="+", default=[], metavar="DESC_ID",
-        help="draw these queries (default: those whose right video is ranked first)")
-    add("--plot_limit", type=int, default=20, metavar="N",
-        help="of the queries ranked first draw N, chosen by --seed; 0 draws all (default 20)")
-    add("--plot_layer", type=int, default=0, metavar="L",
-        help="draw the attention of this layer, counted from 1; 0 is the last (default 0)")
-    add("--plot_head", type=int, default=0, metavar="H",
-        help="save and draw the attention of this head, counted from 1; 0 is the mean of all "
-        "(default 0)")
-    add("--plot_style", choices=list(STYLES), default="readable",
-        help="colours: readable for all eyes, or those of the authors' figures, jet, red and "
-        "orange (default readable)")
-    add("--plot_format", choices=["png", "svg", "pdf"], default="png",
-        help="of the overview; svg and pdf draw the pyramid's picture in that format too "
-        "(default png)")
-    # fmt: on
-    args = parser.parse_args(argv)
-
-    if not (args.do_train or args.do_eval or args.do_plot):
-        parser.error("nothing to do: give --do_train 1, --do_eval 1, --do_plot 1 or several")
-    if args.do_train and not args.prvr_train_annos:
-        parser.error("--do_train 1 needs --prvr_train_annos")
-    for task in ("do_eval", "do_plot"):
-        if getattr(args, task) and not args.do_train and not args.resume:
-            parser.error(f"--{task} 1 needs --resume with the checkpoint to use")
-    if args.resume and args.load_from_pretrained:
-        parser.error("--resume goes on with a run, --load_from_pretrained starts one: not both")
-    for checkpoint in filter(None, (args.resume, args.load_from_pretrained)):
-        if not checkpoint.is_file():
-            parser.error(f"no such checkpoint: {checkpoint}")
-    if args.save_predictions and not args.do_eval:
-        parser.error("--save_predictions 1 needs --do_eval 1")
-    positive = ("epochs", "batch_size", "batch_size_val", "max_words", "adapter_channels",
-                "gradient_accumulation_steps", "n_display", "npev",
-                "max_event_per_text")  # fmt: skip
-    for name in positive:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1: {getattr(args, name)}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
-    if args.temp_kernel_sz < 1 or args.temp_kernel_sz % 2 == 0:
-        parser.error(f"--temp_kernel_sz must be odd and positive: {args.temp_kernel_sz}")
-    if args.output_dir is None:
-        args.output_dir = ROOT / "logs" / f"{args.subtask_type.lower()}_{args.datatype}"
-    if args.plot_dir is None:
-        args.plot_dir = ROOT / "VIS" / args.datatype
-    return args
 
 
 if __name__ == "__main__":
