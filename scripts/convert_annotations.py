@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
 from utils.ffmpeg import partial_file, publish
+from utils.published import SPLIT_SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,31 +141,30 @@ def _pick(place: str, source: dict, **names: str) -> dict:
 
 @dataclass(frozen=True)
 class Split:
-    """A split: its original file, and its standard numbers of queries and videos."""
+    """A split: its original file, and its standard numbers of videos and queries."""
 
     file: str
-    queries: int
-    videos: int
+    size: tuple[int, int]
 
 
-# The numbers of the original releases; the paper's splits are these.
+# The paper's splits are the original releases whole.
 SPLITS: dict[str, dict[str, Split]] = {
     "activitynet": {
-        "train": Split("train.json", 37421, 10009),
-        "val": Split("val_1.json", 17505, 4917),
+        "train": Split("train.json", SPLIT_SIZES["activitynet"]["train"]),
+        "val": Split("val_1.json", SPLIT_SIZES["activitynet"]["val"]),
     },
     "charades": {
-        "train": Split("charades_sta_train.txt", 12408, 5338),
-        "test": Split("charades_sta_test.txt", 3720, 1334),
+        "train": Split("charades_sta_train.txt", SPLIT_SIZES["charades"]["train"]),
+        "test": Split("charades_sta_test.txt", SPLIT_SIZES["charades"]["val"]),
     },
     "qvhighlights": {
-        "train": Split("highlight_train_release.jsonl", 7218, 7100),
-        "val": Split("highlight_val_release.jsonl", 1550, 1519),
-        "test": Split("highlight_test_release.jsonl", 1542, 1529),
+        "train": Split("highlight_train_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["train"]),
+        "val": Split("highlight_val_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["val"]),
+        "test": Split("highlight_test_release.jsonl", SPLIT_SIZES["qvhighlights_test"]["val"]),
     },
     "tvr": {
-        "train": Split("tvr_train_release.jsonl", 87175, 17435),
-        "val": Split("tvr_val_release.jsonl", 10895, 2179),
+        "train": Split("tvr_train_release.jsonl", SPLIT_SIZES["tvr"]["train"]),
+        "val": Split("tvr_val_release.jsonl", SPLIT_SIZES["tvr"]["val"]),
     },
 }
 READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
@@ -227,10 +227,11 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
 def describe(result: dict, split: Split) -> str:
     """What came out of a split, for the terminal."""
     text = f"{result['queries']} queries, {result['videos']} videos"
-    if (result["queries"], result["videos"]) == (split.queries, split.videos):
+    videos, queries = split.size
+    if (result["videos"], result["queries"]) == split.size:
         text += ", as published"
     else:
-        text += f"\n  WARNING: the published split has {split.queries} and {split.videos}"
+        text += f"\n  WARNING: the published split has {queries} and {videos}"
     if result["reversed"]:
         text += f"\n  {result['reversed']} windows ended before they started: put in order"
     if result["beyond"]:
