@@ -1,0 +1,88 @@
+"""scripts/setup.sh, with a Python that only pretends to install."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("bash", "cat", "chmod", "cmp", "cp", "dirname", "flock", "mkdir", "sleep")
+# Answers the version question, makes a .venv that holds itself, and counts what pip is asked for.
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  "-c "*) exit 0 ;;
+  --version) echo "Python 3.11.0" ;;
+  "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+  "-m pip"*) sleep 0.3; echo "$*" >> installs.txt ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of setup.sh alone, and beside it a bin folder that is all of PATH."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in TOOLS:
+        path = shutil.which(tool)
+        assert path, tool
+        (tools / tool).symlink_to(path)
+    folder = tmp_path / "checkout"
+    (folder / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/setup.sh", folder / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        (folder / name).write_text(f"{name}==1\n")
+    return folder
+
+
+def start(checkout: Path, *flags: str) -> subprocess.Popen:
+    environment = {"PATH": str(checkout.parent / "bin"), "HOME": os.environ.get("HOME", "/")}
+    return subprocess.Popen(
+        ["bash", "scripts/setup.sh", *flags], cwd=checkout, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def add_python(checkout: Path, name: str, program: str = FAKE_PYTHON) -> None:
+    path = checkout.parent / "bin" / name
+    path.write_text(program)
+    path.chmod(0o755)
+
+
+def installs(checkout: Path) -> list[str]:
+    file = checkout / "installs.txt"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_without_a_python_it_says_what_to_do(checkout: Path) -> None:
+    add_python(checkout, "python3", "#!/usr/bin/env bash\nexit 1\n")  # too old, or only a launcher
+    process = start(checkout)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "no Python 3.10, 3.11 or 3.12" in message and "PYTHON=/path/to/python3.11" in message
+    assert not (checkout / ".venv").exists()
+
+
+def test_it_installs_once_even_when_two_start_together(checkout: Path) -> None:
+    add_python(checkout, "python3.11")
+    processes = [start(checkout) for _ in range(2)]
+    for process in processes:
+        process.communicate(timeout=30)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(installs(checkout)) == 1
+    assert start(checkout).wait(timeout=30) == 0
+    assert len(installs(checkout)) == 1
+
+
+def test_new_requirements_and_those_of_the_tests_are_added(checkout: Path) -> None:
+    add_python(checkout, "python3.12")
+    assert start(checkout).wait(timeout=30) == 0
+    assert start(checkout, "--dev").wait(timeout=30) == 0
+    assert ["requirements-dev.txt" in line for line in installs(checkout)] == [False, True]
+    (checkout / "requirements.txt").write_text("another==2\n")
+    assert start(checkout).wait(timeout=30) == 0
+    assert len(installs(checkout)) == 3
