@@ -14,32 +14,17 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from dataloaders.annotations import (
-    AnnotationError,
-    Query,
-    Video,
-    corpus_videos,
-    read_annotations,
-)
-from dataloaders.datasets import (
-    ClipLoader,
-    TrainingLoader,
-    evaluation_text_batches,
-    evaluation_video_loader,
-    training_loader,
-)
+from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations
+from dataloaders.datasets import TrainingLoader, training_loader
 from dataloaders.video import VideoError
 from models import ProPy, build_model
 from models.clip import WeightsError, weights_path
 from modules.pyramid import PyramidError
-from modules.similarity import best_event_scores
 from utils.arguments import parse_args
 from utils.checkpoint import (
     Checkpoint,
@@ -48,34 +33,14 @@ from utils.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from utils.engine import (
-    Embeddings,
-    TrainingError,
-    embed_corpus,
-    evaluate_prvr,
-    evaluate_vcmr,
-    predict_moments,
-    train_one_epoch,
-)
+from utils.engine import TrainingError, train_one_epoch
+from utils.evaluation import Evaluation, tables
 from utils.logger import EpochLog, append_json, setup_logging
 from utils.misc import git_revision, parameter_report, pick_device, set_seed
-from utils.moment_metrics import RECALL_RANKS, selection_score
-from utils.moment_report import level_table, report_tables, times_missing
+from utils.moment_report import times_missing
 from utils.optim import build_optimizer, learning_rate
-from utils.plots import (
-    PlotError,
-    PlotSettings,
-    check_request,
-    choose_queries,
-    plot_queries,
-    score_queries,
-)
-from utils.predictions import export_all, save_predictions
-from utils.published import PRVR_RESULTS, VCMR_RESULTS, split_size_warning
-from utils.retrieval_metrics import ranks_of
-from utils.tables import PRVR_COLUMNS, metrics_table
-
-TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
+from utils.plots import PlotError, PlotSettings, check_request
+from utils.published import split_size_warning
 
 
 class SettingsError(ValueError):
@@ -93,110 +58,6 @@ USER_ERRORS = (
     VideoError,
     WeightsError,
 )
-
-
-class Evaluation:
-    """One split, read and checked before training starts, evaluated after every epoch.
-
-    Args:
-        queries: the annotations.
-        event_scores: cosine, dot or both, see ``--event_scores``.
-    """
-
-    def __init__(self, queries: list[Query], args: argparse.Namespace, model: ProPy) -> None:
-        self.queries = queries
-        self.videos: list[Video] = corpus_videos(queries)
-        column = {video.vid_name: index for index, video in enumerate(self.videos)}
-        self.target: Tensor = torch.tensor([column[query.vid_name] for query in queries])
-        self.scoring = {"cosine": [True], "dot": [False], "both": [True, False]}[args.event_scores]
-        self.moments = args.subtask_type == "VCMR"
-        self.per_video, self.limit = args.npev, args.max_event_per_text
-        self.window_rule = args.window_rule
-        self.proposals = model.pyramid.proposals
-        self.texts = evaluation_text_batches(queries, args.max_words, TEXT_BATCH)
-        self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
-            evaluation_video_loader,
-            video_dir=args.video_dir,
-            num_frames=model.pyramid.num_frames,
-            size=model.input_resolution,
-            batch_size=args.batch_size_val,
-            num_workers=args.num_thread_reader,
-            pin_memory=torch.cuda.is_available(),
-        )
-        self.loader = self.load_videos(self.videos)
-
-    def embed(self, model: ProPy, device: torch.device) -> Embeddings:
-        """All videos and texts of the split."""
-        return embed_corpus(model, self.loader, self.texts, device)
-
-    def run(
-        self, embeddings: Embeddings, predictions_dir: Path | None = None
-    ) -> dict[str, dict[str, float]]:
-        """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `evaluate_vcmr`.
-
-        Args:
-            predictions_dir: a folder to save the predicted moments in.
-        """
-        rows = {}
-        if self.moments or predictions_dir:
-            predictions = predict_moments(
-                embeddings,
-                self.queries,
-                self.videos,
-                self.proposals,
-                per_video=self.per_video,
-                # The metrics read no more than the first 100.
-                limit=self.limit if predictions_dir else min(self.limit, max(RECALL_RANKS)),
-            )
-            if self.moments:
-                rows = evaluate_vcmr(predictions, self.queries, self.window_rule)
-            if predictions_dir:
-                save_predictions(predictions_dir / "predictions.h5", predictions)
-                export_all(predictions_dir, predictions, self.queries)
-        for normalize in self.scoring:
-            name = "cosine" if normalize else "dot"
-            if name not in rows:
-                rows[name] = evaluate_prvr(embeddings, self.target, normalize)
-        return rows
-
-    def plot(
-        self,
-        embeddings: Embeddings,
-        model: ProPy,
-        settings: PlotSettings,
-        *,
-        ids: Sequence[str],
-        limit: int,
-        seed: int,
-        source: str,
-    ) -> tuple[int, int]:
-        """Draw the queries with these ids, or `limit` of those with their video at rank 1.
-
-        Returns:
-            How many were drawn, and how many there are at rank 1.
-        """
-        normalize = self.scoring[0]
-        scores = best_event_scores(embeddings.texts, embeddings.events, normalize)
-        ranks = ranks_of(scores, self.target.to(scores.device)).cpu()
-        chosen = choose_queries(ranks, self.queries, ids, limit, seed)
-        videos = [self.videos[i] for i in self.target[chosen].unique().tolist()]
-        plot_queries(
-            model,
-            self.load_videos(videos),
-            [video.vid_name for video in videos],
-            score_queries(embeddings, chosen, self.target, ranks, normalize),
-            self.queries,
-            settings,
-            score_name="cosine" if normalize else "product",
-            source=source,
-        )
-        return len(chosen), int((ranks == 1).sum())
-
-    def score(self, rows: dict[str, dict[str, float]]) -> float:
-        """What chooses the best epoch."""
-        if self.moments:
-            return selection_score(rows["VCMR"])
-        return next(iter(rows.values()))["SumR"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -222,7 +83,21 @@ def main(args: argparse.Namespace) -> None:
         freeze_clip=bool(args.freeze_clip),
     ).to(device)
     check_settings(args, model, train_queries)
-    evaluation = Evaluation(val_queries, args, model)
+    evaluation = Evaluation(
+        val_queries,
+        args.video_dir,
+        model.pyramid.proposals,
+        num_frames=model.pyramid.num_frames,
+        size=model.input_resolution,
+        max_words=args.max_words,
+        batch_size=args.batch_size_val,
+        num_workers=args.num_thread_reader,
+        moments=args.subtask_type == "VCMR",
+        event_scores=args.event_scores,
+        per_video=args.npev,
+        limit=args.max_event_per_text,
+        window_rule=args.window_rule,
+    )
     if args.subtask_type == "VCMR":
         check_times(args, val_queries, log)
     plots = PlotSettings(
@@ -240,7 +115,8 @@ def main(args: argparse.Namespace) -> None:
         embeddings = evaluation.embed(model, device)
     if args.do_eval:
         rows = evaluation.run(embeddings, args.output_dir if args.save_predictions else None)
-        show(rows, args.datatype, log)
+        for table in tables(rows, args.datatype):
+            log.info("\n%s", table)
         record = {"checkpoint": str(best), "epoch": checkpoint.epoch, "git": git_revision()}
         append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
     if args.do_plot:
@@ -379,7 +255,8 @@ def train(
             trained["data_time"] + trained["step_time"],
             trained["data_time"],
         )
-        show(rows, args.datatype, log)
+        for table in tables(rows, args.datatype):
+            log.info("\n%s", table)
     epoch_log.close()
     log.info("best epoch %s, score %.2f: %s", progress.best_epoch, progress.best_score, best)
     return best
@@ -412,20 +289,6 @@ def start(
         )
     log.info("resuming %s after epoch %d", args.resume, progress.epoch)
     return progress
-
-
-def show(rows: dict[str, dict[str, float]], datatype: str, log: logging.Logger) -> None:
-    """The metrics as tables, over the published row where there is one."""
-    names = {"cosine": "ProPy", "dot": "ProPy, events not normalised"}
-    table = {names[row]: numbers for row, numbers in rows.items() if row in names}
-    if datatype in PRVR_RESULTS:
-        table["published"] = PRVR_RESULTS[datatype]
-    log.info("\n%s", metrics_table(table, PRVR_COLUMNS))
-    if "VR" in rows:
-        log.info("\n%s", report_tables(rows, VCMR_RESULTS.get(datatype)))
-    levels = {row.split("/")[1]: rows[row] for row in rows if row.startswith("levels/")}
-    if levels:
-        log.info("\n%s", level_table(levels))
 
 
 def plain(value: object) -> object:

@@ -1,0 +1,175 @@
+"""One split from its annotations to metrics, tables and pictures.
+
+Both tasks are readings of the same embeddings: videos and texts are embedded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.datasets import ClipLoader, evaluation_text_batches, evaluation_video_loader
+from modules.similarity import best_event_scores
+from utils.engine import (
+    Embeddings,
+    embed_corpus,
+    evaluate_prvr,
+    evaluate_vcmr,
+    predict_moments,
+)
+from utils.moment_metrics import RECALL_RANKS, selection_score
+from utils.moment_report import level_table, report_tables
+from utils.plots import PlotSettings, choose_queries, plot_queries, score_queries
+from utils.predictions import export_all, save_predictions
+from utils.published import PRVR_RESULTS, VCMR_RESULTS
+from utils.retrieval_metrics import ranks_of
+from utils.tables import PRVR_COLUMNS, metrics_table
+
+TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
+
+
+class Evaluation:
+    """One split, read and checked before training starts, evaluated after every epoch.
+
+    Args:
+        queries: the annotations.
+        proposals: [N_e, 2] start and end of each event as a share of its video.
+        num_frames, size: of a clip, and the side of its square frames in pixels.
+        batch_size, num_workers: of the loader of videos.
+        moments: evaluate VCMR too, by which the best epoch is chosen then.
+        event_scores: "cosine", "dot" or "both": how texts and events are compared for PRVR.
+        per_video, limit, window_rule: see `predict_moments` and `evaluate_vcmr`.
+
+    Raises:
+        VideoError: video files are missing.
+    """
+
+    def __init__(
+        self,
+        queries: list[Query],
+        video_dir: Path,
+        proposals: Tensor,
+        *,
+        num_frames: int,
+        size: int,
+        max_words: int,
+        batch_size: int,
+        num_workers: int,
+        moments: bool,
+        event_scores: str = "cosine",
+        per_video: int = 10,
+        limit: int = 1000,
+        window_rule: str = "half",
+    ) -> None:
+        self.queries = queries
+        self.videos: list[Video] = corpus_videos(queries)
+        column = {video.vid_name: index for index, video in enumerate(self.videos)}
+        self.target: Tensor = torch.tensor([column[query.vid_name] for query in queries])
+        self.scoring = {"cosine": [True], "dot": [False], "both": [True, False]}[event_scores]
+        self.moments = moments
+        self.per_video, self.limit, self.window_rule = per_video, limit, window_rule
+        self.proposals = proposals
+        self.texts = evaluation_text_batches(queries, max_words, TEXT_BATCH)
+        self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
+            evaluation_video_loader,
+            video_dir=video_dir,
+            num_frames=num_frames,
+            size=size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.loader = self.load_videos(self.videos)
+
+    def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
+        """All videos and texts of the split."""
+        return embed_corpus(model, self.loader, self.texts, device)
+
+    def run(
+        self, embeddings: Embeddings, predictions_dir: Path | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `evaluate_vcmr`.
+
+        Args:
+            predictions_dir: a folder to save the predicted moments in.
+        """
+        rows = {}
+        if self.moments or predictions_dir:
+            predictions = predict_moments(
+                embeddings,
+                self.queries,
+                self.videos,
+                self.proposals,
+                per_video=self.per_video,
+                # The metrics read no more than the first 100.
+                limit=self.limit if predictions_dir else min(self.limit, max(RECALL_RANKS)),
+            )
+            if self.moments:
+                rows = evaluate_vcmr(predictions, self.queries, self.window_rule)
+            if predictions_dir:
+                save_predictions(predictions_dir / "predictions.h5", predictions)
+                export_all(predictions_dir, predictions, self.queries)
+        for normalize in self.scoring:
+            name = "cosine" if normalize else "dot"
+            if name not in rows:
+                rows[name] = evaluate_prvr(embeddings, self.target, normalize)
+        return rows
+
+    def plot(
+        self,
+        embeddings: Embeddings,
+        model: nn.Module,
+        settings: PlotSettings,
+        *,
+        ids: Sequence[str],
+        limit: int,
+        seed: int,
+        source: str,
+    ) -> tuple[int, int]:
+        """Draw the queries with these ids, or `limit` of those with their video at rank 1.
+
+        Returns:
+            How many were drawn, and how many there are at rank 1.
+        """
+        normalize = self.scoring[0]
+        scores = best_event_scores(embeddings.texts, embeddings.events, normalize)
+        ranks = ranks_of(scores, self.target.to(scores.device)).cpu()
+        chosen = choose_queries(ranks, self.queries, ids, limit, seed)
+        videos = [self.videos[i] for i in self.target[chosen].unique().tolist()]
+        plot_queries(
+            model,
+            self.load_videos(videos),
+            [video.vid_name for video in videos],
+            score_queries(embeddings, chosen, self.target, ranks, normalize),
+            self.queries,
+            settings,
+            score_name="cosine" if normalize else "product",
+            source=source,
+        )
+        return len(chosen), int((ranks == 1).sum())
+
+    def score(self, rows: dict[str, dict[str, float]]) -> float:
+        """What chooses the best epoch."""
+        if self.moments:
+            return selection_score(rows["VCMR"])
+        return next(iter(rows.values()))["SumR"]
+
+
+def tables(rows: dict[str, dict[str, float]], datatype: str) -> list[str]:
+    """The metrics of `Evaluation.run`, over the data set's published row where there is one."""
+    names = {"cosine": "ProPy", "dot": "ProPy, events not normalised"}
+    table = {names[row]: numbers for row, numbers in rows.items() if row in names}
+    if datatype in PRVR_RESULTS:
+        table["published"] = PRVR_RESULTS[datatype]
+    shown = [metrics_table(table, PRVR_COLUMNS)]
+    if "VR" in rows:
+        shown.append(report_tables(rows, VCMR_RESULTS.get(datatype)))
+    levels = {row.split("/")[1]: rows[row] for row in rows if row.startswith("levels/")}
+    if levels:
+        shown.append(level_table(levels))
+    return shown
