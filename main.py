@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations
+from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.datasets import TrainingLoader, training_loader
 from dataloaders.video import VideoError
 from models import ProPy, build_model
@@ -83,9 +84,10 @@ def main(args: argparse.Namespace) -> None:
         freeze_clip=bool(args.freeze_clip),
     ).to(device)
     check_settings(args, model, train_queries)
+    clips = VideoFolder(args.video_dir)
     evaluation = Evaluation(
         val_queries,
-        args.video_dir,
+        clips,
         model.pyramid.proposals,
         num_frames=model.pyramid.num_frames,
         size=model.input_resolution,
@@ -108,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
 
     best = args.resume
     if args.do_train:
-        best = train(args, model, evaluation, train_queries, device, precision, log)
+        best = train(args, model, evaluation, train_queries, clips, device, precision, log)
     if args.do_eval or args.do_plot:
         checkpoint = load_checkpoint(best, model)
         log.info("using %s, %d epochs trained", best, checkpoint.epoch)
@@ -177,6 +179,7 @@ def train(
     model: ProPy,
     evaluation: Evaluation,
     queries: list[Query],
+    clips: ClipSource,
     device: torch.device,
     precision: str,
     log: logging.Logger,
@@ -184,7 +187,7 @@ def train(
     """All epochs, each with its evaluation and checkpoint; returns the best checkpoint's path."""
     loader: TrainingLoader = training_loader(
         queries,
-        args.video_dir,
+        clips,
         num_frames=model.pyramid.num_frames,
         size=model.input_resolution,
         max_words=args.max_words,

@@ -1,4 +1,4 @@
-"""From queries and a video folder to batches: training items, evaluation videos, evaluation texts.
+"""From queries and clips to batches: training items, evaluation videos, evaluation texts.
 
 A training item is one video with all its captions. What it holds depends on (seed, epoch, item)
 alone, never on the number of workers or on where a resumed epoch starts.
@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.clips import ClipSource
 from dataloaders.tokenizer import tokenize
-from dataloaders.video import VideoError, load_clip
-
-MAX_LISTED = 20  # missing files spelled out; the rest is counted
+from dataloaders.video import VideoError
 
 
 class ClipLoader:
     """Iterates over batches (dicts), read ahead by worker processes; ``len()`` batches in all.
 
     A clip that cannot be read raises its VideoError here, without the worker's traceback. A worker
-    that dies (killed, out of memory, crashed in a decoder) raises one that names the files which
+    that dies (killed, out of memory, crashed in a decoder) raises one that names the clips which
     were being read.
     """
 
@@ -56,9 +54,9 @@ class ClipLoader:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            files = ", ".join(str(path) for path in self._dataset.files_in_hand()) or "none"
+            clips = ", ".join(self._dataset.clips_in_hand()) or "none"
             raise VideoError(
-                f"a loader worker died ({error}); files being read: {files}. If memory ran out,"
+                f"a loader worker died ({error}); files being read: {clips}. If memory ran out,"
                 " lower num_thread_reader or the batch size; otherwise prepare these files again"
                 " with `bash scripts/prepare.sh`"
             ) from error
@@ -83,7 +81,7 @@ class TrainingLoader(ClipLoader):
 
 def training_loader(
     queries: Sequence[Query],
-    video_dir: str | Path,
+    clips: ClipSource,
     *,
     num_frames: int,
     size: int,
@@ -100,10 +98,10 @@ def training_loader(
     of a video keep the order of the annotations.
 
     Raises:
-        VideoError: video files are missing (here); a clip cannot be read (when iterating).
+        VideoError: clips are missing (here); a clip cannot be read (when iterating).
         ValueError: there are fewer videos than one batch takes.
     """
-    dataset = _TrainingClips(queries, seed, video_dir, num_frames, size, num_workers)
+    dataset = _TrainingClips(queries, seed, clips, num_frames, size, num_workers)
     if len(dataset) < batch_size:
         raise ValueError(
             f"{len(dataset)} training videos do not fill one batch of {batch_size}:"
@@ -116,7 +114,7 @@ def training_loader(
 
 def evaluation_video_loader(
     videos: Sequence[Video],
-    video_dir: str | Path,
+    clips: ClipSource,
     *,
     num_frames: int,
     size: int,
@@ -130,9 +128,9 @@ def evaluation_video_loader(
     positions in ``videos``.
 
     Raises:
-        VideoError: video files are missing (here); a clip cannot be read (when iterating).
+        VideoError: clips are missing (here); a clip cannot be read (when iterating).
     """
-    dataset = _EvaluationClips(videos, video_dir, num_frames, size, num_workers)
+    dataset = _EvaluationClips(videos, clips, num_frames, size, num_workers)
     batches = [list(rows) for rows in _chunks(len(dataset), batch_size)]
     return ClipLoader(dataset, batches, _collate_evaluation, num_workers, pin_memory)
 
@@ -151,19 +149,19 @@ def evaluation_text_batches(
 
 
 class _Clips(Dataset):
-    """Videos of a split whose files are there; knows which of them its workers are reading."""
+    """Videos of a split whose clips are there; knows which of them its workers are reading."""
 
     def __init__(
         self,
         videos: Sequence[Video],
-        video_dir: str | Path,
+        clips: ClipSource,
         num_frames: int,
         size: int,
         num_workers: int,
     ):
         self.names = [video.vid_name for video in videos]
-        self.files = [Path(video_dir) / f"{name}.mp4" for name in self.names]
-        _check_files(self.files, Path(video_dir))
+        self.clips = clips
+        clips.check(self.names)
         self.num_frames = num_frames
         self.size = size
         # Shared with the workers: the item that each has in hand, -1 for none.
@@ -172,21 +170,22 @@ class _Clips(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def files_in_hand(self) -> list[Path]:
-        return [self.files[item] for item in self._in_hand.tolist() if item >= 0]
+    def clips_in_hand(self) -> list[str]:
+        items = (item for item in self._in_hand.tolist() if item >= 0)
+        return [self.clips.label(self.names[item]) for item in items]
 
     def _load(self, item: int, generator: np.random.RandomState | None = None) -> torch.Tensor:
         worker = get_worker_info()
         slot = worker.id if worker else 0
         self._in_hand[slot] = item
         try:
-            return load_clip(self.files[item], self.num_frames, self.size, generator)
+            return self.clips.load(self.names[item], self.num_frames, self.size, generator)
         finally:
             self._in_hand[slot] = -1
 
 
 class _EvaluationClips(_Clips):
-    """Item i: video i, or the VideoError its file raised (which the ClipLoader raises)."""
+    """Item i: video i, or the VideoError its clip raised (which the ClipLoader raises)."""
 
     def __getitem__(self, item: int) -> dict | VideoError:
         try:
@@ -196,7 +195,7 @@ class _EvaluationClips(_Clips):
 
 
 class _TrainingClips(_Clips):
-    """Item (epoch, i): video i and all its captions, or the VideoError its file raised."""
+    """Item (epoch, i): video i and all its captions, or the VideoError its clip raised."""
 
     def __init__(self, queries: Sequence[Query], seed: int, *clips):
         super().__init__(corpus_videos(queries), *clips)
@@ -259,18 +258,3 @@ def _first_error(items: list[dict | VideoError]) -> VideoError | None:
 
 def _chunks(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _check_files(files: Sequence[Path], video_dir: Path) -> None:
-    """Raises a VideoError that lists the files which are not there; one look into the folder."""
-    if not video_dir.is_dir():
-        raise VideoError(f"{video_dir}: no such video folder: set video_dir")
-    present = {path.name for path in video_dir.iterdir()}
-    missing = [path.name for path in files if path.name not in present]
-    if missing:
-        listed = "\n".join(missing[:MAX_LISTED])
-        more = f"\nand {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-        raise VideoError(
-            f"{video_dir}: {len(missing)} of {len(files)} video files are missing: set video_dir,"
-            f" or make them with `bash scripts/prepare.sh`:\n{listed}{more}"
-        )

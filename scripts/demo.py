@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import Query, corpus_videos, read_annotations
+from dataloaders.clips import VideoFolder
 from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
 from dataloaders.synthetic import draw_clips, draw_pictures, write_annotations, write_clips
 from dataloaders.tokenizer import tokenize
@@ -216,7 +217,7 @@ def all_scores(folder: Path, run: Path, queries: list[Query]) -> dict[str, Tenso
     clip, cpu = model.clip, torch.device("cpu")
     loader = evaluation_video_loader(
         corpus_videos(queries),
-        folder / "videos",
+        VideoFolder(folder / "videos"),
         num_frames=model.pyramid.num_frames,
         size=SIZE,
         batch_size=16,

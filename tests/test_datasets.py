@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import datasets, video
+from dataloaders import clips, video
 from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.clips import VideoFolder
 from dataloaders.datasets import (
     evaluation_text_batches,
     evaluation_video_loader,
@@ -49,7 +50,7 @@ def make_queries() -> list[Query]:
 def make_training_loader(folder, queries=None, *, num_workers=0, batch_size=4, seed=42):
     return training_loader(
         make_queries() if queries is None else queries,
-        folder,
+        VideoFolder(folder),
         num_frames=FRAMES,
         size=SIZE,
         max_words=16,
@@ -63,7 +64,7 @@ def make_training_loader(folder, queries=None, *, num_workers=0, batch_size=4, s
 def make_evaluation_loader(folder, videos, *, num_workers=0, batch_size=4):
     return evaluation_video_loader(
         videos,
-        folder,
+        VideoFolder(folder),
         num_frames=FRAMES,
         size=SIZE,
         batch_size=batch_size,
@@ -258,7 +259,7 @@ def test_a_worker_that_dies_names_the_files_in_hand(video_dir, monkeypatch):
             os.kill(os.getpid(), signal.SIGKILL)
         return load_clip(path, *rest)
 
-    monkeypatch.setattr(datasets, "load_clip", die_on_v5)
+    monkeypatch.setattr(clips, "load_clip", die_on_v5)
     loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=2)
     with pytest.raises(VideoError) as raised:
         list(loader)

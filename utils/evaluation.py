@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.clips import ClipSource
 from dataloaders.datasets import ClipLoader, evaluation_text_batches, evaluation_video_loader
 from modules.similarity import best_event_scores
 from utils.engine import (
@@ -38,6 +39,7 @@ class Evaluation:
 
     Args:
         queries: the annotations.
+        clips: where their videos are.
         proposals: [N_e, 2] start and end of each event as a share of its video.
         num_frames, size: of a clip, and the side of its square frames in pixels.
         batch_size, num_workers: of the loader of videos.
@@ -46,13 +48,13 @@ class Evaluation:
         per_video, limit, window_rule: see `predict_moments` and `evaluate_vcmr`.
 
     Raises:
-        VideoError: video files are missing.
+        VideoError: clips are missing.
     """
 
     def __init__(
         self,
         queries: list[Query],
-        video_dir: Path,
+        clips: ClipSource,
         proposals: Tensor,
         *,
         num_frames: int,
@@ -77,7 +79,7 @@ class Evaluation:
         self.texts = evaluation_text_batches(queries, max_words, TEXT_BATCH)
         self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
             evaluation_video_loader,
-            video_dir=video_dir,
+            clips=clips,
             num_frames=num_frames,
             size=size,
             batch_size=batch_size,

@@ -1,0 +1,98 @@
+"""Where clips come from: one small interface behind training, evaluation and plotting.
+
+A folder of prepared videos is one source (here), a frame store another (dataloaders.frame_store).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataloaders.video import VideoError, load_clip
+
+MAX_LISTED = 20  # missing clips spelled out; the rest is counted
+
+
+class ClipSource(ABC):
+    """Clips by video name. Instances travel to worker processes, so they hold no open files."""
+
+    @abstractmethod
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that have no clip here, as messages call them, in order.
+
+        Cheap: no clip is opened.
+
+        Raises:
+            VideoError: the source itself is not there or unusable.
+        """
+
+    @abstractmethod
+    def label(self, name: str) -> str:
+        """What messages call the clip: the file, and the clip in it if there are several."""
+
+    @abstractmethod
+    def load(
+        self,
+        name: str,
+        num_frames: int,
+        size: int,
+        generator: np.random.RandomState | None = None,
+    ) -> torch.Tensor:
+        """The sampled frames of a clip: uint8 [N_f, 3, size, size], RGB.
+
+        Args:
+            generator: draws the training frames; None takes the evaluation frames.
+
+        Raises:
+            VideoError: the clip is missing or cannot be used; the message names it.
+        """
+
+    @abstractmethod
+    def missing_message(self, missing: Sequence[str], total: int) -> str:
+        """One line: how many of ``total`` clips are missing, and the remedy."""
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raises a VideoError that lists the clips which are not there."""
+        missing = self.missing(names)
+        if missing:
+            listed = "\n".join(missing[:MAX_LISTED])
+            more = f"\nand {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+            raise VideoError(f"{self.missing_message(missing, len(names))}:\n{listed}{more}")
+
+
+class VideoFolder(ClipSource):
+    """A folder of ``<vid_name>.mp4``, prepared by ``scripts/prepare.sh``."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.mp4"
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        if not self.folder.is_dir():
+            raise VideoError(f"{self.folder}: no such video folder: set video_dir")
+        present = {path.name for path in self.folder.iterdir()}  # one look, however many names
+        return [file for name in names if (file := self.path(name).name) not in present]
+
+    def missing_message(self, missing: Sequence[str], total: int) -> str:
+        return (
+            f"{self.folder}: {len(missing)} of {total} video files are missing: set video_dir,"
+            " or make them with `bash scripts/prepare.sh`"
+        )
+
+    def label(self, name: str) -> str:
+        return str(self.path(name))
+
+    def load(
+        self,
+        name: str,
+        num_frames: int,
+        size: int,
+        generator: np.random.RandomState | None = None,
+    ) -> torch.Tensor:
+        return load_clip(self.path(name), num_frames, size, generator)
