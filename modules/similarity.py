@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 2**26  # cosines that top_moments holds at a time: 256 MiB of float32
-BLOCK = 2**18  # cosines of one matrix product: 1 MiB, still in the cache when they are reduced
+CHUNK = 2**27  # cosines held at a time, or as many bytes: 512 MiB of float32
+CPU_BLOCK = 2**19  # cosines of one matrix product: 2 MiB, still in a cache when they are reduced
+GPU_BLOCK = 2**23  # there a kernel is to be long compared with its launch
 TEXT_BLOCK = 512  # texts of one matrix product in best_event_scores
 LOW_HALF = 2**32 - 1
 
@@ -46,17 +47,18 @@ def event_scores(texts: Tensor, events: Tensor, normalize_events: bool = True) -
 
 @torch.no_grad()
 def best_event_scores(
-    texts: Tensor, events: Tensor, normalize_events: bool = True, chunk: int = BLOCK
+    texts: Tensor, events: Tensor, normalize_events: bool = True, chunk: int = CHUNK
 ) -> Tensor:
     """Score of every text with every video: the maximum of `event_scores` over the events.
 
-    Holds `chunk` cosines at a time (at least one video's for a block of texts), and the result.
+    Needs, beside the result and normalised texts, the memory of `chunk` cosines (and at least that
+    of one video with a block of texts).
 
     Returns:
         [T, V].
     """
     num_texts, (num_videos, num_events) = len(texts), events.shape[:2]
-    step = max(1, chunk // (num_events * min(num_texts, TEXT_BLOCK)))
+    step = max(1, _block(texts, chunk) // (num_events * min(num_texts, TEXT_BLOCK)))
     with torch.autocast(texts.device.type, enabled=False):
         texts = _unit(texts)
         best = texts.new_empty(num_texts, num_videos)
@@ -64,20 +66,20 @@ def best_event_scores(
             some = events[v : v + step]
             some = _unit(some) if normalize_events else _widen(some)
             for t in range(0, num_texts, TEXT_BLOCK):
-                scores = _product(texts[t : t + TEXT_BLOCK], some)
+                scores = _fast_product(texts[t : t + TEXT_BLOCK], some)
                 best[t : t + TEXT_BLOCK, v : v + step] = scores.amax(-1)
     return best
 
 
 @torch.no_grad()
 def paired_event_scores(
-    texts: Tensor, events: Tensor, videos: Tensor, chunk: int = BLOCK
+    texts: Tensor, events: Tensor, videos: Tensor, chunk: int = CHUNK
 ) -> Tensor:
     """Cosines of every text with the events of a video of its own, `videos` int64 [T]: [T, N_e].
 
-    Gathers `chunk` numbers of the embeddings at a time (at least one text's).
+    Needs, beside the result, the memory of `chunk` numbers (at least of one video's events).
     """
-    step = max(1, chunk // events.shape[1:].numel())
+    step = max(1, _block(texts, chunk) // events.shape[1:].numel())
     scores = _widen(texts).new_empty(len(texts), events.shape[1])
     with torch.autocast(texts.device.type, enabled=False):
         for t in range(0, len(texts), step):
@@ -96,8 +98,8 @@ def top_moments(
     `limit` are kept (fewer where there are fewer). Equal cosines: the earlier video first, then
     the earlier event; NaN last, as -inf. Ordered by float32 cosines, whatever the inputs' type.
 
-    Holds `chunk` cosines at a time (at least one text's), a normalised copy of the events, and
-    the result. Arguments as in `event_scores`.
+    Needs, beside the result and a normalised copy of the inputs, the memory of `chunk` cosines
+    (and at least that of one text). Arguments as in `event_scores`.
 
     Raises:
         ValueError: the corpus has 2^31 events or more.
@@ -110,8 +112,10 @@ def top_moments(
 
     with torch.autocast(texts.device.type, enabled=False):
         texts, events = _unit(texts.float()), _unit(events.float())
-        step = min(len(texts), max(1, chunk // (num_videos * num_events)))
-        few = max(1, BLOCK // (limit * num_events))  # texts whose candidates fit a cache
+        may_be_nan = bool((texts.sum() + events.sum()).isnan())
+        step = min(len(texts), max(1, chunk // (2 * num_videos * num_events)))
+        # texts whose candidates, int64 and a few copies, fit a block
+        few = max(1, _block(texts, chunk) // (limit * num_events))
         buffer = texts.new_empty(step, num_videos, num_events)
         video_scores = texts.new_empty(len(texts), num_videos)
         keys = torch.empty(len(texts), limit, dtype=torch.int64, device=texts.device)
@@ -122,7 +126,7 @@ def top_moments(
             _fill(scores, best, some, events)
             for i in range(0, len(some), few):
                 part = slice(i, i + few)
-                top[part] = _top_keys(scores[part], best[part], per_video, limit)
+                top[part] = _top_keys(scores[part], best[part], per_video, limit, may_be_nan)
     positions = _position(keys)
     return TopMoments(
         scores=_score(keys),
@@ -135,19 +139,19 @@ def top_moments(
 def _fill(scores: Tensor, video_scores: Tensor, texts: Tensor, events: Tensor) -> None:
     """Write cosines [t, V, N_e] of unit vectors, and their maxima [t, V] while they are warm."""
     num_videos, num_events = events.shape[:2]
-    flat = scores.flatten(1)
-    step = max(1, BLOCK // (len(texts) * num_events))
+    step = max(1, _block(texts) // (len(texts) * num_events))
     for v in range(0, num_videos, step):
-        some = events[v : v + step].flatten(0, 1)  # [v·N_e, D]
-        first = v * num_events
-        torch.mm(texts, some.T, out=flat[:, first : first + len(some)])
-        video_scores[:, v : v + step] = scores[:, v : v + step].amax(-1)
+        some = _fast_product(texts, events[v : v + step])  # [t, v, N_e]
+        scores[:, v : v + step] = some
+        video_scores[:, v : v + step] = some.amax(-1)
 
 
-def _top_keys(scores: Tensor, video_scores: Tensor, per_video: int, limit: int) -> Tensor:
+def _top_keys(
+    scores: Tensor, video_scores: Tensor, per_video: int, limit: int, may_be_nan: bool
+) -> Tensor:
     """Sort keys [t, limit] of the best moments, best first; scores [t, V, N_e]."""
     num_texts, num_videos, num_events = scores.shape
-    if video_scores.isnan().any():
+    if may_be_nan:
         scores = scores.masked_fill(scores.isnan(), -torch.inf)
         video_scores = scores.amax(-1)
     first = torch.arange(0, num_videos * num_events, num_events, device=scores.device)
@@ -162,6 +166,23 @@ def _top_keys(scores: Tensor, video_scores: Tensor, per_video: int, limit: int) 
 
 def _product(texts: Tensor, events: Tensor) -> Tensor:
     return (texts @ events.flatten(0, 1).T).unflatten(1, events.shape[:2])
+
+
+def _fast_product(texts: Tensor, events: Tensor) -> Tensor:
+    """`_product` without a gradient; float32 on a CPU by oneDNN, whose kernels suit every maker's.
+
+    torch's own product is MKL's, which has no AVX-512 kernels for AMD's processors: half the speed.
+    """
+    suited = texts.device.type == "cpu" and texts.dtype == events.dtype == torch.float32
+    if not (suited and torch.backends.mkldnn.is_available() and len(texts) and len(events)):
+        return _product(texts, events)
+    scores = F.linear(texts.to_mkldnn(), events.flatten(0, 1).to_mkldnn()).to_dense()
+    return scores.unflatten(1, events.shape[:2])
+
+
+def _block(x: Tensor, chunk: int = CHUNK) -> int:
+    """Cosines worth computing at once on the tensor's device, a small part of `chunk`."""
+    return min(CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK, max(1, chunk // 16))
 
 
 def _unit(x: Tensor) -> Tensor:
