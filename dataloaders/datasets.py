@@ -6,6 +6,9 @@ alone, never on the number of workers or on where a resumed epoch starts.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -37,6 +40,7 @@ class ClipLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_main_process,
             # DataLoader draws a seed for its workers that nothing here uses; drawn from a generator
             # of its own it leaves torch's global state alone, which resuming restores.
             generator=torch.Generator(),
@@ -233,6 +237,20 @@ class _ShuffledBatches(Sampler):
         whole = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
         for items in whole[self.first_batch :].tolist():
             yield [(self.epoch, item) for item in items]
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM go to all processes of a run: what a worker reads is still
+    needed for the step in hand. Only the main process's own SIGTERM ends a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _collate_evaluation(items: list[dict | VideoError]) -> dict | VideoError:

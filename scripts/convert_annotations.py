@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
-from utils.ffmpeg import partial_file, publish
+from utils.files import partial_file, publish
 from utils.published import SPLIT_SIZES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
-from utils.ffmpeg import DEFAULT_TIME_LIMIT, PARTIAL_PREFIX, kill_running, partial_file, publish
+from utils.ffmpeg import DEFAULT_TIME_LIMIT, kill_running
+from utils.files import PARTIAL_PREFIX, partial_file, publish
 from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
 
 REPORT_NAME = "prepare_report.jsonl"

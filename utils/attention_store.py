@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.ffmpeg import partial_file, publish
+from utils.files import partial_file, publish
 
 ATTENTION, SCORES, HITS = "attn.hdf5", "event_scores.hdf5", "r1_ids.json"
 MAX_NAME = 150  # bytes; file systems end at 255

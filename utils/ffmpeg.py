@@ -22,6 +22,8 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
+from utils.files import partial_file, publish
+
 try:
     from resource import RLIMIT_AS, prlimit
 except ImportError:  # not Linux: ffmpeg then runs without the limit below
@@ -52,7 +54,6 @@ DEFAULT_TIME_LIMIT = 1800.0  # seconds; an hour of 1080p decodes in less on one 
 MEMORY_LIMIT = 8 * 2**30
 MAX_MESSAGES = 2**24  # bytes of ffmpeg's messages that are looked at
 NO_TIMESTAMP = -(2**63)  # how ffmpeg prints a time it does not know
-PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 # Messages that end every failure and say less than the ones before them.
 CLOSING_WORDS = (
     *("Error opening", "Error marking", "Error while opening", "Nothing was written"),
@@ -357,30 +358,3 @@ def _frame_bytes(path: Path, first: np.ndarray, others: Iterator[np.ndarray]) ->
     yield check(first)
     for frame in others:
         yield check(frame)
-
-
-@contextlib.contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """A hidden, unique name beside `path` for a file being written; removed unless published."""
-    handle, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def publish(part: Path, path: Path) -> None:
-    """Give a finished file its name, once its bytes are on the disk."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.chmod(0o666 & ~_umask())  # temporary files are private, a corpus is not
-    part.replace(path)
-
-
-@functools.cache
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

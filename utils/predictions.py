@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.annotations import Query
-from utils.ffmpeg import partial_file, publish
+from utils.files import partial_file, publish
 
 FORMAT = "ProPy moment predictions, version 1"
 EXPORTED = 100  # predictions of a query in exports: as many as the public evaluations read

@@ -26,12 +26,11 @@ from utils.ffmpeg import (
     input_arguments,
     listing_arguments,
     parse_track,
-    partial_file,
-    publish,
     raw_input_arguments,
     read_packets,
     run_ffmpeg,
 )
+from utils.files import partial_file, publish
 
 FRAME_SUFFIXES = {".jpg", ".jpeg"}
 MAX_SIDE = 16384  # what H.264 can hold

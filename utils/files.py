@@ -1,0 +1,163 @@
+"""Files that appear whole or not at all, and folders that one run at a time writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
+LOCK_NAME = ".lock"
+
+logger = logging.getLogger(__name__)
+_held_locks: set[int] = set()
+
+
+class OutputError(OSError):
+    """Something that cannot be written; names it, the reason and the remedy."""
+
+
+@contextlib.contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """A hidden, unique name beside `path` for a file being written; removed unless published."""
+    handle, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, suffix=".part", dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Give a finished file its name, once its bytes are on the disk; the name is there too then."""
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.chmod(0o666 & ~_umask())  # temporary files are private, others are not
+    part.replace(path)
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """`partial_file`, published when the block ends without an error.
+
+    Raises:
+        OutputError: it could not be written. What was there before is still there then.
+    """
+    try:
+        with partial_file(path) as part:
+            yield part
+            publish(part, path)
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line and see it on the disk; what stands in the file already is never touched.
+
+    A last line that a killed run left without its end is closed first, and stays a line of its own.
+
+    Raises:
+        OutputError: it could not be written, or only a part of it.
+    """
+    try:
+        with path.open("ab+") as file:
+            torn = False
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+            file.write(b"\n" * torn + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and keep every other run out of it; the end of the process, however it comes
+    about, ends that too. Partial files of runs that were killed are removed.
+
+    Raises:
+        OutputError: another run has it, which the message names, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _output_error(folder, error) from error
+    with file:
+        _lock(file.fileno(), folder)
+        _held_locks.add(file.fileno())
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n")
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                file.flush()
+            for part in folder.glob(f"{PARTIAL_PREFIX}*.part"):
+                logger.warning("%s: removed, a run was killed while it wrote this file", part)
+                part.unlink(missing_ok=True)
+            yield
+        finally:
+            _held_locks.discard(file.fileno())
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = (folder / LOCK_NAME).read_text(encoding="utf-8", errors="replace").strip()
+        raise OutputError(
+            f"{folder}: another run is writing there: {holder or 'of unknown name'}. Wait for it, "
+            "or give another --output_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise _output_error(folder, error) from error
+        logger.warning("%s: its file system has no locks; start no second run there", folder)
+
+
+def _close_locks_in_child() -> None:
+    """A lock is held until all copies of its descriptor are closed: a loader worker that outlives
+    a killed run by seconds must not have one."""
+    for descriptor in _held_locks:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks_in_child)
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    if isinstance(error, OutputError):
+        return error
+    return OutputError(
+        f"{path}: cannot be written: {error.strerror or error}. Make room, or mend what is wrong "
+        "there, or give another --output_dir"
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
