@@ -16,6 +16,7 @@ import decord
 import numpy as np
 import torch
 
+from dataloaders.container import ContainerError, read_header
 from dataloaders.sampling import eval_indices, train_indices
 
 DECODE_TIME_LIMIT = 60.0  # seconds for one clip; a prepared one takes a fraction of a second
@@ -108,6 +109,7 @@ def _check_file(path: Path) -> None:
 
     FFmpeg also follows playlists, text files that name other files or addresses: with one of them
     in its place a clip would show another video. Only the formats below are never taken for one.
+    And decord ends the process where a header claims more frames than fit in memory.
     """
     try:
         if not path.is_file():
@@ -115,8 +117,12 @@ def _check_file(path: Path) -> None:
             raise VideoError(f"{path}: no such video file: {remedy}")
         with path.open("rb") as file:
             start = file.read(8)
+        if start[4:] == b"ftyp":
+            read_header(path)
     except OSError as error:
         raise VideoError(f"{path}: cannot be read: {error.strerror}") from error
+    except ContainerError as error:
+        raise VideoError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
     if start[4:] != b"ftyp" and start[:4] != b"\x1a\x45\xdf\xa3":
         what = "empty" if not start else "neither an MP4 nor a Matroska file"
         raise VideoError(f"{path}: {what}: {PREPARE}")

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAX_FRAMES = 4096  # a guard against typing errors: far beyond what fits in a GPU's memory
+# Guards against typing errors: far beyond what fits in a GPU's memory.
+MAX_FRAMES = 4096
+MAX_EVENTS = 10_000
 
 
 class PyramidError(ValueError):
@@ -41,7 +43,9 @@ class PromptPyramid:
 
     def __init__(self, num_frames: int, levels: Sequence[tuple[int, int]]) -> None:
         if not _is_count(num_frames) or num_frames > MAX_FRAMES:
-            raise PyramidError(f"Nf must be a whole number from 1 to {MAX_FRAMES}: {num_frames!r}")
+            raise PyramidError(
+                f"Nf must be a whole number from 1 to {MAX_FRAMES}: {_show(num_frames)}"
+            )
         if not levels:
             raise PyramidError("the pyramid has no level: H needs at least one [window, stride]")
         self.num_frames = num_frames
@@ -60,6 +64,8 @@ class PromptPyramid:
             below = [(below[i][0], below[i + window - 1][1]) for i in starts]
             spans_bottom_up.append(below)
             self.events_per_level.append(len(below))
+            if sum(self.events_per_level) > MAX_EVENTS:
+                raise PyramidError(f"level {number}: more than {MAX_EVENTS} events up to here")
         if len(below) != 1:
             raise PyramidError(
                 f"level {len(levels)} (the top) has {len(below)} events; it must be the whole video"
@@ -95,7 +101,7 @@ class PromptPyramid:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise PyramidError(f"{path}: cannot read the pyramid: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: brackets without end
             raise PyramidError(f"{path}: not a JSON file: {error}") from error
         try:
             return cls._from_mapping(content)
@@ -108,7 +114,7 @@ class PromptPyramid:
             raise PyramidError('a pyramid is {"Nf": …, "H": […]} or {"Nf": …, "offset": […]}')
         num_frames, levels = config["Nf"], config.get("H", config.get("offset"))
         if not isinstance(levels, Sequence) or isinstance(levels, str):
-            raise PyramidError(f"H and offset are lists, one entry a level: {levels!r}")
+            raise PyramidError(f"H and offset are lists, one entry a level: {_show(levels)}")
         if "offset" in config:
             levels = _levels_of_offsets(num_frames, levels)
         return cls(num_frames, levels)
@@ -148,6 +154,14 @@ def _contains(outer: Tensor, inner: Tensor) -> Tensor:
     return (outer[:, None, 0] <= inner[None, :, 0]) & (inner[None, :, 1] <= outer[:, None, 1])
 
 
+def _show(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a number without end"
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -155,14 +169,16 @@ def _is_count(value: object) -> bool:
 def _window_and_stride(number: int, level: object) -> tuple[int, int]:
     pair = isinstance(level, Sequence) and not isinstance(level, str) and len(level) == 2
     if not pair or not all(_is_count(value) for value in level):
-        raise PyramidError(f"level {number} must be [window, stride], whole numbers > 0: {level!r}")
+        raise PyramidError(
+            f"level {number} must be [window, stride], whole numbers > 0: {_show(level)}"
+        )
     return level[0], level[1]
 
 
 def _levels_of_offsets(num_frames: object, offsets: Sequence) -> list[tuple[int, int]]:
     """(c, o) per level of the offset form, from the levels' segment lengths and strides."""
     if not _is_count(num_frames) or num_frames & (num_frames - 1):
-        raise PyramidError(f"the offset form needs Nf to be a power of two: {num_frames!r}")
+        raise PyramidError(f"the offset form needs Nf to be a power of two: {_show(num_frames)}")
     depth = num_frames.bit_length() - 1
     if len(offsets) != depth or depth == 0:
         raise PyramidError(
@@ -172,7 +188,7 @@ def _levels_of_offsets(num_frames: object, offsets: Sequence) -> list[tuple[int,
     levels, length, stride = [], 1, 1
     for number, offset in enumerate(offsets, start=1):
         if isinstance(offset, bool) or offset not in (0, 1):
-            raise PyramidError(f"level {number}: an offset is 0 or 1: {offset!r}")
+            raise PyramidError(f"level {number}: an offset is 0 or 1: {_show(offset)}")
         next_length = 2**number
         # the top level is one segment, whose stride to a next one is never used
         top = number == depth

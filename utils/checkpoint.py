@@ -132,9 +132,9 @@ def load_checkpoint(
             _check_backbone(model, content["backbone"])
         has_optimizer = not from_authors and "optimizer" in content
         if has_optimizer and optimizer is not None:
-            optimizer.load_state_dict(content["optimizer"])
+            _load_state(optimizer, content, "optimizer")
         if has_optimizer and scaler is not None:
-            scaler.load_state_dict(content["scaler"])
+            _load_state(scaler, content, "scaler")
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if from_authors:
@@ -201,6 +201,19 @@ def _read(path: Path) -> dict:
     return content
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Numbers that can be looked at and copied: not sparse, quantized, or without values (meta)."""
+    return tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
+
+
+def _load_state(target: torch.optim.Optimizer | torch.amp.GradScaler, content: dict, key: str):
+    try:
+        target.load_state_dict(content[key])
+    except Exception as error:  # torch raises whatever it stumbles over
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the state of the {key} does not fit: {reason}") from error
+
+
 @torch.no_grad()
 def _load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy tensors by name; CLIP's may be absent as a whole, nothing else may be."""
@@ -215,7 +228,9 @@ def _load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             problems.append(f"{name} is no tensor, but a {type(theirs).__name__}")
         elif theirs.shape != ours.shape:
             problems.append(f"{name} has shape {list(theirs.shape)}, the model {list(ours.shape)}")
-        elif not theirs.isfinite().all():
+        elif not _is_plain(theirs):
+            problems.append(f"{name} is {theirs.dtype}, {theirs.layout}, not a plain float tensor")
+        elif not theirs.float().isfinite().all():
             problems.append(f"{name} has values that are not finite")
     if problems:
         rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
