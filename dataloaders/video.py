@@ -18,6 +18,7 @@ import torch
 
 from dataloaders.container import ContainerError, read_header
 from dataloaders.sampling import eval_indices, train_indices
+from utils.ffmpeg import count_frames, decode_chosen
 
 DECODE_TIME_LIMIT = 60.0  # seconds for one clip; a prepared one takes a fraction of a second
 # decord raises when more than this share of the frames had to be replaced by neighbours: any at all
@@ -104,12 +105,15 @@ def _overlap(side: int, size: int) -> tuple[slice, slice]:
     return slice(start, start + size), slice(0, size)
 
 
-def _check_file(path: Path) -> None:
-    """Refuses what decord should not even open.
+def _check_file(path: Path) -> bool:
+    """Whether an index of all frames leads the file; refuses what decord should not even open.
 
     FFmpeg also follows playlists, text files that name other files or addresses: with one of them
     in its place a clip would show another video. Only the formats below are never taken for one.
     And decord ends the process where a header claims more frames than fit in memory.
+
+    Returns:
+        False for Matroska and MP4 in fragments: their headers do not say how many frames follow.
     """
     try:
         if not path.is_file():
@@ -117,8 +121,7 @@ def _check_file(path: Path) -> None:
             raise VideoError(f"{path}: no such video file: {remedy}")
         with path.open("rb") as file:
             start = file.read(8)
-        if start[4:] == b"ftyp":
-            read_header(path)
+        indexed = start[4:] == b"ftyp" and not read_header(path).fragmented
     except OSError as error:
         raise VideoError(f"{path}: cannot be read: {error.strerror}") from error
     except ContainerError as error:
@@ -126,6 +129,7 @@ def _check_file(path: Path) -> None:
     if start[4:] != b"ftyp" and start[:4] != b"\x1a\x45\xdf\xa3":
         what = "empty" if not start else "neither an MP4 nor a Matroska file"
         raise VideoError(f"{path}: {what}: {PREPARE}")
+    return indexed
 
 
 def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
@@ -157,8 +161,10 @@ def _decode(
     generator: np.random.RandomState | None,
 ) -> np.ndarray:
     """The chosen frames of a file, uint8 [N_f, H, W, 3]."""
-    _check_file(path)
+    indexed = _check_file(path)
     try:
+        if not indexed:
+            return _read_with_ffmpeg(path, size, choose)
         reader = _open(path)
         height, width, _ = reader.next().shape
         _check_size(path, height, width, size)
@@ -227,6 +233,24 @@ def _read_in_order(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarra
     wanted = set(chosen.tolist())
     frames = {i: f.asnumpy() for i, f in enumerate(_frames_in_order(path)) if i in wanted}
     return np.stack([frames[i] for i in chosen.tolist()])
+
+
+def _read_with_ffmpeg(path: Path, size: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Decodes a file without an index in a process of its own: once to count, once to read.
+
+    decord takes the number of frames from the duration such a file claims, and ends the process
+    where that is absurd.
+    """
+    track = count_frames(path, DECODE_TIME_LIMIT)
+    if track.said or not len(track.times):
+        raise VideoError(
+            f"{path}: cannot be decoded ({track.said or 'no frame comes out'}): {PREPARE}"
+        )
+    _check_size(path, track.height, track.width, size)
+    chosen = choose(len(track.times))
+    needed = np.unique(chosen)
+    frames = decode_chosen(path, needed, DECODE_TIME_LIMIT, track.height, track.width)
+    return frames[np.searchsorted(needed, chosen)]
 
 
 def _frames_in_order(path: Path) -> Iterator[decord.nd.NDArray]:

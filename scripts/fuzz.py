@@ -157,11 +157,30 @@ def _checkpoint_samples(folder: Path) -> list[bytes]:
     progress = Checkpoint(3, 120, 51.5, 2, {"lr": 1e-3, "subtask_type": "PRVR"})
     save_checkpoint(path, model, optimizer, scaler, progress)
     samples = [path.read_bytes()]
-    whole = {"state_dict": model.state_dict(), "epoch": 10, "best_acc1": np.float64(51.25)}
-    for new_format in (True, False):
-        torch.save(whole, path, _use_new_zipfile_serialization=new_format)
+    whole = {"epoch": 10, "best_acc1": np.float64(51.25), "arch": "ViT-B/32"}
+    for state, new_format in itertools.product(
+        (model.state_dict(), _authors_names(model)), (True, False)
+    ):
+        content = whole | {"state_dict": state}
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
         samples.append(path.read_bytes())
     return samples
+
+
+def _authors_names(model: ProPy) -> dict[str, torch.Tensor]:
+    """The tensors as the authors' program would save them."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name == "prompts.event_prompts":
+            name, tensor = "clip.visual.global_prompts", tensor.unsqueeze(0)
+        elif name == "prompts.visual_prompts":
+            name, tensor = "clip.visual_prompt_embedding", tensor.transpose(0, 1).flatten(1)[None]
+        elif name.startswith("adapters."):
+            _, layer, rest = name.split(".", 2)
+            name = f"clip.visual.transformer.resblocks.{layer}.temp_adapter.{rest}"
+            tensor = tensor.unsqueeze(-1) if rest == "conv.weight" else tensor
+        state[f"module.{name.replace('prompts.', 'clip.', 1)}"] = tensor
+    return state
 
 
 def _video_samples(folder: Path) -> list[bytes]:

@@ -30,6 +30,16 @@ _NUMPY_SCALAR = [
     type(np.dtype(np.float32)),
 ]
 
+# What else a checkpoint of this program holds, and of which type.
+_RUN_FIELDS = {
+    "backbone": str,
+    "epoch": int,
+    "global_step": int,
+    "best_score": float | int | None,
+    "best_epoch": int | None,
+    "args": dict,
+}
+
 _AUTHORS_ADAPTER = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.temp_adapter\.(.+)")
 
 
@@ -138,7 +148,7 @@ def load_checkpoint(
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     if from_authors:
-        return Checkpoint(epoch=int(content.get("epoch", 0)), from_authors=True)
+        return Checkpoint(epoch=content.get("epoch", 0), from_authors=True)
     return Checkpoint(
         content["epoch"],
         content["global_step"],
@@ -198,7 +208,25 @@ def _read(path: Path) -> dict:
         raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(f"{path}: not a checkpoint: it has no 'state_dict'")
+    _check_content(path, content)
     return content
+
+
+def _check_content(path: Path, content: dict) -> None:
+    """Types only: that names are names, weights plain tensors, and the run's fields as saved."""
+    for name, tensor in content["state_dict"].items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: {str(name)[:60]!r} is no name of a tensor")
+        if not torch.is_tensor(tensor):
+            raise CheckpointError(f"{path}: {name} is no tensor, but a {type(tensor).__name__}")
+        if not _is_plain(tensor):
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise CheckpointError(f"{path}: {name} is {kind}, not a plain tensor of floats")
+    ours = content.get("format") == FORMAT
+    fields = content if ours else {"epoch": 0} | content
+    for key, kind in (_RUN_FIELDS if ours else {"epoch": int}).items():
+        if key not in fields or not isinstance(fields[key], kind):
+            raise CheckpointError(f"{path}: its field '{key}' is missing or damaged")
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -224,12 +252,8 @@ def _load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
     for name in expected.keys() & state.keys():
         theirs, ours = state[name], expected[name]
-        if not torch.is_tensor(theirs):
-            problems.append(f"{name} is no tensor, but a {type(theirs).__name__}")
-        elif theirs.shape != ours.shape:
+        if theirs.shape != ours.shape:
             problems.append(f"{name} has shape {list(theirs.shape)}, the model {list(ours.shape)}")
-        elif not _is_plain(theirs):
-            problems.append(f"{name} is {theirs.dtype}, {theirs.layout}, not a plain float tensor")
         elif not theirs.float().isfinite().all():
             problems.append(f"{name} has values that are not finite")
     if problems:

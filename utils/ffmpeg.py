@@ -264,6 +264,51 @@ def listing_arguments(limit: int | None = None) -> list[str]:
     return ["-map", "0:V:0", "-c:v", "wrapped_avframe", *_first(limit), "-f", "framecrc", "pipe:1"]
 
 
+# Times of their own, one frame every third of a second, so that ffmpeg drops and doubles none,
+# whatever the file says of their times.
+_EVEN_TIMES = f"setpts=N/({PREPARED_FPS}*TB)"
+
+
+def count_frames(path: Path, time_limit: float) -> Track:
+    """The video stream as it decodes, like `decode_frames`, but every frame whatever its time.
+
+    Raises:
+        FfmpegError: as `decode_frames`.
+    """
+    even = ["-vf", _EVEN_TIMES, "-r", str(PREPARED_FPS)]
+    arguments = [*input_arguments(path), *even, *listing_arguments()]
+    return parse_track(run_ffmpeg(["-v", "level+info", *arguments], time_limit))
+
+
+def decode_chosen(
+    path: Path, indices: np.ndarray, time_limit: float, height: int, width: int
+) -> np.ndarray:
+    """Some frames of a file, by their numbers in the order in which they decode.
+
+    Args:
+        indices: int64, ascending, without repeats.
+        height, width: pixels, as `count_frames` tells them.
+
+    Returns:
+        uint8 [len(indices), height, width, 3], RGB.
+
+    Raises:
+        FfmpegError: as `read_packets`, or a frame is damaged or not there.
+    """
+    chosen = "+".join(rf"eq(n\,{i})" for i in indices.tolist())
+    picked = ["-vf", f"select={chosen},{_EVEN_TIMES}", "-r", str(PREPARED_FPS)]
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "frames"
+        output = ["-map", "0:V:0", *picked, "-pix_fmt", "rgb24", "-f", "rawvideo", f"file:{raw}"]
+        done = run_ffmpeg(["-v", "level+error", *input_arguments(path), *output], time_limit)
+        content = raw.read_bytes() if raw.exists() else b""
+    if done.status != 0 or "[error]" in done.said:
+        raise FfmpegError(done.reason)
+    if len(content) != len(indices) * height * width * 3:
+        raise FfmpegError(f"{len(indices)} frames do not come out")
+    return np.frombuffer(content, np.uint8).reshape(-1, height, width, 3)
+
+
 def _first(limit: int | None) -> list[str]:
     return [] if limit is None else ["-frames:v", str(limit)]
 
