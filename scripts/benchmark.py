@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Time every stage of the program beside a plain reference that gives the same numbers.
+
+    python scripts/benchmark.py encode_video train_step
+    python scripts/benchmark.py all --device cuda --precision amp --videos 24 --json gpu.json
+    python scripts/benchmark.py encode_video --frames 16 32 64 --plot cost.png
+
+Weights are random and of the true size, inputs are drawn: nothing has to be downloaded. The two
+sides run in turns, A B A B …; the ratio of their minima is what other programs on the machine
+disturb least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.benchmarks import harness, model
+
+# Every stage by its name. A factory takes the options and returns a harness.Stage.
+STAGES: dict[str, harness.Factory] = {
+    "encode_video": model.encode_video,
+    "encode_text": model.encode_text,
+    "train_step": model.train_batch,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Time every stage of the program, in turns with a plain reference that gives "
+        "the same numbers, and print how many times faster it is."
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("stages", nargs="+", choices=[*STAGES, "all"], metavar="STAGE",
+        help=f"what to measure: {', '.join(STAGES)}, or all")
+    add("--model", choices=list(model.SIZES), default="b32",
+        help="CLIP's size; small is for a quick look (default b32)")
+    add("--videos", type=int, help="videos in a batch (default: encode_video 1, train_step 2)")
+    add("--texts", type=int,
+        help="texts: of a batch in encode_text (default 64), of each video in train_step (4)")
+    add("--words", type=int, default=32, help="tokens of the longest text (default 32)")
+    add("--frames", type=int, nargs="+", default=[32],
+        help="frames of a video, a power of two; several: one row for each (default 32)")
+    add("--overlap", choices=["published", "none", "all"], default="published",
+        help="levels of the pyramid whose events overlap by half, which sets the number of events "
+        "(default published: all but the lowest)")
+    add("--split", choices=["charades", "tvr", "activitynet"], default="charades",
+        help="size of the corpus in stages of the evaluation (default charades)")
+    add("--precision", choices=["fp32", "bf16", "amp"], default="fp32",
+        help="of both sides: float32, or bfloat16 or float16 autocast (default fp32)")
+    add("--device", choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: a GPU if there is one)")
+    add("--threads", type=int, help="threads on the CPU (default: torch's own choice)")
+    add("--repeats", type=int, default=5, help="timed repetitions of each side (default 5)")
+    add("--memory", type=int, choices=[0, 1], default=1,
+        help="1: measure memory, setting each side up once more in a process of its own (default)")
+    add("--seed", type=int, default=0, help="of weights and inputs (default 0)")
+    add("--json", type=Path, metavar="FILE", help="save every measured number")
+    add("--plot", type=Path, metavar="FILE", help="draw the ratios, with the aims as marks")
+    # fmt: on
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    options = harness.Options(
+        model=args.model, videos=args.videos, texts=args.texts, overlap=args.overlap,
+        words=args.words, split=args.split, precision=args.precision, device=args.device,
+        threads=args.threads, seed=args.seed,
+    )  # fmt: skip
+    harness.set_up(options)
+    print(f"{harness.machine(options)}; {args.model}, {args.precision}", flush=True)
+    results = []
+    for name in STAGES if "all" in args.stages else args.stages:
+        for frames in args.frames:
+            row = f"{name}, {frames} frames" if len(args.frames) > 1 else name
+            its_options = replace(options, frames=frames)
+            result = harness.measure(
+                row, STAGES[name], its_options, args.repeats, bool(args.memory)
+            )
+            results.append(result)
+            print(f"{row}: {result.title}: {result.ratio():.2f} times faster", flush=True)
+    print("\n" + harness.report(results, options))
+    if args.json:
+        harness.save_json(args.json, results, options)
+    if args.plot:
+        harness.save_plot(args.plot, results, options)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except harness.Mismatch as error:
+        sys.exit(f"error: {error}")

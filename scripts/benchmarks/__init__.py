@@ -1,0 +1,1 @@
+"""Stages of scripts/benchmark.py, and what times them."""
