@@ -97,5 +97,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except harness.Mismatch as error:
+    except harness.MismatchError as error:
         sys.exit(f"error: {error}")

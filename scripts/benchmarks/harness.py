@@ -75,7 +75,7 @@ class FlopCounter(TorchDispatchMode):
         return result
 
 
-class Mismatch(RuntimeError):
+class MismatchError(RuntimeError):
     """Ours and the reference gave different results: their times cannot be compared."""
 
 
@@ -190,7 +190,7 @@ def measure(name: str, factory: Factory, options: Options, repeats: int, memory:
         memory: measure it, at the cost of setting each side up once more.
 
     Raises:
-        Mismatch: the results differ by more than the stage's tolerance.
+        MismatchError: the results differ by more than the stage's tolerance.
     """
     device = set_up(options)
     stage = factory(options)
@@ -312,7 +312,7 @@ def largest_deviation(ours: Any, reference: Any) -> float:
 def _check(name: str, stage: Stage, results: dict[str, Any]) -> float:
     deviation = stage.compare(results["ours"], results["reference"])
     if not deviation <= stage.tolerance:  # NaN is no result either
-        raise Mismatch(
+        raise MismatchError(
             f"{name}: ours and the reference differ by {deviation:.2e}, more than "
             f"{stage.tolerance:.0e}: one of the two is wrong"
         )
