@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders.video import VideoError, load_clip
+from dataloaders.video import VideoError, load_clip, look_at_clip
 
 MAX_LISTED = 20  # missing clips spelled out; the rest is counted
 
@@ -22,7 +22,7 @@ class ClipSource(ABC):
 
     @abstractmethod
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those of the names that have no clip here, as messages call them, in order.
+        """Those of the names that have no clip here, in order.
 
         Cheap: no clip is opened.
 
@@ -51,6 +51,20 @@ class ClipSource(ABC):
             VideoError: the clip is missing or cannot be used; the message names it.
         """
 
+    def look_at(self, name: str, size: int) -> int | None:
+        """A first look at a clip, without decoding it; there is none for sources made by us.
+
+        Args:
+            size: side of the square frames, pixels.
+
+        Returns:
+            The number of its frames, if that is known.
+
+        Raises:
+            VideoError: the clip cannot be used, as far as can be seen.
+        """
+        return None
+
     @abstractmethod
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         """One line: how many of ``total`` clips are missing, and the remedy."""
@@ -77,7 +91,7 @@ class VideoFolder(ClipSource):
         if not self.folder.is_dir():
             raise VideoError(f"{self.folder}: no such video folder: set video_dir")
         present = {path.name for path in self.folder.iterdir()}  # one look, however many names
-        return [file for name in names if (file := self.path(name).name) not in present]
+        return [name for name in names if self.path(name).name not in present]
 
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (
@@ -87,6 +101,9 @@ class VideoFolder(ClipSource):
 
     def label(self, name: str) -> str:
         return str(self.path(name))
+
+    def look_at(self, name: str, size: int) -> int | None:
+        return look_at_clip(self.path(name), size)
 
     def load(
         self,

@@ -16,9 +16,9 @@ import decord
 import numpy as np
 import torch
 
-from dataloaders.container import ContainerError, read_header
+from dataloaders.container import ContainerError, Header, read_header
 from dataloaders.sampling import eval_indices, train_indices
-from utils.ffmpeg import count_frames, decode_chosen
+from utils.ffmpeg import FfmpegError, count_frames, decode_chosen
 
 DECODE_TIME_LIMIT = 60.0  # seconds for one clip; a prepared one takes a fraction of a second
 # decord raises when more than this share of the frames had to be replaced by neighbours: any at all
@@ -73,6 +73,32 @@ def load_clip(
     return center_crop(torch.from_numpy(frames), size)
 
 
+def look_at_clip(path: str | Path, size: int) -> int | None:
+    """What shows without decoding: that `load_clip` has a file of the right kind and size to read.
+
+    Less than a millisecond for what ``scripts/prepare.sh`` writes; a file without an index takes a
+    call of ffmpeg.
+
+    Returns:
+        Number of frames that its header lists; None for a file without an index.
+
+    Raises:
+        VideoError: as `load_clip`, for everything but damage to the frames themselves.
+    """
+    path = Path(path).absolute()
+    header = _check_file(path)
+    if header is None:
+        try:
+            track = count_frames(path, DECODE_TIME_LIMIT, limit=1)
+        except FfmpegError as error:
+            raise VideoError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
+        _check_size(path, track.height, track.width, size)
+        return None
+    if size not in (header.width, header.height):  # which is which depends on the rotation
+        _check_size(path, header.height, header.width, size)
+    return header.num_frames
+
+
 def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     """The square in the middle of each frame; a side below ``size`` is padded with black.
 
@@ -105,15 +131,15 @@ def _overlap(side: int, size: int) -> tuple[slice, slice]:
     return slice(start, start + size), slice(0, size)
 
 
-def _check_file(path: Path) -> bool:
-    """Whether an index of all frames leads the file; refuses what decord should not even open.
+def _check_file(path: Path) -> Header | None:
+    """The header of a file that lists its frames; refuses what decord should not even open.
 
     FFmpeg also follows playlists, text files that name other files or addresses: with one of them
     in its place a clip would show another video. Only the formats below are never taken for one.
     And decord ends the process where a header claims more frames than fit in memory.
 
     Returns:
-        False for Matroska and MP4 in fragments: their headers do not say how many frames follow.
+        None for Matroska and MP4 in fragments: their headers do not say how many frames follow.
     """
     try:
         if not path.is_file():
@@ -121,7 +147,7 @@ def _check_file(path: Path) -> bool:
             raise VideoError(f"{path}: no such video file: {remedy}")
         with path.open("rb") as file:
             start = file.read(8)
-        indexed = start[4:] == b"ftyp" and not read_header(path).fragmented
+        header = read_header(path) if start[4:] == b"ftyp" else None
     except OSError as error:
         raise VideoError(f"{path}: cannot be read: {error.strerror}") from error
     except ContainerError as error:
@@ -129,7 +155,7 @@ def _check_file(path: Path) -> bool:
     if start[4:] != b"ftyp" and start[:4] != b"\x1a\x45\xdf\xa3":
         what = "empty" if not start else "neither an MP4 nor a Matroska file"
         raise VideoError(f"{path}: {what}: {PREPARE}")
-    return indexed
+    return None if header is None or header.fragmented else header
 
 
 def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
@@ -161,9 +187,9 @@ def _decode(
     generator: np.random.RandomState | None,
 ) -> np.ndarray:
     """The chosen frames of a file, uint8 [N_f, H, W, 3]."""
-    indexed = _check_file(path)
+    header = _check_file(path)
     try:
-        if not indexed:
+        if header is None:
             return _read_with_ffmpeg(path, size, choose)
         reader = _open(path)
         height, width, _ = reader.next().shape

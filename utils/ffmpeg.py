@@ -264,19 +264,29 @@ def listing_arguments(limit: int | None = None) -> list[str]:
     return ["-map", "0:V:0", "-c:v", "wrapped_avframe", *_first(limit), "-f", "framecrc", "pipe:1"]
 
 
-# Times of their own, one frame every third of a second, so that ffmpeg drops and doubles none,
-# whatever the file says of their times.
-_EVEN_TIMES = f"setpts=N/({PREPARED_FPS}*TB)"
+@functools.cache
+def _every_frame() -> list[str]:
+    """Arguments that give every decoded frame once, whatever the file says of their times."""
+    known = run_ffmpeg(["-h", "long"], 60).output
+    return ["-fps_mode" if "-fps_mode" in known else "-vsync", "passthrough"]  # before ffmpeg 5.1
 
 
-def count_frames(path: Path, time_limit: float) -> Track:
+def count_frames(path: Path, time_limit: float, limit: int | None = None) -> Track:
     """The video stream as it decodes, like `decode_frames`, but every frame whatever its time.
+
+    Args:
+        limit: stop after so many frames.
 
     Raises:
         FfmpegError: as `decode_frames`.
     """
-    even = ["-vf", _EVEN_TIMES, "-r", str(PREPARED_FPS)]
-    arguments = [*input_arguments(path), *even, *listing_arguments()]
+    arguments = [
+        *input_arguments(path),
+        "-vf",
+        "setpts=N",
+        *_every_frame(),
+        *listing_arguments(limit),
+    ]
     return parse_track(run_ffmpeg(["-v", "level+info", *arguments], time_limit))
 
 
@@ -296,7 +306,7 @@ def decode_chosen(
         FfmpegError: as `read_packets`, or a frame is damaged or not there.
     """
     chosen = "+".join(rf"eq(n\,{i})" for i in indices.tolist())
-    picked = ["-vf", f"select={chosen},{_EVEN_TIMES}", "-r", str(PREPARED_FPS)]
+    picked = ["-vf", f"select={chosen},setpts=N", *_every_frame()]
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "frames"
         output = ["-map", "0:V:0", *picked, "-pix_fmt", "rgb24", "-f", "rawvideo", f"file:{raw}"]
