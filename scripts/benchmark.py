@@ -21,13 +21,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarks import harness, model
+from scripts.benchmarks import harness, model, tails
 
 # Every stage by its name. A factory takes the options and returns a harness.Stage.
 STAGES: dict[str, harness.Factory] = {
     "encode_video": model.encode_video,
     "encode_text": model.encode_text,
     "train_step": model.train_batch,
+    "prvr_tail": tails.prvr_tail,
+    "vcmr_tail": tails.vcmr_tail,
 }
 
 
