@@ -99,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
         per_video=args.npev,
         limit=args.max_event_per_text,
         window_rule=args.window_rule,
+        memory_gib=args.eval_memory_gib,
     )
     if args.subtask_type == "VCMR":
         check_times(args, val_queries, log)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 2**27  # cosines held at a time, or as many bytes: 512 MiB of float32
+CHUNK = 2**28  # cosines that there is to be memory for: 1 GiB of float32
 CPU_BLOCK = 2**19  # cosines of one matrix product: 2 MiB, still in a cache when they are reduced
 GPU_BLOCK = 2**23  # there a kernel is to be long compared with its launch
 TEXT_BLOCK = 512  # texts of one matrix product in best_event_scores
@@ -62,11 +62,13 @@ def best_event_scores(
     with torch.autocast(texts.device.type, enabled=False):
         texts = _unit(texts)
         best = texts.new_empty(num_texts, num_videos)
+        text_blocks = [_operand(x) for x in texts.split(TEXT_BLOCK)]
         for v in range(0, num_videos, step):
             some = events[v : v + step]
-            some = _unit(some) if normalize_events else _widen(some)
-            for t in range(0, num_texts, TEXT_BLOCK):
-                scores = _fast_product(texts[t : t + TEXT_BLOCK], some)
+            some = _operand((_unit(some) if normalize_events else _widen(some)).flatten(0, 1))
+            for row, block in enumerate(text_blocks):
+                scores = _fast_product(block, some).unflatten(1, (-1, num_events))
+                t = row * TEXT_BLOCK
                 best[t : t + TEXT_BLOCK, v : v + step] = scores.amax(-1)
     return best
 
@@ -111,9 +113,11 @@ def top_moments(
     limit = min(limit, num_videos * per_video)
 
     with torch.autocast(texts.device.type, enabled=False):
-        texts, events = _unit(texts.float()), _unit(events.float())
-        may_be_nan = bool((texts.sum() + events.sum()).isnan())
+        texts = _unit(texts.float())
         step = min(len(texts), max(1, chunk // (2 * num_videos * num_events)))
+        wide = max(1, _block(texts, chunk) // (step * num_events))  # videos of one product
+        blocks = [_operand(_unit(x.float()).flatten(0, 1)) for x in events.split(wide)]
+        may_be_nan = bool((texts.sum() + events.sum()).isnan())
         # texts whose candidates, int64 and a few copies, fit a block
         few = max(1, _block(texts, chunk) // (limit * num_events))
         buffer = texts.new_empty(step, num_videos, num_events)
@@ -123,7 +127,7 @@ def top_moments(
             texts.split(step), video_scores.split(step), keys.split(step), strict=True
         ):
             scores = buffer[: len(some)]
-            _fill(scores, best, some, events)
+            _fill(scores, best, some, blocks)
             for i in range(0, len(some), few):
                 part = slice(i, i + few)
                 top[part] = _top_keys(scores[part], best[part], per_video, limit, may_be_nan)
@@ -136,14 +140,20 @@ def top_moments(
     )
 
 
-def _fill(scores: Tensor, video_scores: Tensor, texts: Tensor, events: Tensor) -> None:
-    """Write cosines [t, V, N_e] of unit vectors, and their maxima [t, V] while they are warm."""
-    num_videos, num_events = events.shape[:2]
-    step = max(1, _block(texts) // (len(texts) * num_events))
-    for v in range(0, num_videos, step):
-        some = _fast_product(texts, events[v : v + step])  # [t, v, N_e]
-        scores[:, v : v + step] = some
-        video_scores[:, v : v + step] = some.amax(-1)
+def _fill(scores: Tensor, video_scores: Tensor, texts: Tensor, blocks: list[Tensor]) -> None:
+    """Write cosines [t, V, N_e] of unit vectors, and their maxima [t, V] while they are warm.
+
+    Args:
+        texts: [t, D].
+        blocks: `_operand` of the events of some videos after another, [v·N_e, D].
+    """
+    texts, num_events, first = _operand(texts), scores.shape[-1], 0
+    for block in blocks:
+        some = _fast_product(texts, block).unflatten(1, (-1, num_events))  # [t, v, N_e]
+        videos = slice(first, first + some.shape[1])
+        scores[:, videos] = some
+        video_scores[:, videos] = some.amax(-1)
+        first = videos.stop
 
 
 def _top_keys(
@@ -168,16 +178,18 @@ def _product(texts: Tensor, events: Tensor) -> Tensor:
     return (texts @ events.flatten(0, 1).T).unflatten(1, events.shape[:2])
 
 
-def _fast_product(texts: Tensor, events: Tensor) -> Tensor:
-    """`_product` without a gradient; float32 on a CPU by oneDNN, whose kernels suit every maker's.
+def _operand(x: Tensor) -> Tensor:
+    """The same [n, D] for `_fast_product`: float32 on a CPU in oneDNN's hands.
 
-    torch's own product is MKL's, which has no AVX-512 kernels for AMD's processors: half the speed.
+    torch's own product there is MKL's, which runs at half the speed on AMD's processors.
     """
-    suited = texts.device.type == "cpu" and texts.dtype == events.dtype == torch.float32
-    if not (suited and torch.backends.mkldnn.is_available() and len(texts) and len(events)):
-        return _product(texts, events)
-    scores = F.linear(texts.to_mkldnn(), events.flatten(0, 1).to_mkldnn()).to_dense()
-    return scores.unflatten(1, events.shape[:2])
+    suited = x.device.type == "cpu" and x.dtype == torch.float32
+    return x.to_mkldnn() if suited and torch.backends.mkldnn.is_available() else x
+
+
+def _fast_product(x: Tensor, y: Tensor) -> Tensor:
+    """Products [n, m] of two operands [n, D] and [m, D], without a gradient."""
+    return F.linear(x, y).to_dense() if x.is_mkldnn else x @ y.T
 
 
 def _block(x: Tensor, chunk: int = CHUNK) -> int:

@@ -126,6 +126,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="VCMR: of a query with several windows a prediction must reach half, rounded down "
         "but at least one, or any; the other rule is reported beside [published: half] "
         "(default half)")
+    add("--eval_memory_gib", type=float, default=1.0, metavar="GIB",
+        help="memory for the scores of texts with videos, beside the embeddings, their normalised "
+        "copy and the predictions; results do not depend on it (default 1)")
     add("--save_predictions", type=int, choices=[0, 1], default=0,
         help="--do_eval leaves the predicted moments in the output folder: predictions.h5, "
         "for scripts/report.py and python -m utils.moment_metrics, and in TVR's and "
@@ -172,6 +175,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in positive:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1: {getattr(args, name)}")
+    if not args.eval_memory_gib > 0:
+        parser.error(f"--eval_memory_gib must be positive: {args.eval_memory_gib}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
     if args.temp_kernel_sz < 1 or args.temp_kernel_sz % 2 == 0:

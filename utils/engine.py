@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from dataloaders.annotations import Query, Video
 from modules.losses import video_text_loss
-from modules.similarity import best_event_scores, paired_event_scores, top_moments
+from modules.similarity import CHUNK, best_event_scores, paired_event_scores, top_moments
 from utils.misc import autocast, peak_memory_gib
 from utils.moment_report import Rows, level_report, moment_report
 from utils.optim import set_learning_rate
 from utils.predictions import MomentPredictions
-from utils.retrieval_metrics import ranks_of, recall_metrics, retrieval_metrics
+from utils.retrieval_metrics import ranks_of, recall_metrics
 
 
 class TrainingError(RuntimeError):
@@ -221,17 +221,31 @@ def embed_corpus(
     return Embeddings(torch.cat(events), in_order)
 
 
-def evaluate_prvr(
-    embeddings: Embeddings, target: Tensor, normalize_events: bool = True
-) -> dict[str, float]:
-    """Partially relevant video retrieval: the rank of every text's video among all of the split.
+def rank_videos(
+    embeddings: Embeddings, target: Tensor, normalize_events: bool = True, chunk: int = CHUNK
+) -> Tensor:
+    """The rank of every text's video among all of the split, from 1: int64 [T] on the CPU.
 
     Args:
         target: int64 [T], the right video of each text.
         normalize_events: False is the authors' evaluation of ActivityNet, where longer vectors win.
+        chunk: cosines there is memory for, beside the embeddings and normalised texts.
     """
-    scores = best_event_scores(embeddings.texts, embeddings.events, normalize_events)
-    return retrieval_metrics(scores, target.to(scores.device))
+    texts, events = embeddings.texts, embeddings.events
+    # Half of the memory for a block's scores and the masks that they are ranked with.
+    step = max(1, chunk // (4 * len(events)))
+    blocks = zip(texts.split(step), target.to(texts.device).split(step), strict=True)
+    return torch.cat([
+        ranks_of(best_event_scores(some, events, normalize_events, chunk // 2), own)
+        for some, own in blocks
+    ]).cpu()  # fmt: skip
+
+
+def evaluate_prvr(
+    embeddings: Embeddings, target: Tensor, normalize_events: bool = True, chunk: int = CHUNK
+) -> dict[str, float]:
+    """Partially relevant video retrieval: recalls of `rank_videos`, whose arguments these are."""
+    return recall_metrics(rank_videos(embeddings, target, normalize_events, chunk))
 
 
 def predict_moments(
@@ -242,6 +256,7 @@ def predict_moments(
     *,
     per_video: int = 10,
     limit: int = 1000,
+    chunk: int = CHUNK,
 ) -> MomentPredictions:
     """Weakly supervised moment retrieval: every event of the corpus is a proposed moment.
 
@@ -251,23 +266,31 @@ def predict_moments(
         proposals: [N_e, 2] start and end of each event as a share of its video.
         per_video: moments of one video that count, the best.
         limit: moments kept of a query, the best.
+        chunk: cosines there is memory for, beside the embeddings, their normalised copy and the
+            result.
     """
     device = embeddings.texts.device
     column = {video.vid_name: index for index, video in enumerate(videos)}
     target = torch.tensor([column[query.vid_name] for query in queries], device=device)
-    top = top_moments(embeddings.texts, embeddings.events, per_video, limit)
+    step = max(1, chunk // (4 * len(videos)))  # as in `rank_videos`
+    ranked, ranks = [], []
+    for texts, own in zip(embeddings.texts.split(step), target.split(step), strict=True):
+        top = top_moments(texts, embeddings.events, per_video, limit, chunk // 2)
+        ranks.append(ranks_of(top.video_scores, own))
+        ranked.append((top.videos, top.events, top.scores))
+    top_videos, top_events, top_scores = map(torch.cat, zip(*ranked, strict=True))
     return MomentPredictions(
         desc_ids=[str(query.desc_id) for query in queries],
         vid_names=list(column),
         durations=torch.tensor([video.duration for video in videos], device=device),
         proposals=proposals.to(device),
         per_video=per_video,
-        videos=top.videos,
-        events=top.events,
-        scores=top.scores,
+        videos=top_videos,
+        events=top_events,
+        scores=top_scores,
         target=target,
-        target_rank=ranks_of(top.video_scores, target),
-        target_scores=paired_event_scores(embeddings.texts, embeddings.events, target),
+        target_rank=torch.cat(ranks),
+        target_scores=paired_event_scores(embeddings.texts, embeddings.events, target, chunk),
     )
 
 

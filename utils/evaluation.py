@@ -15,20 +15,19 @@ from torch import Tensor, nn
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import ClipSource
 from dataloaders.datasets import ClipLoader, evaluation_text_batches, evaluation_video_loader
-from modules.similarity import best_event_scores
 from utils.engine import (
     Embeddings,
     embed_corpus,
     evaluate_prvr,
     evaluate_vcmr,
     predict_moments,
+    rank_videos,
 )
 from utils.moment_metrics import RECALL_RANKS, selection_score
 from utils.moment_report import level_table, report_tables
 from utils.plots import PlotSettings, choose_queries, plot_queries, score_queries
 from utils.predictions import export_all, save_predictions
 from utils.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.retrieval_metrics import ranks_of
 from utils.tables import PRVR_COLUMNS, metrics_table
 
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
@@ -46,6 +45,7 @@ class Evaluation:
         moments: evaluate VCMR too, by which the best epoch is chosen then.
         event_scores: "cosine", "dot" or "both": how texts and events are compared for PRVR.
         per_video, limit, window_rule: see `predict_moments` and `evaluate_vcmr`.
+        memory_gib: for the scores of texts and videos, see `predict_moments`.
 
     Raises:
         VideoError: clips are missing.
@@ -67,6 +67,7 @@ class Evaluation:
         per_video: int = 10,
         limit: int = 1000,
         window_rule: str = "half",
+        memory_gib: float = 1.0,
     ) -> None:
         self.queries = queries
         self.videos: list[Video] = corpus_videos(queries)
@@ -75,6 +76,7 @@ class Evaluation:
         self.scoring = {"cosine": [True], "dot": [False], "both": [True, False]}[event_scores]
         self.moments = moments
         self.per_video, self.limit, self.window_rule = per_video, limit, window_rule
+        self.chunk = int(memory_gib * 2**28)  # of float32
         self.proposals = proposals
         self.texts = evaluation_text_batches(queries, max_words, TEXT_BATCH)
         self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
@@ -110,6 +112,7 @@ class Evaluation:
                 per_video=self.per_video,
                 # The metrics read no more than the first 100.
                 limit=self.limit if predictions_dir else min(self.limit, max(RECALL_RANKS)),
+                chunk=self.chunk,
             )
             if self.moments:
                 rows = evaluate_vcmr(predictions, self.queries, self.window_rule)
@@ -119,7 +122,7 @@ class Evaluation:
         for normalize in self.scoring:
             name = "cosine" if normalize else "dot"
             if name not in rows:
-                rows[name] = evaluate_prvr(embeddings, self.target, normalize)
+                rows[name] = evaluate_prvr(embeddings, self.target, normalize, self.chunk)
         return rows
 
     def plot(
@@ -139,8 +142,7 @@ class Evaluation:
             How many were drawn, and how many there are at rank 1.
         """
         normalize = self.scoring[0]
-        scores = best_event_scores(embeddings.texts, embeddings.events, normalize)
-        ranks = ranks_of(scores, self.target.to(scores.device)).cpu()
+        ranks = rank_videos(embeddings, self.target, normalize, self.chunk)
         chosen = choose_queries(ranks, self.queries, ids, limit, seed)
         videos = [self.videos[i] for i in self.target[chosen].unique().tolist()]
         plot_queries(
