@@ -22,6 +22,7 @@ import torch
 from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.datasets import TrainingLoader, training_loader
+from dataloaders.frame_store import FrameStore
 from dataloaders.video import VideoError
 from models import ProPy, build_model
 from models.clip import WeightsError, weights_path
@@ -84,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         freeze_clip=bool(args.freeze_clip),
     ).to(device)
     check_settings(args, model, train_queries)
-    clips = VideoFolder(args.video_dir)
+    clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
     evaluation = Evaluation(
         val_queries,
         clips,

@@ -69,8 +69,11 @@ class ClipSource(ABC):
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         """One line: how many of ``total`` clips are missing, and the remedy."""
 
-    def check(self, names: Sequence[str]) -> None:
-        """Raises a VideoError that lists the clips which are not there."""
+    def check(self, names: Sequence[str], size: int) -> None:
+        """Raises a VideoError that lists the clips which are not there, or do not fit ``size``.
+
+        Cheap too: a folder's clips are only looked at when they are loaded.
+        """
         missing = self.missing(names)
         if missing:
             listed = "\n".join(missing[:MAX_LISTED])

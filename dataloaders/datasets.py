@@ -165,7 +165,7 @@ class _Clips(Dataset):
     ):
         self.names = [video.vid_name for video in videos]
         self.clips = clips
-        clips.check(self.names)
+        clips.check(self.names, size)
         self.num_frames = num_frames
         self.size = size
         # Shared with the workers: the item that each has in hand, -1 for none.

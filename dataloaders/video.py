@@ -99,6 +99,17 @@ def look_at_clip(path: str | Path, size: int) -> int | None:
     return header.num_frames
 
 
+def load_every_frame(path: str | Path, size: int) -> torch.Tensor:
+    """All frames that `load_clip` samples from: uint8 [n, 3, size, size].
+
+    Raises:
+        VideoError: as `load_clip`.
+    """
+    path = Path(path).absolute()
+    frames = _within_time_limit(path, lambda: _decode(path, size, np.arange, None))
+    return center_crop(torch.from_numpy(frames), size)
+
+
 def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     """The square in the middle of each frame; a side below ``size`` is padded with black.
 

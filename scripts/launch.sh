@@ -28,7 +28,7 @@ max_event_per_text=${max_event_per_text:-1000}
 flags=(
   --do_train "$do_train" --do_eval "$do_eval" --do_plot "${do_plot:-0}"
   --subtask_type "$subtask_type" --datatype "$datatype"
-  --prvr_val_annos "$val_annos" --video_dir "$video_dir" --output_dir "$output_dir"
+  --prvr_val_annos "$val_annos" --output_dir "$output_dir"
   --pretrained_clip_name "$pretrained_clip_name" --pretrained_dir "$pretrained_dir"
   --pyr_config_path "$pyr_config_path" --Nvp "$Nvp"
   --adapter_channels "$adapter_channels" --num_adapter_layers "$num_adapter_layers"
@@ -37,6 +37,12 @@ flags=(
   --lr "$lr" --seed "$seed"
   --npev "$npev" --max_event_per_text "$max_event_per_text"
 )
+# A frame store (scripts/pack_frames.py) takes the place of the video folder.
+if [ -n "${frame_store:-}" ]; then
+  flags+=(--frame_store "$frame_store")
+else
+  flags+=(--video_dir "$video_dir")
+fi
 [ "$do_train" = 0 ] || flags+=(--prvr_train_annos "$train_annos")
 [ -z "$resume" ] || flags+=(--resume "$resume")
 exec .venv/bin/python main.py "${flags[@]}" "$@"

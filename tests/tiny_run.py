@@ -40,10 +40,11 @@ class TinyRun:
         return self.corpus / "plots"
 
     def main(self, *flags: str) -> subprocess.CompletedProcess:
-        """main.py on the corpus."""
+        """main.py on the corpus, whose videos are in a folder unless `flags` name a frame store."""
+        videos = [] if "--frame_store" in flags else ["--video_dir", "videos"]
         command = [
             sys.executable, str(ROOT / "main.py"), "--prvr_val_annos", "annos.jsonl",
-            "--video_dir", "videos", "--output_dir", str(self.logs), "--plot_dir", str(self.plots),
+            *videos, "--output_dir", str(self.logs), "--plot_dir", str(self.plots),
             "--pretrained_clip_name", "clip.pt", "--pyr_config_path", "pyramid.json",
             "--adapter_channels", "16", "--batch_size", "2", "--num_thread_reader", "0",
             "--lr", "2e-3", *flags,

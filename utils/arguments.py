@@ -52,8 +52,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prvr_train_annos", type=Path, metavar="JSONL", help="training annotations")
     add("--prvr_val_annos", type=Path, metavar="JSONL", required=True,
         help="annotations of the split to evaluate")
-    add("--video_dir", type=Path, required=True,
+    add("--video_dir", type=Path,
         help="folder of <vid_name>.mp4, prepared by scripts/prepare.sh (3 fps, short side 224)")
+    add("--frame_store", type=Path, metavar="FILE",
+        help="read the frames from this file, made of such a folder by scripts/pack_frames.py, "
+        "instead of --video_dir: faster, and the same frames up to JPEG's loss")
     add("--max_words", type=int, default=32,
         help="tokens of a caption, start and end included [published: 32; ActivityNet and "
         "QVHighlights 64] (default 32)")
@@ -157,6 +160,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if not (args.do_train or args.do_eval or args.do_plot):
         parser.error("nothing to do: give --do_train 1, --do_eval 1, --do_plot 1 or several")
+    if bool(args.video_dir) == bool(args.frame_store):
+        parser.error("give one of --video_dir and --frame_store: where the clips are")
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
     for task in ("do_eval", "do_plot"):

@@ -17,12 +17,13 @@ fi
 eval "$(.venv/bin/python - "$run/args.json" <<'PYTHON'
 import json, shlex, sys
 names = (
-    "datatype video_dir pretrained_clip_name pretrained_dir pyr_config_path Nvp adapter_channels "
-    "num_adapter_layers temp_kernel_sz max_words batch_size_val lr seed"
+    "datatype video_dir frame_store pretrained_clip_name pretrained_dir pyr_config_path Nvp "
+    "adapter_channels num_adapter_layers temp_kernel_sz max_words batch_size_val lr seed"
 )
 args = json.load(open(sys.argv[1], encoding="utf-8"))
 for name in names.split():
-    print(f"{name}={shlex.quote(str(args[name]))}")
+    value = args.get(name)  # of video_dir and frame_store a run has one
+    print(f"{name}={shlex.quote('' if value is None else str(value))}")
 print(f"val_annos={shlex.quote(str(args['prvr_val_annos']))}")
 PYTHON
 )"

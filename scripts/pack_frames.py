@@ -1,0 +1,227 @@
+"""Packs a folder of prepared clips into a frame store, one HDF5 file for main.py --frame_store.
+
+    python scripts/pack_frames.py --video_dir data/tvr/videos --frame_store data/tvr/frames.h5
+
+An interrupted run, however it ended, is continued by the next one. Later runs pack what was added
+to the folder or has changed. In the end every byte is read again and checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from dataloaders.frame_store import (
+    DEFAULT_QUALITY,
+    FrameStore,
+    FrameStoreWriter,
+    PackedClip,
+    pack_clip,
+)
+from dataloaders.video import VideoError
+from utils.ffmpeg import PREPARED_SHORT_SIDE
+
+Packed = tuple[PackedClip, bytes]
+
+
+def pack_side_by_side(
+    files: Sequence[tuple[str, Path]], size: int, quality: int, workers: int
+) -> Iterator[tuple[str, Packed | VideoError]]:
+    """Packs clips in worker processes; name and result of each, in the order given.
+
+    A clip that ends its process, as a decoder may on a damaged file, costs only itself.
+    """
+    files = deque(files)
+    while files:
+        in_hand: deque[tuple[str, Path, Future]] = deque()
+        with _pool(workers) as pool:
+            try:
+                while files or in_hand:
+                    while files and len(in_hand) < 2 * workers:  # bounds what waits in memory
+                        name, path = files[0]
+                        future = pool.submit(_pack, name, path, size, quality)
+                        in_hand.append((name, path, future))
+                        files.popleft()
+                    name, path, future = in_hand[0]
+                    result = future.result()
+                    in_hand.popleft()
+                    yield name, result
+                continue
+            except BrokenProcessPool:
+                pass
+        for name, path, _ in in_hand:  # one of these it was
+            yield name, _pack_alone(name, path, size, quality)
+
+
+def _pack(name: str, path: Path, size: int, quality: int) -> Packed | VideoError:
+    try:
+        return pack_clip(name, path, size, quality)
+    except VideoError as error:
+        return error
+
+
+def _pack_alone(name: str, path: Path, size: int, quality: int) -> Packed | VideoError:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_pack, name, path, size, quality).result()
+        except BrokenProcessPool:
+            return VideoError(f"{path}: its decoder crashed: prepare it again")
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, get_context("fork"), initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    connection.wait([parent_process().sentinel])  # a killed one leaves its workers waiting
+    os._exit(1)
+
+
+def find_clips(
+    video_dir: Path, annotations: Sequence[Path]
+) -> tuple[list[tuple[str, Path]], list[str]]:
+    """The clips to pack, name and file, and the names of those that are needed but not there.
+
+    Raises:
+        AnnotationError: an annotation file cannot be used.
+    """
+    if annotations:
+        queries = [query for file in annotations for query in read_annotations(file)]
+        names = [video.vid_name for video in corpus_videos(queries)]
+    else:
+        names = sorted(path.stem for path in video_dir.glob("*.mp4"))
+    files = [(name, video_dir / f"{name}.mp4") for name in names]
+    return [f for f in files if f[1].is_file()], [f[0] for f in files if not f[1].is_file()]
+
+
+def is_packed(known: dict[str, PackedClip], name: str, path: Path) -> bool:
+    return name in known and known[name].same_source(path)
+
+
+def pack(
+    store: Path, files: Sequence[tuple[str, Path]], size: int, quality: int, workers: int
+) -> list[str]:
+    """Pack what is not packed yet, under a progress bar; returns the failures, a message each.
+
+    Raises:
+        VideoError: the store, or what there is of it, cannot be gone on with.
+    """
+    if store.is_file():
+        known = {clip.name: clip for clip in FrameStore(store).clips()}
+        if all(is_packed(known, *file) for file in files):
+            return []
+    failures = []
+    with FrameStoreWriter(store, size, quality) as writer:
+        todo = [file for file in files if not is_packed(writer.clips, *file)]
+        print(f"{len(todo)} clips to pack, {len(files) - len(todo)} are packed already", flush=True)
+        results = pack_side_by_side(todo, size, quality, workers)
+        with contextlib.closing(results):
+            for _, result in tqdm(results, total=len(todo), unit="clip", dynamic_ncols=True):
+                if isinstance(result, VideoError):
+                    failures.append(str(result))
+                else:
+                    writer.add(*result)
+        if writer.clips:
+            writer.finish()
+    return failures
+
+
+def summarise(store: FrameStore) -> None:
+    """Read everything again, then print sizes and loss."""
+    for _ in tqdm(store.verify(), desc="verify", total=len(store), unit="clip", dynamic_ncols=True):
+        pass
+    clips = list(store.clips())
+    frames = sum(len(clip.lengths) for clip in clips)
+    jpegs = sum(sum(clip.lengths) for clip in clips)
+    sources = sum(clip.source_bytes for clip in clips)
+    whole = store.path.stat().st_size
+    worst = min(clips, key=lambda clip: clip.psnr)
+    print(
+        f"{store.path}: {len(clips):,} clips, {frames:,} frames of {store.size}×{store.size},"
+        f" quality {store.quality}, all checksums right\n"
+        f"{whole / 2**30:.3g} GiB, {jpegs / frames / 1024:.1f} KiB a frame, {whole / sources:.2f}"
+        f" times the clips' own files\n"
+        f"PSNR {sum(clip.psnr for clip in clips) / len(clips):.1f} dB in the mean of the clips,"
+        f" lowest {worst.psnr:.1f} dB ({worst.name})"
+    )
+    unused = whole - jpegs
+    if unused > max(0.05 * whole, 2**20):
+        print(f"{unused / 2**30:.3g} GiB are of clips that changed: remove the file to pack anew")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--video_dir", type=Path, required=True, help="folder of prepared clips")
+    add("--frame_store", type=Path, required=True, metavar="FILE", help="the store to make")
+    add("--annotations", type=Path, nargs="+", default=[], metavar="FILE",
+        help="pack only the clips that these need (default: all of the folder)")  # fmt: skip
+    add("--quality", type=int, default=DEFAULT_QUALITY,
+        help="of the JPEGs, 1 to 95 (default: %(default)s)")  # fmt: skip
+    add("--size", type=int, default=PREPARED_SHORT_SIDE,
+        help="side of the model's input, pixels (default: %(default)s)")  # fmt: skip
+    add("--workers", type=int, default=cores, help="clips at a time (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if not args.video_dir.is_dir():
+        parser.error(f"--video_dir: no such folder: {args.video_dir}")
+    if not args.frame_store.parent.is_dir():
+        parser.error(f"--frame_store: no such folder: {args.frame_store.parent}")
+    if not 1 <= args.quality <= 95:
+        parser.error(f"--quality must be from 1 to 95: {args.quality}")
+    if args.size < 1 or args.workers < 1:
+        parser.error("--size and --workers must be at least 1")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 all packed, 1 clips failed or are missing, 2 wrong use, 130 interrupted."""
+    args = parse_arguments(arguments)
+    try:
+        files, missing = find_clips(args.video_dir, args.annotations)
+        failures = pack(args.frame_store, files, args.size, args.quality, args.workers)
+        if args.frame_store.is_file():
+            summarise(FrameStore(args.frame_store))
+    except (AnnotationError, VideoError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what is packed is kept, and the next run does the rest")
+        return 130
+    for message in failures:
+        print(f"failed: {message}")
+    for name in missing:
+        print(f"missing: {args.video_dir / name}.mp4")
+    if failures or missing:
+        print(f"{len(failures)} of {len(files)} clips failed, {len(missing)} are missing")
+    return int(bool(failures or missing))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    sys.exit(main())

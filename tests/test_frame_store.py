@@ -1,0 +1,439 @@
+"""The frame store: the clips' own frames up to JPEG's loss, whatever happens while it is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny_run import make_run
+
+from dataloaders import frame_store
+from dataloaders.annotations import Video
+from dataloaders.clips import VideoFolder
+from dataloaders.datasets import evaluation_video_loader
+from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
+from dataloaders.video import VideoError, load_every_frame
+from scripts import pack_frames
+from utils.arguments import parse_args
+from utils.ffmpeg import write_video
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+SIZE = 64
+LENGTHS = {"one": 1, "few": 5, "v 2.5": 31, "long": 200, "ünder": 32, "sub/clip": 12}
+
+
+def moving_pattern(n: int, seed: int, height: int = SIZE, width: int = 98) -> np.ndarray:
+    """Smooth colours that move: uint8 [n, H, W, 3]; every frame differs from every other."""
+    rng = np.random.default_rng(seed)
+    y, x, t = np.meshgrid(np.arange(height), np.arange(width), np.arange(n), indexing="ij")
+    waves = [
+        np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + t * rng.uniform(0.1, 0.9))
+        for _ in range(3)
+    ]
+    return (127 + 120 * np.stack(waves, -1)).astype(np.uint8).transpose(2, 0, 1, 3)
+
+
+@pytest.fixture(scope="module")
+def video_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "sub").mkdir()
+    for seed, (name, n) in enumerate(LENGTHS.items()):
+        tall = {"height": 98, "width": SIZE} if name == "few" else {}
+        write_video(folder / f"{name}.mp4", moving_pattern(n, seed, **tall))
+    return folder
+
+
+def files_of(folder: Path, names=LENGTHS) -> list[tuple[str, Path]]:
+    return [(name, folder / f"{name}.mp4") for name in names]
+
+
+def make_store(path: Path, folder: Path, names=LENGTHS, quality: int = 90) -> FrameStore:
+    with FrameStoreWriter(path, SIZE, quality) as writer:
+        for name, file in files_of(folder, names):
+            writer.add(*pack_clip(name, file, SIZE, quality))
+        writer.finish()
+    return FrameStore(path)
+
+
+@pytest.fixture(scope="module")
+def store(video_dir, tmp_path_factory) -> FrameStore:
+    return make_store(tmp_path_factory.mktemp("store") / "frames.h5", video_dir)
+
+
+def same_clips(left: FrameStore, right: FrameStore) -> bool:
+    return {clip.name: clip for clip in left.clips()} == {clip.name: clip for clip in right.clips()}
+
+
+@pytest.mark.parametrize("num_frames", [1, 8, 32, 250])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_frames_are_those_of_the_video_folder(video_dir, store, num_frames, seed):
+    folder = VideoFolder(video_dir)
+    for name in LENGTHS:
+        clips = []
+        for source in (folder, store):
+            generator = None if seed is None else np.random.RandomState([seed, len(name)])
+            clips.append(source.load(name, num_frames, SIZE, generator))
+        ours, theirs = clips
+        assert theirs.dtype == torch.uint8
+        assert theirs.shape == ours.shape == (num_frames, 3, SIZE, SIZE)
+        assert theirs.is_contiguous()
+        # The neighbours of a frame are far less like it than its JPEG is.
+        assert min(psnr(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)) > 35
+
+
+def test_what_is_stored_is_what_the_clip_has(video_dir, store, tmp_path):
+    for clip in store.clips():
+        path = video_dir / f"{clip.name}.mp4"
+        every = load_every_frame(path, SIZE)
+        assert len(clip.lengths) == store.num_frames(clip.name) == LENGTHS[clip.name] == len(every)
+        loaded = store.load(clip.name, len(every), SIZE)
+        assert psnr(every, loaded) == pytest.approx(clip.psnr, abs=1e-6)
+        assert clip.same_source(path)
+        assert (clip.source, clip.source_fps) == (path.name, pytest.approx(3))
+    finer = make_store(tmp_path / "fine.h5", video_dir, ["long"], quality=95)
+    coarse = make_store(tmp_path / "coarse.h5", video_dir, ["long"], quality=50)
+    clips = [next(s.clips()) for s in (finer, coarse)]
+    assert clips[0].psnr > clips[1].psnr + 3
+    assert sum(clips[0].lengths) > 1.5 * sum(clips[1].lengths)
+
+
+def test_the_file_is_plain_hdf5(store):
+    jpegs = store.jpegs("long", np.arange(200))
+    with h5py.File(store.path) as file:
+        row = file["name"].asstr()[:].tolist().index("long")
+        start = file["first_byte"][row]
+        assert file["jpeg"][start : start + sum(map(len, jpegs))].tobytes() == b"".join(jpegs)
+        assert file.attrs["size"] == SIZE
+
+
+@pytest.mark.parametrize("gap", [0, 10**9])
+def test_reads_may_be_merged(store, monkeypatch, gap):
+    every = store.jpegs("long", np.arange(200))
+    monkeypatch.setattr(frame_store, "MERGED_GAP", gap)
+    some = np.array([0, 1, 2, 57, 90, 91, 199])
+    assert store.jpegs("long", some) == [every[i] for i in some]
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(store):
+    videos = [Video(name, 1.0) for name in LENGTHS]
+
+    def load(num_workers: int) -> torch.Tensor:
+        loader = evaluation_video_loader(
+            videos, store, num_frames=8, size=SIZE, batch_size=2, num_workers=num_workers,
+            pin_memory=False,
+        )  # fmt: skip
+        return torch.cat([batch["frames"] for batch in loader])
+
+    reference = load(0)
+    assert torch.equal(load(1), reference)
+    assert torch.equal(load(3), reference)
+
+
+def test_packing_twice_gives_the_same_bytes_and_does_nothing(video_dir, tmp_path, capsys):
+    flags = ["--video_dir", str(video_dir), "--size", str(SIZE), "--workers", "2"]
+    paths = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    for path in paths:
+        assert pack_frames.main([*flags, "--frame_store", str(path)]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert "5 clips to pack" in capsys.readouterr().out
+    before = paths[0].stat()
+    assert pack_frames.main([*flags, "--frame_store", str(paths[0])]) == 0
+    assert paths[0].stat().st_mtime_ns == before.st_mtime_ns
+    out = capsys.readouterr().out
+    assert "clips to pack" not in out
+    assert "5 clips, 269 frames of 64×64, quality 90, all checksums right" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "b.h5"]
+
+
+def test_a_store_is_added_to_and_changed_clips_are_packed_anew(video_dir, tmp_path):
+    folder, path = tmp_path / "videos", tmp_path / "f.h5"
+    folder.mkdir()
+    files = {name: (video_dir / f"{name}.mp4").read_bytes() for name in ("few", "long", "one")}
+    for name in ("few", "long"):
+        (folder / f"{name}.mp4").write_bytes(files[name])
+    flags = ["--video_dir", str(folder), "--frame_store", str(path), "--size", str(SIZE)]
+    assert pack_frames.main([*flags, "--workers", "1"]) == 0
+    size = path.stat().st_size
+    (folder / "few.mp4").write_bytes(files["few"])  # touched: the same frames
+    (folder / "long.mp4").write_bytes(files["one"])  # replaced
+    (folder / "one.mp4").write_bytes(files["one"])  # new
+    assert pack_frames.main([*flags, "--workers", "1"]) == 0
+    store = FrameStore(path)
+    assert store.names == ["few", "long", "one"]
+    assert store.num_frames("long") == 1
+    assert torch.equal(store.load("long", 1, SIZE), store.load("one", 1, SIZE))
+    expected = load_every_frame(folder / "few.mp4", SIZE)
+    assert psnr(store.load("few", 5, SIZE), expected) > 35
+    assert path.stat().st_size < size + 10_000
+    with FrameStoreWriter(path, SIZE, 90) as writer:
+        assert writer.clips["few"].same_source(folder / "few.mp4")
+        assert writer.unused_bytes() > 100_000
+    with pytest.raises(VideoError, match="is not finished"):
+        FrameStore(path)
+    assert pack_frames.main([*flags, "--workers", "1"]) == 0
+    assert same_clips(FrameStore(path), store)
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_a_writer_that_is_killed_anywhere_is_gone_on_with(video_dir, tmp_path, monkeypatch, step):
+    """Dies at the step-th time that anything becomes lasting, then once more at each later one."""
+    names = ["few", "one", "v 2.5"]
+    whole = make_store(tmp_path / "whole.h5", video_dir, names)
+    path = tmp_path / "f.h5"
+
+    class Killed(BaseException):
+        pass
+
+    def run(die_at: int | None) -> None:
+        calls = 0
+
+        def dying(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == die_at:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(frame_store.os, "fsync", dying(os.fsync))
+            for name in ("replace", "rename", "unlink"):
+                patch.setattr(Path, name, dying(getattr(Path, name)))
+            with FrameStoreWriter(path, SIZE, 90) as writer:
+                for name, file in files_of(video_dir, names):
+                    if name not in writer.clips:
+                        writer.add(*pack_clip(name, file, SIZE, 90))
+                writer.finish()
+
+    for die_at in range(step + 1, 20, step + 1):
+        try:
+            run(die_at)
+            break
+        except Killed:
+            pass
+    run(None)
+    assert path.read_bytes() == whole.path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5", "whole.h5"]
+
+
+def test_packing_goes_on_after_every_sigkill(tmp_path):
+    """A process that packs is killed at random times, until one comes to the end."""
+    folder, paths = tmp_path / "videos", [tmp_path / "f.h5", tmp_path / "whole.h5"]
+    folder.mkdir()
+    for i in range(12):
+        write_video(folder / f"v{i:02}.mp4", moving_pattern(40, i))
+    rng = np.random.default_rng(0)
+    flags = ["--video_dir", str(folder), "--size", str(SIZE), "--workers", "2", "--frame_store"]
+    children, kills = set(), 0
+    for attempt in range(100):
+        process = get_context("fork").Process(target=pack_quietly, args=([*flags, str(paths[0])],))
+        process.start()
+        wait_until = time.monotonic() + rng.uniform(0, 0.1 + 0.05 * attempt)
+        while process.is_alive() and time.monotonic() < wait_until:
+            children |= children_of(process.pid)
+            time.sleep(0.005)
+        if not process.is_alive():
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert process.exitcode == 0
+    assert kills > 2
+    assert pack_frames.main([*flags, str(paths[1])]) == 0
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5", "videos", "whole.h5"]
+    deadline = time.monotonic() + 10
+    while children and any(map(alive, children)):  # killed workers' parents leave none behind
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def pack_quietly(flags: list[str]) -> None:
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    raise SystemExit(pack_frames.main(flags))
+
+
+def children_of(pid: int) -> set[str]:
+    try:
+        return set(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    except OSError:
+        return set()
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_failures_are_counted_and_listed_and_the_rest_is_packed(video_dir, tmp_path, capsys):
+    folder, path = tmp_path / "videos", tmp_path / "f.h5"
+    folder.mkdir()
+    good = (video_dir / "long.mp4").read_bytes()
+    (folder / "good.mp4").write_bytes(good)
+    (folder / "cut.mp4").write_bytes(good[: len(good) // 2])
+    write_video(folder / "small.mp4", moving_pattern(3, 0, 32, 32))
+    lines = [
+        {"vid_name": name, "desc_id": name, "duration": 1, "desc": "text"}
+        for name in ("good", "cut", "small", "gone")
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--video_dir", str(folder), "--frame_store", str(path), "--size", str(SIZE)]
+    flags += ["--annotations", str(tmp_path / "a.jsonl"), "--workers", "2"]
+    assert pack_frames.main(flags) == 1
+    out = capsys.readouterr().out
+    assert f"failed: {folder}/cut.mp4: cannot be decoded" in out
+    assert f"failed: {folder}/small.mp4: 32×32 pixels" in out
+    assert f"missing: {folder}/gone.mp4" in out
+    assert "2 of 3 clips failed, 1 are missing" in out
+    assert FrameStore(path).names == ["good"]
+
+
+def die_on_v(name, path, size, quality):
+    if name == "v":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pack_clip(name, path, size, quality)
+
+
+def test_a_clip_that_crashes_its_decoder_costs_only_itself(video_dir, monkeypatch):
+    files = [*files_of(video_dir, ["one", "few"]), ("v", video_dir / "one.mp4"),
+             *files_of(video_dir, ["v 2.5", "long"])]  # fmt: skip
+    monkeypatch.setattr(pack_frames, "pack_clip", die_on_v)  # the workers are forked with it
+    results = dict(pack_frames.pack_side_by_side(files, SIZE, 90, 2))
+    assert list(results) == ["one", "few", "v", "v 2.5", "long"]
+    assert "its decoder crashed" in str(results.pop("v"))
+    assert all(clip.name == name for name, (clip, _) in results.items())
+
+
+def test_what_does_not_fit_is_refused(store, video_dir, tmp_path, monkeypatch):
+    videos = [Video(name, 1.0) for name in ("one", "gone")]
+    loader = {"num_frames": 8, "batch_size": 2, "num_workers": 0, "pin_memory": False}
+    with pytest.raises(VideoError) as raised:
+        evaluation_video_loader(videos, store, size=SIZE, **loader)
+    first, *listed = str(raised.value).splitlines()
+    assert first.startswith(f"{store.path}: 1 of 2 clips are missing from the frame store")
+    assert "scripts/pack_frames.py" in first
+    assert listed == ["gone"]
+    with pytest.raises(VideoError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
+        evaluation_video_loader(videos[:1], store, size=224, **loader)
+    with pytest.raises(VideoError, match="no such frame store"):
+        FrameStore(tmp_path / "no.h5")
+    for size, quality in [(SIZE, 80), (32, 90)]:
+        with pytest.raises(VideoError, match="begun with --size 64 --quality 90"):
+            FrameStoreWriter(store.path, size, quality)
+    FrameStore(store.path)  # nothing happened to it
+    path = tmp_path / "f.h5"
+    with FrameStoreWriter(path, SIZE, 90) as writer:
+        writer.add(*pack_clip("one", video_dir / "one.mp4", SIZE, 90))
+        monkeypatch.setattr(frame_store, "LOCK_PATIENCE", 0)
+        with pytest.raises(VideoError, match="another process is packing it"):
+            FrameStoreWriter(path, SIZE, 90)
+    with pytest.raises(VideoError, match="begun with"):
+        FrameStoreWriter(path, SIZE, 91)
+
+
+def test_what_is_no_store_is_refused(store, tmp_path):
+    path = tmp_path / "f.h5"
+    data = store.path.read_bytes()
+    for content in (b"", b"not HDF5" * 100, data[: len(data) // 2], data[:-1], data[:100]):
+        path.write_bytes(content)
+        with pytest.raises(VideoError, match=r"f\.h5: no readable frame store"):
+            FrameStore(path)
+    with h5py.File(path, "w") as file:
+        file["predictions"] = [1]
+    with pytest.raises(VideoError, match=r"f\.h5: format and version are \(None, 0\)"):
+        FrameStore(path)
+    path.write_bytes(data)
+    with h5py.File(path, "r+") as file:
+        file.attrs["version"] = 2
+    with pytest.raises(VideoError, match=r"'propy frames', 2\), but this program reads"):
+        FrameStore(path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
+    path = tmp_path / "f.h5"
+    data = bytearray(store.path.read_bytes())
+    target = store.jpegs("long", np.array([150]))[0]
+    data[data.index(target) + len(target) // 2] ^= 1
+    path.write_bytes(data)
+    damaged = FrameStore(path)
+    message = r"f\.h5: clip 'long': frame 150 is damaged"
+    with pytest.raises(VideoError, match=message):
+        list(damaged.verify())
+    loader = evaluation_video_loader(
+        [Video(name, 1.0) for name in LENGTHS], damaged, num_frames=200, size=SIZE, batch_size=2,
+        num_workers=num_workers, pin_memory=False,
+    )  # fmt: skip
+    with pytest.raises(VideoError, match=message) as raised:
+        list(loader)
+    assert "Traceback" not in str(raised.value)
+    assert damaged.load("few", 5, SIZE).shape == (5, 3, SIZE, SIZE)
+
+
+def test_a_file_that_is_replaced_or_cut_short_in_use_is_named(store, tmp_path):
+    path = tmp_path / "f.h5"
+    path.write_bytes(store.path.read_bytes())
+    opened = FrameStore(path)
+    opened.load("few", 5, SIZE)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(VideoError, match=r"f\.h5: was replaced while it was in use"):
+        opened.load("few", 5, SIZE)
+    path.unlink()
+    with pytest.raises(VideoError, match=r"f\.h5: cannot be read: No such file"):
+        opened.load("few", 5, SIZE)
+
+
+def test_main_trains_and_evaluates_alike_from_a_store(tmp_path_factory, tmp_path):
+    run = make_run(tmp_path_factory.getbasetemp())
+    path = tmp_path / "frames.h5"
+    flags = ["--video_dir", str(run.corpus / "videos"), "--frame_store", str(path), "--size", "64"]
+    assert pack_frames.main([*flags, "--workers", "1"]) == 0
+    done = run.main(
+        "--do_train", "1", "--prvr_train_annos", "annos.jsonl", "--epochs", "2",
+        "--frame_store", str(path), "--output_dir", str(tmp_path / "logs"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs, ours = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (run.logs, tmp_path / "logs")
+    )
+    for a, b in zip(theirs, ours, strict=True):
+        assert a["loss"] != b["loss"]  # it did not read the folder
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+        assert b["SumR"] == pytest.approx(a["SumR"], abs=100 / 8)
+
+
+def test_main_wants_one_place_of_clips_that_has_them_all(tmp_path_factory, store, capsys):
+    annotations = [
+        "--prvr_val_annos",
+        "a.jsonl",
+        "--do_train",
+        "1",
+        "--prvr_train_annos",
+        "a.jsonl",
+    ]
+    for flags in ([], ["--video_dir", "videos", "--frame_store", "f.h5"]):
+        with pytest.raises(SystemExit):
+            parse_args([*annotations, *flags])
+        assert "one of --video_dir and --frame_store" in capsys.readouterr().err
+    run = make_run(tmp_path_factory.getbasetemp())
+    checkpoint = str(run.logs / "ckpt.pth.tar")
+    done = run.main("--do_eval", "1", "--resume", checkpoint, "--frame_store", str(store.path))
+    assert done.returncode != 0
+    assert f"{store.path}: 4 of 4 clips are missing" in done.stderr
+    assert "Traceback" not in done.stderr
