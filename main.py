@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations
+from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations, summary
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.datasets import TrainingLoader, training_loader
 from dataloaders.frame_store import FrameStore
@@ -27,22 +28,26 @@ from dataloaders.video import VideoError
 from models import ProPy, build_model
 from models.clip import WeightsError, weights_path
 from modules.pyramid import PyramidError
-from utils.arguments import parse_args
-from utils.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    copy_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from utils.engine import TrainingError, train_one_epoch
+from utils.arguments import AUTO, parse_args
+from utils.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from utils.engine import TrainingError
 from utils.evaluation import Evaluation, tables
-from utils.logger import EpochLog, append_json, setup_logging
-from utils.misc import git_revision, parameter_report, pick_device, set_seed
+from utils.files import OutputError, locked_folder, whole_file
+from utils.logger import append_json, setup_logging
+from utils.misc import (
+    OutOfMemoryError,
+    git_revision,
+    memory_advice,
+    parameter_report,
+    pick_device,
+    set_seed,
+)
 from utils.moment_report import times_missing
 from utils.optim import build_optimizer, learning_rate
 from utils.plots import PlotError, PlotSettings, check_request
 from utils.published import split_size_warning
+from utils.signals import Stopped
+from utils.trainer import CHANGE_A_RUN, LATEST, LESS_MEMORY_EVALUATING, Trainer, adapt
 
 
 class SettingsError(ValueError):
@@ -53,6 +58,8 @@ class SettingsError(ValueError):
 USER_ERRORS = (
     AnnotationError,
     CheckpointError,
+    OutOfMemoryError,
+    OutputError,
     PlotError,
     PyramidError,
     SettingsError,
@@ -63,8 +70,13 @@ USER_ERRORS = (
 
 
 def main(args: argparse.Namespace) -> None:
+    """One run, which has its output folder to itself."""
+    with locked_folder(args.output_dir):
+        run(args, setup_logging(args.output_dir))
+
+
+def run(args: argparse.Namespace, log: logging.Logger) -> None:
     """Wire everything up from the flags, then train, evaluate and plot as asked for."""
-    log = setup_logging(args.output_dir)
     log.info("propy %s, torch %s", git_revision(), torch.__version__)
     set_seed(args.seed)
     device = pick_device()
@@ -116,7 +128,8 @@ def main(args: argparse.Namespace) -> None:
     if args.do_eval or args.do_plot:
         checkpoint = load_checkpoint(best, model)
         log.info("using %s, %d epochs trained", best, checkpoint.epoch)
-        embeddings = evaluation.embed(model, device)
+        with memory_advice(LESS_MEMORY_EVALUATING):
+            embeddings = evaluation.embed(model, device)
     if args.do_eval:
         rows = evaluation.run(embeddings, args.output_dir if args.save_predictions else None)
         for table in tables(rows, args.datatype):
@@ -200,99 +213,96 @@ def train(
     )
     optimizer = build_optimizer(model, args.lr, args.coef_lr, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")
-    progress = start(args, model, optimizer, scaler, log)
-    total_steps = len(loader) * args.epochs
-    rate = partial(
-        learning_rate,
-        total_steps=total_steps,
-        peak=args.lr,
-        warmup_proportion=args.warmup_proportion,
-    )
+    facts = {
+        "training annotations": summary(queries),
+        "validation annotations": summary(evaluation.queries),
+        "precision in use": precision,
+    }
+    resume = checkpoint_to_resume(args.resume, args.output_dir, log)
+    progress = start(args, resume, facts, model, optimizer, scaler, log)
     report = parameter_report(model, model.unreachable_parameters())
     log.info(
         "%s parameters, %s trainable (%s can receive a gradient)",
         *(f"{count / 1e6:.2f} M" for count in report.values()),
     )
     progress.args = {key: plain(value) for key, value in vars(args).items()}
+    progress.facts = facts
     record = progress.args | report | {"git": git_revision(), "used_precision": precision}
-    (args.output_dir / "args.json").write_text(json.dumps(record, indent=1) + "\n")
+    with whole_file(args.output_dir / "args.json") as part:
+        part.write_text(json.dumps(record, indent=1) + "\n")
     log.info("%d epochs of %d steps", args.epochs, len(loader))
+    rate = partial(
+        learning_rate,
+        total_steps=len(loader) * args.epochs,
+        peak=args.lr,
+        warmup_proportion=args.warmup_proportion,
+    )
+    trainer = Trainer(
+        model,
+        loader,
+        evaluation,
+        optimizer,
+        scaler,
+        progress,
+        args.output_dir,
+        resumed_from=resume,
+        epochs=args.epochs,
+        learning_rate=rate,
+        device=device,
+        log=log,
+        precision=precision,
+        parts=args.gradient_accumulation_steps,
+        clip_grad_norm=args.clip_grad_norm,
+        display_every=args.n_display,
+        save_every=args.save_every_steps,
+        datatype=args.datatype,
+    )
+    return trainer.run()
 
-    latest, best = args.output_dir / "ckpt.pth.tar", args.output_dir / "ckpt.best.pth.tar"
-    epoch_log = EpochLog(args.output_dir)
-    for epoch in range(progress.epoch, args.epochs):
-        loader.set_epoch(epoch)
-        trained = train_one_epoch(
-            model,
-            loader,
-            optimizer,
-            scaler,
-            learning_rate=rate,
-            first_step=progress.global_step,
-            device=device,
-            log=log,
-            precision=precision,
-            parts=args.gradient_accumulation_steps,
-            clip_grad_norm=args.clip_grad_norm,
-            display_every=args.n_display,
-        )
-        rows = evaluation.run(evaluation.embed(model, device))
-        score = evaluation.score(rows)
-        progress.epoch = epoch + 1
-        progress.global_step += trained["steps"]
-        if progress.best_score is None or score >= progress.best_score:  # a tie: the later epoch
-            progress.best_score, progress.best_epoch = score, epoch + 1
-        save_checkpoint(latest, model, optimizer, scaler, progress)
-        if progress.best_epoch == epoch + 1:
-            copy_checkpoint(latest, best)
-        metrics = {
-            key if row == next(iter(rows)) else f"{row}/{key}": value
-            for row, numbers in rows.items()
-            for key, value in numbers.items()
-        }
-        counts = {"epoch": epoch + 1, "global_step": progress.global_step}
-        epoch_log.write(counts | trained | metrics | {"best_epoch": progress.best_epoch})
-        log.info(
-            "epoch %d/%d  loss %.4f  %.2f s a step, of which %.2f s waiting for data",
-            epoch + 1,
-            args.epochs,
-            trained["loss"],
-            trained["data_time"] + trained["step_time"],
-            trained["data_time"],
-        )
-        for table in tables(rows, args.datatype):
-            log.info("\n%s", table)
-    epoch_log.close()
-    log.info("best epoch %s, score %.2f: %s", progress.best_epoch, progress.best_score, best)
-    return best
+
+def checkpoint_to_resume(resume: Path | None, output_dir: Path, log: logging.Logger) -> Path | None:
+    """What ``--resume`` stands for; None starts anew."""
+    latest = output_dir / LATEST
+    if resume == AUTO:
+        resume = latest if latest.is_file() else None
+        found = f"going on from {latest}" if resume else f"no {latest} yet, starting anew"
+        log.info("--resume auto: %s", found)
+    elif resume is None and latest.is_file():
+        log.warning("%s, of an earlier run, will be overwritten; see --resume", latest)
+    return resume
 
 
 def start(
     args: argparse.Namespace,
+    resume: Path | None,
+    facts: dict[str, str],
     model: ProPy,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     log: logging.Logger,
 ) -> Checkpoint:
     """Where training starts: from nothing, from a checkpoint's weights, or where a run stopped."""
-    if args.load_from_pretrained:
-        load_checkpoint(args.load_from_pretrained, model)
-        log.info("starting from the weights of %s", args.load_from_pretrained)
-    if not args.resume:
+    if resume is None:
+        if args.load_from_pretrained:
+            load_checkpoint(args.load_from_pretrained, model)
+            log.info("starting from the weights of %s", args.load_from_pretrained)
         return Checkpoint()
-    progress = load_checkpoint(args.resume, model, optimizer, scaler)
+    progress = load_checkpoint(resume, model, optimizer, scaler)
     if not progress.has_optimizer:
         raise CheckpointError(
-            f"{args.resume}: training cannot go on from it, it holds no optimizer state of this "
+            f"{resume}: training cannot go on from it, it holds no optimizer state of this "
             "program. To start a new training from its weights: --load_from_pretrained"
         )
     task = progress.args.get("subtask_type", args.subtask_type)
     if task != args.subtask_type:
         raise CheckpointError(
-            f"{args.resume}: its best epoch was chosen by {task}, which does not compare with "
+            f"{resume}: its best epoch was chosen by {task}, which does not compare with "
             f"{args.subtask_type}: resume with --subtask_type {task}"
         )
-    log.info("resuming %s after epoch %d", args.resume, progress.epoch)
+    log.info("resuming %s after epoch %d, step %d", resume, progress.epoch, progress.sums.steps)
+    settings = {name: value for name, value in vars(args).items() if name in CHANGE_A_RUN}
+    for warning in adapt(progress, settings | facts):
+        log.warning("%s", warning)
     return progress
 
 
@@ -306,3 +316,13 @@ if __name__ == "__main__":
         main(parse_args())
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except Stopped as stop:
+        logging.getLogger("propy").warning(
+            "stopped by %s, everything is saved: the same command with --resume auto goes on "
+            "(resume=auto bash scripts/…)",
+            stop,
+        )
+        sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -5,10 +5,11 @@ All problems of a file are reported at once, each with its line, the field and t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,13 @@ def corpus_videos(queries: Iterable[Query]) -> list[Video]:
     for query in queries:
         videos.setdefault(query.vid_name, Video(query.vid_name, query.duration))
     return list(videos.values())
+
+
+def summary(queries: Sequence[Query]) -> str:
+    """Numbers of queries and videos, and the beginning of a hash that tells contents apart."""
+    videos = len(corpus_videos(queries))
+    digest = hashlib.sha256(repr(queries).encode("utf-8", "replace")).hexdigest()[:12]
+    return f"{len(queries):,} queries of {videos:,} videos, {digest}"
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -14,6 +14,7 @@ from utils.published import DATATYPES
 from utils.visualize import STYLES
 
 ROOT = Path(__file__).resolve().parent.parent
+AUTO = Path("auto")  # --resume: the output folder's own checkpoint
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default custom: neither)")
     add("--resume", type=Path, metavar="CKPT",
         help="checkpoint to evaluate, or whose training is to go on; may be one of the authors' "
-        "for evaluation")
+        "for evaluation; auto goes on with --output_dir's ckpt.pth.tar, or starts if there is none")
     add("--load_from_pretrained", type=Path, metavar="CKPT",
         help="start a new training from this checkpoint's weights, with a fresh optimizer")
     add("--output_dir", type=Path,
@@ -111,6 +112,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42,
         help="of initial values, shuffling and frame sampling [published: 42] (default 42)")
     add("--n_display", type=int, default=50, help="log a line every so many steps (default 50)")
+    add("--save_every_steps", type=int, default=0, metavar="N",
+        help="save ckpt.pth.tar every N steps of an epoch too, not only after its training and "
+        "after its evaluation (default 0: no)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--batch_size_val", type=int, default=16,
@@ -165,12 +169,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
     for task in ("do_eval", "do_plot"):
-        if getattr(args, task) and not args.do_train and not args.resume:
+        if getattr(args, task) and not args.do_train and args.resume in (None, AUTO):
             parser.error(f"--{task} 1 needs --resume with the checkpoint to use")
-    if args.resume and args.load_from_pretrained:
+    if args.resume not in (None, AUTO) and args.load_from_pretrained:
         parser.error("--resume goes on with a run, --load_from_pretrained starts one: not both")
     for checkpoint in filter(None, (args.resume, args.load_from_pretrained)):
-        if not checkpoint.is_file():
+        if checkpoint != AUTO and not checkpoint.is_file():
             parser.error(f"no such checkpoint: {checkpoint}")
     if args.save_predictions and not args.do_eval:
         parser.error("--save_predictions 1 needs --do_eval 1")
@@ -182,6 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1: {getattr(args, name)}")
     if not args.eval_memory_gib > 0:
         parser.error(f"--eval_memory_gib must be positive: {args.eval_memory_gib}")
+    if args.save_every_steps < 0:
+        parser.error(f"--save_every_steps must be at least 0: {args.save_every_steps}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
     if args.temp_kernel_sz < 1 or args.temp_kernel_sz % 2 == 0:

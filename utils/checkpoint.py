@@ -7,18 +7,23 @@ all of CLIP too, under their names. Nothing in a file is executed.
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-FORMAT = "propy-1"
+from utils.files import whole_file
+from utils.misc import rng_state, set_rng_state
+
+FORMAT = "propy-2"
+EARLIER_FORMAT = "propy-1"  # written after whole epochs, without random states
 
 # The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
 # is a numpy float, pickled under the module name of numpy 1 or of numpy 2.
@@ -31,7 +36,7 @@ _NUMPY_SCALAR = [
 ]
 
 # What else a checkpoint of this program holds, and of which type.
-_RUN_FIELDS = {
+_EARLIER_FIELDS = {
     "backbone": str,
     "epoch": int,
     "global_step": int,
@@ -39,12 +44,51 @@ _RUN_FIELDS = {
     "best_epoch": int | None,
     "args": dict,
 }
+_FIELDS = {
+    EARLIER_FORMAT: _EARLIER_FIELDS,
+    FORMAT: _EARLIER_FIELDS | {"sums": dict, "last_record": dict | None, "facts": dict},
+}
 
 _AUTHORS_ADAPTER = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.temp_adapter\.(.+)")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, unreadable or of another model; names file, key and shapes."""
+
+
+@dataclass
+class EpochSums:
+    """Running sums over the steps of an epoch so far, from which its means are logged."""
+
+    steps: int = 0
+    skipped_steps: int = 0  # by the loss scaler, whose loss and gradient norm are left out
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    data_time: float = 0.0  # seconds waiting for batches
+    step_time: float = 0.0  # seconds working on them
+
+    def add(
+        self, loss: float, grad_norm: float, skipped: bool, data_time: float, step_time: float
+    ) -> None:
+        """One more step."""
+        self.steps += 1
+        self.skipped_steps += skipped
+        self.loss += 0.0 if skipped else loss
+        self.grad_norm += 0.0 if skipped else grad_norm
+        self.data_time += data_time
+        self.step_time += step_time
+
+    def means(self) -> dict[str, float]:
+        """Means a step, and the numbers of steps."""
+        taken = self.steps - self.skipped_steps
+        return {
+            "loss": self.loss / taken if taken else math.nan,
+            "grad_norm": self.grad_norm / taken if taken else math.nan,
+            "data_time": self.data_time / self.steps,
+            "step_time": self.step_time / self.steps,
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+        }
 
 
 @dataclass
@@ -56,6 +100,9 @@ class Checkpoint:
     best_score: float | None = None
     best_epoch: int | None = None
     args: dict = field(default_factory=dict)
+    sums: EpochSums = field(default_factory=EpochSums)  # of the epoch under way
+    last_record: dict | None = None  # of log.jsonl, for the last epoch done
+    facts: dict = field(default_factory=dict)  # of the run besides its arguments, in words
     has_optimizer: bool = False  # whether training can be resumed from it
     from_authors: bool = False
 
@@ -72,9 +119,17 @@ def save_checkpoint(
     Args:
         path: overwritten if it exists.
         model: its trained tensors are saved, and a fingerprint of the frozen rest.
-        progress: epoch, step and best score so far.
+        progress: where the run stands. The states of the random number generators go with it.
+
+    Raises:
+        OutputError: it could not be written.
+        CheckpointError: a weight is not finite.
     """
+    path = Path(path)
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: not written: {name} has values that are not finite")
     content = {
         "format": FORMAT,
         "state_dict": state,
@@ -82,31 +137,37 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "epoch": progress.epoch,
+        "sums": asdict(progress.sums),
         "global_step": progress.global_step,
         "best_score": progress.best_score,
         "best_epoch": progress.best_epoch,
+        "last_record": progress.last_record,
         "args": progress.args,
+        "facts": progress.facts,
+        "rng": rng_state(),
     }
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    with whole_file(path) as part, part.open("wb") as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except RuntimeError as error:  # which torch makes of an error of the file's
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a file so that the target appears, or is replaced, only when it is complete."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with whole_file(target) as part:
+        shutil.copyfile(source, part)
+
+
+def epochs_of(path: Path) -> int | None:
+    """Epochs that a file is a checkpoint right after; None if it is no such checkpoint."""
     try:
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        content = _read(path)
+    except CheckpointError:
+        return None
+    return None if content.get("sums", {}).get("steps") else content.get("epoch")
 
 
 def load_checkpoint(
@@ -133,30 +194,25 @@ def load_checkpoint(
     path = Path(path)
     content = _read(path)
     state = {key.removeprefix("module."): value for key, value in content["state_dict"].items()}
-    from_authors = content.get("format") != FORMAT
+    from_authors = content.get("format") not in (FORMAT, EARLIER_FORMAT)
     if from_authors:
         state = convert_authors_state(state)
     try:
-        _load_weights(model, state)
+        if from_authors:
+            progress = Checkpoint(epoch=content.get("epoch", 0), from_authors=True)
+        else:
+            progress = _progress(content)
+        weights = _check_weights(model, state)
         if not from_authors and not any(name.startswith("clip.") for name in state):
             _check_backbone(model, content["backbone"])
-        has_optimizer = not from_authors and "optimizer" in content
-        if has_optimizer and optimizer is not None:
-            _load_state(optimizer, content, "optimizer")
-        if has_optimizer and scaler is not None:
-            _load_state(scaler, content, "scaler")
-    except (CheckpointError, ValueError) as error:
+        if progress.has_optimizer and optimizer is not None:
+            _resume(content, model, optimizer, scaler)
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if from_authors:
-        return Checkpoint(epoch=content.get("epoch", 0), from_authors=True)
-    return Checkpoint(
-        content["epoch"],
-        content["global_step"],
-        content["best_score"],
-        content["best_epoch"],
-        content["args"],
-        has_optimizer,
-    )
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(state[name])
+    return progress
 
 
 def convert_authors_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,6 +257,11 @@ def _read(path: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers stumble over
@@ -222,11 +283,12 @@ def _check_content(path: Path, content: dict) -> None:
         if not _is_plain(tensor):
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise CheckpointError(f"{path}: {name} is {kind}, not a plain tensor of floats")
-    ours = content.get("format") == FORMAT
-    fields = content if ours else {"epoch": 0} | content
-    for key, kind in (_RUN_FIELDS if ours else {"epoch": int}).items():
+    fields = {"epoch": 0} | content  # the authors' need not say
+    for key, kind in _FIELDS.get(str(content.get("format")), {"epoch": int}).items():
         if key not in fields or not isinstance(fields[key], kind):
             raise CheckpointError(f"{path}: its field '{key}' is missing or damaged")
+    if not content.get("sums", {}).keys() <= EpochSums().__dict__.keys():
+        raise CheckpointError(f"{path}: its field 'sums' is missing or damaged")
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -234,36 +296,87 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
 
 
-def _load_state(target: torch.optim.Optimizer | torch.amp.GradScaler, content: dict, key: str):
-    try:
-        target.load_state_dict(content[key])
-    except Exception as error:  # torch raises whatever it stumbles over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the state of the {key} does not fit: {reason}") from error
+def _progress(content: dict) -> Checkpoint:
+    """Where the run stood, of a checkpoint of this program."""
+    return Checkpoint(
+        epoch=content["epoch"],
+        global_step=content["global_step"],
+        best_score=content["best_score"],
+        best_epoch=content["best_epoch"],
+        args=content["args"],
+        sums=EpochSums(**content.get("sums", {})),
+        last_record=content.get("last_record"),
+        facts=content.get("facts", {}),
+        has_optimizer="optimizer" in content,
+    )
 
 
-@torch.no_grad()
-def _load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors by name; CLIP's may be absent as a whole, nothing else may be."""
+def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's tensors to be replaced; CLIP's may be absent as a whole, nothing else may be."""
     expected = model.state_dict()
     if not any(name.startswith("clip.") for name in state):
         expected = {k: v for k, v in expected.items() if not k.startswith("clip.")}
     problems = [f"missing {name}" for name in expected.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
     for name in expected.keys() & state.keys():
-        theirs, ours = state[name], expected[name]
-        if theirs.shape != ours.shape:
-            problems.append(f"{name} has shape {list(theirs.shape)}, the model {list(ours.shape)}")
-        elif not theirs.float().isfinite().all():
-            problems.append(f"{name} has values that are not finite")
+        problems += _tensor_problems(name, state[name], expected[name])
     if problems:
         rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
             f"not a checkpoint of this model: {'; '.join(sorted(problems)[:5])}{rest}. Are the "
             "pyramid, CLIP, Nvp, temp_kernel_sz, adapter_channels and num_adapter_layers the same?"
         )
-    for name, tensor in expected.items():
-        tensor.copy_(state[name])
+    return expected
+
+
+def _tensor_problems(name: str, theirs: Tensor, ours: Tensor) -> list[str]:
+    if theirs.shape != ours.shape:
+        return [f"{name} has shape {list(theirs.shape)}, the model {list(ours.shape)}"]
+    if not theirs.float().isfinite().all():
+        return [f"{name} has values that are not finite"]
+    return []
+
+
+def _resume(
+    content: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Optimizer, scaler and random number generators to where they were."""
+    try:
+        _check_optimizer(content["optimizer"], model, optimizer)
+        optimizer.load_state_dict(content["optimizer"])
+        if scaler is not None:
+            scaler.load_state_dict(content["scaler"])
+        if content["format"] != EARLIER_FORMAT:
+            set_rng_state(content["rng"])
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises whatever it stumbles over
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise CheckpointError(f"its optimizer, scaler or rng does not fit: {reason}") from error
+
+
+def _check_optimizer(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's own loading compares the number of parameters, but no shape or value."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    theirs = [index for group in state["param_groups"] for index in group["params"]]
+    if len(ours) != len(theirs):
+        raise CheckpointError(
+            f"its optimizer has {len(theirs)} parameters, this run's {len(ours)}. Is freeze_clip "
+            "the same?"
+        )
+    problems = []
+    for index, parameter in zip(theirs, ours, strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            value = state["state"].get(index, {}).get(moment)
+            name = f"the optimizer's {moment} of {names[id(parameter)]}"
+            if value is not None:
+                problems += _tensor_problems(name, value, parameter)
+    if problems:
+        raise CheckpointError("; ".join(problems[:5]))
 
 
 def _check_backbone(model: nn.Module, fingerprint: str) -> None:

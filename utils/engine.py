@@ -17,11 +17,15 @@ from tqdm import tqdm
 from dataloaders.annotations import Query, Video
 from modules.losses import video_text_loss
 from modules.similarity import CHUNK, best_event_scores, paired_event_scores, top_moments
+from utils.checkpoint import EpochSums
 from utils.misc import autocast, peak_memory_gib
 from utils.moment_report import Rows, level_report, moment_report
 from utils.optim import set_learning_rate
 from utils.predictions import MomentPredictions
 from utils.retrieval_metrics import ranks_of, recall_metrics
+
+# From 65536 the scaler halves its scale with every step that it skips; no sound training gets here.
+SMALLEST_LOSS_SCALE = 2.0**-20
 
 
 class TrainingError(RuntimeError):
@@ -57,7 +61,8 @@ def train_step(
         clip_grad_norm: largest norm of the gradient after unscaling.
 
     Raises:
-        TrainingError: the loss is not finite and no loss scaler is there to skip the step.
+        TrainingError: loss or gradient is not finite and no loss scaler is there to skip the step,
+            or it has skipped so many that it never will find a scale. The weights are as before.
     """
     optimizer.zero_grad(set_to_none=True)
     if parts == 1:
@@ -69,17 +74,29 @@ def train_step(
     else:
         loss = _backward_in_parts(model, batch, scaler, precision, parts)
     if not scaler.is_enabled() and not loss.isfinite():
-        names = ", ".join(batch.get("vid_names", ["unknown"]))
-        raise TrainingError(f"the loss is {loss.item()} on the batch of videos {names}")
+        raise _not_finite("loss", loss, batch)
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(
         [p for p in model.parameters() if p.grad is not None], clip_grad_norm
     )
+    if not scaler.is_enabled() and not grad_norm.isfinite():
+        raise _not_finite("gradient's norm", grad_norm, batch)
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     model.clamp_logit_scale()
-    return StepResult(loss.item(), grad_norm.item(), scaler.get_scale() < scale)
+    skipped = scaler.get_scale() < scale
+    if skipped and scaler.get_scale() < SMALLEST_LOSS_SCALE:
+        raise _not_finite("loss or gradient", loss, batch)
+    return StepResult(loss.item(), grad_norm.item(), skipped)
+
+
+def _not_finite(what: str, value: Tensor, batch: dict) -> TrainingError:
+    names = ", ".join(batch.get("vid_names", ["unknown"]))
+    return TrainingError(
+        f"the {what} is not finite ({value.item()}) on the batch of videos {names}. Try a lower "
+        "--lr or another --precision"
+    )
 
 
 def _backward_in_parts(
@@ -116,6 +133,7 @@ def train_one_epoch(
     loader: Iterable[dict],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    sums: EpochSums,
     *,
     learning_rate: Callable[[int], float],
     first_step: int,
@@ -125,29 +143,31 @@ def train_one_epoch(
     parts: int = 1,
     clip_grad_norm: float = 1.0,
     display_every: int = 50,
-) -> dict[str, float]:
-    """All batches of one epoch.
+    after_step: Callable[[StepResult], None] = lambda _: None,
+) -> None:
+    """The batches of one epoch, from where `sums` says that it stands.
 
     Args:
-        loader: batches as ``dataloaders.datasets.training_loader`` makes them.
+        loader: the batches that are left, as ``dataloaders.datasets.training_loader`` makes them.
+        sums: of the epoch so far; every step is added.
         learning_rate: the rate before a step, by its number counted from 0 over the whole run.
-        first_step: number of this epoch's first step.
-        display_every: log a line every so many steps.
-
-    Returns:
-        Means of loss and grad_norm; the last lr; steps and skipped_steps; data_time and step_time
-        in seconds (waiting for a batch, working on it); peak memory in GiB.
+        first_step: number of the epoch's first step.
+        display_every: log a line every so many steps of the epoch.
+        after_step: called when a step is complete and added; may end the epoch by an exception.
 
     Raises:
         TrainingError: a loss that is not finite, with the step's number.
     """
     model.train()
-    sums = dict.fromkeys(("loss", "grad_norm", "skipped_steps", "data_time", "step_time"), 0.0)
-    step, rate, started = first_step, 0.0, time.perf_counter()
-    with tqdm(loader, desc="train", unit="step", dynamic_ncols=True, leave=False) as progress:
+    started = time.perf_counter()
+    with tqdm(
+        loader, "train", len(loader), initial=sums.steps, unit="step", dynamic_ncols=True,
+        leave=False,
+    ) as progress:  # fmt: skip
         for batch in progress:
             batch = to_device(batch, device)
             loaded = time.perf_counter()
+            step = first_step + sums.steps
             rate = learning_rate(step)
             set_learning_rate(optimizer, rate)
             try:
@@ -161,30 +181,22 @@ def train_one_epoch(
                     clip_grad_norm=clip_grad_norm,
                 )
             except TrainingError as error:
-                raise TrainingError(f"step {step}: {error}") from None
-            step += 1
+                raise TrainingError(f"step {step + 1}: {error}") from None
             done = time.perf_counter()
-            sums["loss"] += result.loss
-            sums["grad_norm"] += result.grad_norm
-            sums["skipped_steps"] += result.skipped
-            sums["data_time"] += loaded - started
-            sums["step_time"] += done - loaded
-            started = done
-            steps = step - first_step
+            sums.add(result.loss, result.grad_norm, result.skipped, loaded - started, done - loaded)
             shown = {
                 "loss": f"{result.loss:.3f}",
                 "lr": f"{rate:.1e}",
-                "data": f"{sums['data_time'] / steps:.2f}s",
-                "step": f"{sums['step_time'] / steps:.2f}s",
+                "data": f"{sums.data_time / sums.steps:.2f}s",
+                "step": f"{sums.step_time / sums.steps:.2f}s",
                 "mem": f"{peak_memory_gib(device):.1f}GiB",
             }
             progress.set_postfix(shown)
-            if steps % display_every == 0:
-                log.info("step %d  %s", step, "  ".join(f"{k} {v}" for k, v in shown.items()))
-    steps = step - first_step
-    means = {k: v / steps for k, v in sums.items() if k != "skipped_steps"}
-    counts = {"steps": steps, "skipped_steps": int(sums["skipped_steps"])}
-    return means | counts | {"lr": rate, "memory_gib": peak_memory_gib(device)}
+            if sums.steps % display_every == 0:
+                values = "  ".join(f"{k} {v}" for k, v in shown.items())
+                log.info("step %d  %s", step + 1, values)
+            after_step(result)
+            started = time.perf_counter()
 
 
 @dataclass

@@ -9,6 +9,12 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.files import append_line
+from utils.run_log import read_records
+
+# Numbers of an epoch that differ from one time to the next.
+MEASURED = ("data_time", "step_time", "memory_gib")
+
 
 def setup_logging(folder: Path) -> logging.Logger:
     """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``.
@@ -32,25 +38,54 @@ def setup_logging(folder: Path) -> logging.Logger:
 
 
 def append_json(path: Path, record: dict) -> None:
-    """Append one record as one line; what stands in the file already is never touched."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Append one record as one line. OutputError: it could not be written."""
+    append_line(path, json.dumps(record))
 
 
 class EpochLog:
-    """One record an epoch, to log.jsonl and as TensorBoard scalars."""
+    """One record an epoch, to log.jsonl and as TensorBoard scalars, and some steps to TensorBoard.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the run.
+        resumed_at: the step after which a resumed run goes on. What TensorBoard has beyond it is
+            hidden, and an epoch that log.jsonl has already is not written a second time unless
+            something else came out of it.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         self.path = folder / "log.jsonl"
-        self.board = SummaryWriter(str(folder))
+        resumed = resumed_at is not None
+        known = read_records(self.path) if resumed and self.path.is_file() else []
+        self._known = {_outcome(record) for record in known}
+        # Constructed last: it may not be closed by an error above.
+        self.board = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed else None)
 
     def write(self, record: dict) -> None:
         """Args: record: flat, with ``epoch`` and ``global_step``; numbers are plotted."""
+        if _outcome(record) in self._known:
+            return
+        self._plot(record, record["global_step"])
         append_json(self.path, record)
-        for name, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self.board.add_scalar(name, value, record["global_step"])
+
+    def write_step(self, step: int, record: dict) -> None:
+        """Args: step: counted from 1 over the whole run; record: numbers to plot."""
+        self._plot({f"step/{name}": value for name, value in record.items()}, step, flush=False)
+
+    def flush(self) -> None:
+        """See all scalars in the file."""
         self.board.flush()
 
     def close(self) -> None:
         self.board.close()
+
+    def _plot(self, record: dict, step: int, flush: bool = True) -> None:
+        for name, value in record.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self.board.add_scalar(name, value, step)
+        if flush:
+            self.flush()
+
+
+def _outcome(record: dict) -> str:
+    """What is the same whenever an epoch is computed again."""
+    return json.dumps({key: value for key, value in record.items() if key not in MEASURED})

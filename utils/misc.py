@@ -1,10 +1,12 @@
-"""Small things of a run: seeds, devices, precision, git revision, the parameter report."""
+"""Small things of a run: random states, devices, precision, memory, git revision."""
 
 from __future__ import annotations
 
 import contextlib
 import random
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from torch import nn
 
 AUTOCAST_DTYPE = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": None}
+# The CPU's allocator and some CUDA libraries raise a plain RuntimeError.
+OUT_OF_MEMORY = r"can't allocate memory|out of memory|_STATUS_ALLOC_FAILED"
 
 
 def set_seed(seed: int) -> None:
@@ -19,6 +23,26 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """States of the generators that ``set_seed`` seeds, as plain values and byte tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Put the generators where ``rng_state`` saw them; GPUs only if there are as many now."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def pick_device() -> torch.device:
@@ -43,6 +67,23 @@ def peak_memory_gib(device: torch.device) -> float:
     import resource  # absent on Windows, where a GPU is the only supported device
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class OutOfMemoryError(RuntimeError):
+    """Memory ran out; the message says which settings need less."""
+
+
+@contextlib.contextmanager
+def memory_advice(remedy: str) -> Iterator[None]:
+    """Running out of memory within raises OutOfMemoryError with the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not re.search(OUT_OF_MEMORY, str(error)):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OutOfMemoryError(f"out of memory: {remedy} ({reason})") from error
 
 
 def git_revision() -> str:
