@@ -311,7 +311,8 @@ def plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-if __name__ == "__main__":
+def command_line() -> None:
+    """The program: what a user can mend ends it with a message, a signal with 128 + its number."""
     try:
         main(parse_args())
     except USER_ERRORS as error:
@@ -319,10 +320,14 @@ if __name__ == "__main__":
     except Stopped as stop:
         logging.getLogger("propy").warning(
             "stopped by %s, everything is saved: the same command with --resume auto goes on "
-            "(resume=auto bash scripts/…)",
+            "(the scripts: resume=auto)",
             stop,
         )
         sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    command_line()

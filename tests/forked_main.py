@@ -1,0 +1,83 @@
+"""Runs main.py again and again in forks of a process that has imported everything already.
+
+As a program it is that process: a line of JSON with main.py's arguments comes in, the process id of
+the fork goes out, and after its end its exit status. It computes nothing itself, which is what
+makes forking it safe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ForkedMain:
+    """main.py in `folder`; every run appends to `folder`/output.txt. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output = folder / "output.txt"
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], cwd=folder, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self._server.stdout.readline()  # it is ready
+
+    def __enter__(self) -> ForkedMain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+    def start(self, *flags: str, patch: str = "") -> int:
+        """Process id of a run, the leader of its own process group.
+
+        Args:
+            patch: Python to execute before.
+        """
+        print(json.dumps([patch, *flags]), file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())
+
+    def wait(self) -> int:
+        """Exit status of the run, negative if a signal ended it."""
+        return int(self._server.stdout.readline())
+
+    def run(self, *flags: str, patch: str = "") -> int:
+        self.start(*flags, patch=patch)
+        return self.wait()
+
+
+def serve() -> None:
+    import torch.utils.tensorboard  # noqa: F401
+
+    import main
+
+    answers = os.fdopen(os.dup(1), "w")
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        patch, *flags = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            exec(patch, {"main": main})
+            sys.argv = ["main.py", *flags]
+            main.command_line()
+            sys.stdout.flush()
+            sys.exit()
+        print(child, file=answers, flush=True)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(status, file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    serve()
