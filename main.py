@@ -95,6 +95,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         adapter_kernel=args.temp_kernel_sz,
         num_adapter_layers=args.num_adapter_layers,
         freeze_clip=bool(args.freeze_clip),
+        trust_archive=bool(args.trust_clip_archive),
     ).to(device)
     check_settings(args, model, train_queries)
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)

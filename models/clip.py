@@ -6,6 +6,7 @@ alike, from OpenAI's TorchScript archives or from plain state dicts.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 import zipfile
@@ -29,6 +30,12 @@ WEIGHTS_FILES = {
     "ViT-B/32": "ViT-B-32.pt",
     "ViT-B/16": "ViT-B-16.pt",
     "ViT-L/14": "ViT-L-14.pt",
+}
+# sha256 of these files, as OpenAI publishes them.
+PUBLISHED_ARCHIVES = {
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
 
 
@@ -202,14 +209,16 @@ def weights_path(name: str, folder: Path | str) -> Path:
     return Path(folder) / WEIGHTS_FILES[name] if name in WEIGHTS_FILES else Path(name)
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
+def read_weights(path: Path | str, trust_archive: bool = False) -> dict[str, Tensor]:
     """The tensors of a weights file, in float32.
 
     Args:
         path: OpenAI's TorchScript archive or a state dict saved with ``torch.save``.
+        trust_archive: load a TorchScript archive that is none of OpenAI's too, which runs code
+            that is in it. Reading a state dict runs none.
 
     Raises:
-        WeightsError: no such file, or not a file of either kind.
+        WeightsError: no such file, not a file of either kind, or an archive that is not trusted.
     """
     path = Path(path)
     if not path.is_file():
@@ -218,11 +227,15 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         )
     try:
         if _is_torchscript(path):
+            if not trust_archive:
+                _check_published(path)
             with warnings.catch_warnings():  # deprecated, but the format OpenAI publishes
                 warnings.simplefilter("ignore", DeprecationWarning)
                 state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except Exception as error:  # torch raises whatever its readers stumble over
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
@@ -234,18 +247,19 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     return {key: value.float() for key, value in state.items() if key not in ARCHIVE_EXTRAS}
 
 
-def build_clip(weights: Path | str | Mapping[str, Tensor]) -> CLIP:
+def build_clip(weights: Path | str | Mapping[str, Tensor], trust_archive: bool = False) -> CLIP:
     """A CLIP with all of the given weights, in evaluation mode.
 
     Args:
-        weights: a file (see ``read_weights``) or its content.
+        weights: a file or its content.
+        trust_archive: see ``read_weights``.
 
     Raises:
         WeightsError: the file cannot be read, or keys or shapes are not those of one CLIP ViT.
     """
     state, name = weights, "the state dict"
     if not isinstance(weights, Mapping):
-        state, name = read_weights(weights), weights
+        state, name = read_weights(weights, trust_archive), weights
     try:
         clip = CLIP(CLIPSizes.of_state_dict(state))
         clip.load_state_dict(state, strict=True)
@@ -260,3 +274,17 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any("/code/" in name for name in archive.namelist())
+
+
+def _check_published(path: Path) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    sha256 = digest.hexdigest()
+    if sha256 not in PUBLISHED_ARCHIVES:
+        raise WeightsError(
+            f"{path}: a TorchScript archive, but none of OpenAI's (its sha256 is {sha256}). "
+            "Loading one runs code that is in it: fetch OpenAI's with `bash "
+            "scripts/download_clip.sh`, or, if you trust this one, add --trust_clip_archive 1"
+        )

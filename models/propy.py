@@ -210,18 +210,20 @@ def build_model(
     adapter_kernel: int = 5,
     num_adapter_layers: int = 12,
     freeze_clip: bool = True,
+    trust_archive: bool = False,
 ) -> ProPy:
     """ProPy with the published setting as defaults, new parameters drawn from torch's generator.
 
     Args:
         clip_weights: OpenAI's file, a state dict's file, or a state dict.
         pyramid: a JSON file or its content (see ``PromptPyramid.from_config``).
+        trust_archive: see ``models.clip.read_weights``.
 
     Raises:
         WeightsError, PyramidError: from the two files; ValueError: settings that do not fit them.
     """
     return ProPy(
-        build_clip(clip_weights),
+        build_clip(clip_weights, trust_archive),
         PromptPyramid.from_config(pyramid),
         num_prompts,
         adapter_channels,

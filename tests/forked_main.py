@@ -7,10 +7,13 @@ makes forking it safe.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +60,9 @@ def serve() -> None:
     import torch.utils.tensorboard  # noqa: F401
 
     import main
+    from dataloaders.tokenizer import tokenize
+
+    tokenize(["its table"], 8)  # read once, not in every run
 
     answers = os.fdopen(os.dup(1), "w")
     output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -70,12 +76,33 @@ def serve() -> None:
             os.setpgid(0, 0)
             exec(patch, {"main": main})
             sys.argv = ["main.py", *flags]
-            main.command_line()
-            sys.stdout.flush()
-            sys.exit()
+            _end(_status_of(main.command_line))
         print(child, file=answers, flush=True)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         print(status, file=answers, flush=True)
+
+
+def _status_of(program: Callable[[], None]) -> int:
+    try:
+        program()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code)
+            return 1
+        return end.code or 0
+    except BaseException:
+        traceback.print_exc(file=sys.stdout)
+        return 1
+    return 0
+
+
+def _end(status: int) -> None:
+    """What the interpreter does, but for taking apart all that was imported, which takes longer
+    than a run."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import re
 import subprocess
 import threading
 from pathlib import Path
@@ -14,7 +15,15 @@ import torch
 from golden_model import GOLDEN, make_weights
 
 from dataloaders.tokenizer import tokenize
-from models.clip import CLIP, CLIPSizes, WeightsError, build_clip, read_weights, weights_path
+from models.clip import (
+    CLIP,
+    PUBLISHED_ARCHIVES,
+    CLIPSizes,
+    WeightsError,
+    build_clip,
+    read_weights,
+    weights_path,
+)
 
 CAPTIONS = ["a man opens the door", "two dogs", "she pours 2 cups of water into the pot"]
 
@@ -69,7 +78,7 @@ def compare(clip: CLIP, state: dict) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "archive"])
 def test_features_equal_open_clips(files, kind: str) -> None:
-    compare(build_clip(files[kind]), read_weights(files["plain"]))
+    compare(build_clip(files[kind], trust_archive=True), read_weights(files["plain"]))
 
 
 @pytest.mark.slow
@@ -79,14 +88,37 @@ def test_features_equal_open_clips_at_the_published_size() -> None:
 
 
 def test_archive_and_state_dict_hold_the_same(files) -> None:
-    plain, archive = read_weights(files["plain"]), read_weights(files["archive"])
+    plain, archive = read_weights(files["plain"]), read_weights(files["archive"], True)
     assert plain.keys() == archive.keys()
     assert all(torch.equal(plain[key], archive[key]) for key in plain)
     assert {value.dtype for value in archive.values()} == {torch.float32}
 
 
+def test_an_archive_is_loaded_if_published_or_trusted(files, monkeypatch) -> None:
+    """Loading one runs its code, so nothing of it may be touched before."""
+    loaded = []
+    load = torch.jit.load
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: loaded.append(1) or load(*a, **k))
+    with pytest.raises(WeightsError, match=r"s1-fp16\.jit\.pt: .*--trust_clip_archive 1"):
+        read_weights(files["archive"])
+    assert not loaded
+    read_weights(files["archive"], trust_archive=True)
+    assert loaded.pop()
+    sha256 = hashlib.sha256(files["archive"].read_bytes()).hexdigest()
+    monkeypatch.setattr("models.clip.PUBLISHED_ARCHIVES", {sha256})
+    read_weights(files["archive"])
+    assert loaded
+
+
+def test_the_published_archives_are_those_that_are_downloaded() -> None:
+    script = (GOLDEN.parents[1] / "scripts/download_clip.sh").read_text()
+    assert set(re.findall(r"sha256=([0-9a-f]{64})", script)) == PUBLISHED_ARCHIVES
+
+
 def test_sizes_are_read_off_the_tensors(files) -> None:
-    assert build_clip(files["archive"]).sizes == CLIPSizes(64, 128, 4, 32, 7, 128, 4, 77, 49408)
+    assert build_clip(files["archive"], trust_archive=True).sizes == CLIPSizes(
+        64, 128, 4, 32, 7, 128, 4, 77, 49408
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +144,7 @@ def test_every_key_and_shape_is_accounted_for(files, tmp_path, change, message: 
 def test_a_cut_file_is_named(files, tmp_path, kind: str, keep: int) -> None:
     (tmp_path / "cut.pt").write_bytes(files[kind].read_bytes()[:keep])
     with pytest.raises(WeightsError, match=r"cut\.pt"):
-        read_weights(tmp_path / "cut.pt")
+        read_weights(tmp_path / "cut.pt", trust_archive=True)
 
 
 def test_models_have_openais_names(tmp_path) -> None:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "plot")
 
 from plot_curves import choose_names, main, plot_curves, published_values, run_names
 
+from utils.logger import append_json
 from utils.run_log import RunLogError, best_epoch, curve, curve_names, label, read_epochs
 
 PLOT_CURVES = Path(__file__).resolve().parents[1] / "scripts/plot/plot_curves.py"
@@ -55,10 +56,15 @@ def test_lines_are_what_was_logged() -> None:
     assert len(colours) == 2
 
 
-def test_a_torn_last_line_is_left_out(tmp_path, caplog) -> None:
+def test_torn_lines_are_left_out(tmp_path, caplog) -> None:
     folder = write(tmp_path / "run", records(3), torn='{"epoch": 4, "lo')
     assert [r["epoch"] for r in read_epochs(folder)] == [1, 2, 3]
-    assert "log.jsonl:4: the last line is incomplete" in caplog.text
+    assert "log.jsonl: incomplete lines left out: 1 (line 4)" in caplog.text
+    append_json(folder / "log.jsonl", {"epoch": 4})  # the run goes on, and is killed again
+    with (folder / "log.jsonl").open("a") as file:
+        file.write("{")
+    assert [r["epoch"] for r in read_epochs(folder)] == [1, 2, 3, 4]
+    assert "log.jsonl: incomplete lines left out: 2 (line 4, 6)" in caplog.text
     whole = write(tmp_path / "no_line_end", records(2), torn='{"epoch": 3}')
     assert [r["epoch"] for r in read_epochs(whole)] == [1, 2, 3]
 
@@ -66,8 +72,8 @@ def test_a_torn_last_line_is_left_out(tmp_path, caplog) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"epoch": 1}\n{"epoch\n{"epoch": 3}\n', "log.jsonl:2: not JSON"),
-        ('{"epoch": 1\n', "log.jsonl:1: not JSON"),
+        ('{"epoch": 1}\nepoch 2\n{"epoch": 3}\n', "log.jsonl:2: not JSON"),
+        ('{"epoch": 1\n', "no finished epoch"),
         ("[1]\n", "log.jsonl:1: not an object"),
         ("", "no finished epoch"),
         ('{"step": 1}\n', "no finished epoch"),

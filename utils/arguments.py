@@ -72,6 +72,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pretrained_dir", type=Path, default=ROOT / "CLIP_weights",
         help="folder of OpenAI's weights, fetched by scripts/download_clip.sh "
         "(default CLIP_weights)")
+    add("--trust_clip_archive", type=int, choices=[0, 1], default=0,
+        help="1 loads a TorchScript archive of CLIP's weights that is none of the files OpenAI "
+        "publishes, which runs code that is in it (default 0)")
     add("--freeze_clip", type=int, choices=[0, 1], default=1,
         help="0 fine-tunes CLIP too, with lr·coef_lr [published: 1] (default 1)")
     add("--pyr_config_path", type=Path, default=ROOT / "scripts/pyramids/cfg_32.json",

@@ -46,29 +46,33 @@ def read_args(folder: Path) -> dict:
 def read_records(path: Path) -> list[dict]:
     """The lines of a .jsonl file, each an object.
 
-    A last line that was torn off, as when a run is killed while it writes, is left out with a
-    warning.
+    Lines that were torn off, as when a run is killed while it writes, are left out with a warning.
+    They begin like a record; the run that went on began a new line.
 
     Raises:
-        RunLogError: no such file, or another line that is not an object.
+        RunLogError: no such file, or a line that is something else.
     """
     if not path.is_file():
         raise RunLogError(f"{path}: no such file: give the folder of a run, such as logs/prvr_tvr")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
+    records, torn = [], []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            if number == len(lines):  # no line end: it was still being written
-                logger.warning("%s:%d: the last line is incomplete and left out", path, number)
+            if line.startswith("{"):
+                torn.append(str(number))
                 continue
             raise RunLogError(f"{path}:{number}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise RunLogError(f"{path}:{number}: not an object")
         records.append(record)
+    if torn:
+        logger.warning(
+            "%s: incomplete lines left out: %d (line %s)", path, len(torn), ", ".join(torn)
+        )
     return records
 
 
