@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.benchmarks import harness, model, tails
+from scripts.benchmarks import harness, loader, model, tails
 
 # Every stage by its name. A factory takes the options and returns a harness.Stage.
 STAGES: dict[str, harness.Factory] = {
@@ -30,6 +31,12 @@ STAGES: dict[str, harness.Factory] = {
     "train_step": model.train_batch,
     "prvr_tail": tails.prvr_tail,
     "vcmr_tail": tails.vcmr_tail,
+    **{f"loader_{s}s": partial(loader.loader, s) for s in loader.SECONDS},
+    **{f"store_{s}s": partial(loader.store, s) for s in loader.SECONDS},
+}
+GROUPS = {
+    "loader": [name for name in STAGES if name.startswith(("loader_", "store_"))],
+    "all": list(STAGES),
 }
 
 
@@ -40,11 +47,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     # fmt: off
-    add("stages", nargs="+", choices=[*STAGES, "all"], metavar="STAGE",
-        help=f"what to measure: {', '.join(STAGES)}, or all")
+    add("stages", nargs="+", choices=[*STAGES, *GROUPS], metavar="STAGE",
+        help=f"what to measure: {', '.join(STAGES)}; loader: all of loading; or all")
     add("--model", choices=list(model.SIZES), default="b32",
         help="CLIP's size; small is for a quick look (default b32)")
-    add("--videos", type=int, help="videos in a batch (default: encode_video 1, train_step 2)")
+    add("--videos", type=int,
+        help="videos in a batch (default: encode_video 1, train_step 2, loading 4)")
     add("--texts", type=int,
         help="texts: of a batch in encode_text (default 64), of each video in train_step (4)")
     add("--words", type=int, default=32, help="tokens of the longest text (default 32)")
@@ -55,6 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "(default published: all but the lowest)")
     add("--split", choices=["charades", "tvr", "activitynet"], default="charades",
         help="size of the corpus in stages of the evaluation (default charades)")
+    add("--clips", type=Path, metavar="DIR",
+        help="loading: a folder of prepared clips whose frames the measured clips show, since what "
+        "they show counts (default: rendered ones)")
     add("--precision", choices=["fp32", "bf16", "amp"], default="fp32",
         help="of both sides: float32, or bfloat16 or float16 autocast (default fp32)")
     add("--device", choices=["cpu", "cuda"],
@@ -74,13 +85,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     options = harness.Options(
         model=args.model, videos=args.videos, texts=args.texts, overlap=args.overlap,
-        words=args.words, split=args.split, precision=args.precision, device=args.device,
-        threads=args.threads, seed=args.seed,
+        words=args.words, split=args.split, clips=args.clips, precision=args.precision,
+        device=args.device, threads=args.threads, seed=args.seed,
     )  # fmt: skip
     harness.set_up(options)
     print(f"{harness.machine(options)}; {args.model}, {args.precision}", flush=True)
     results = []
-    for name in STAGES if "all" in args.stages else args.stages:
+    for name in dict.fromkeys(s for chosen in args.stages for s in GROUPS.get(chosen, [chosen])):
         for frames in args.frames:
             row = f"{name}, {frames} frames" if len(args.frames) > 1 else name
             its_options = replace(options, frames=frames)

@@ -90,6 +90,7 @@ class Options:
     overlap: str = "published"  # of the pyramid's events: published, none or all
     words: int = 32  # tokens of the longest text
     split: str = "charades"  # size of the corpus in stages of the evaluation
+    clips: Path | None = None  # folder of prepared clips, for the content of those to load
     precision: str = "fp32"
     device: str = "cpu"
     threads: int | None = None
@@ -264,7 +265,7 @@ def save_json(path: Path, results: Sequence[Result], options: Options) -> None:
         "options": asdict(options),
         "results": [asdict(result) for result in results],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def save_plot(path: Path, results: Sequence[Result], options: Options) -> None:
