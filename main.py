@@ -27,11 +27,12 @@ from dataloaders.frame_store import FrameStore
 from dataloaders.video import VideoError
 from models import ProPy, build_model
 from models.clip import WeightsError, weights_path
-from modules.pyramid import PyramidError
+from modules.pyramid import PromptPyramid, PyramidError
 from utils.arguments import AUTO, parse_args
 from utils.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from utils.embeddings import EmbeddingsError, KeptEmbeddings, load_embeddings, save_embeddings
 from utils.engine import TrainingError
-from utils.evaluation import Evaluation, tables
+from utils.evaluation import Evaluation, Reading, tables
 from utils.files import OutputError, locked_folder, whole_file
 from utils.logger import append_json, setup_logging
 from utils.misc import (
@@ -58,6 +59,7 @@ class SettingsError(ValueError):
 USER_ERRORS = (
     AnnotationError,
     CheckpointError,
+    EmbeddingsError,
     OutOfMemoryError,
     OutputError,
     PlotError,
@@ -87,6 +89,11 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     train_queries = (
         read_split(args.prvr_train_annos, args.datatype, "train", log) if args.do_train else []
     )
+    if args.subtask_type == "VCMR":
+        check_times(args, val_queries, log)
+    if args.load_embeddings:
+        evaluate_kept(args, val_queries, device, log)
+        return
     model = build_model(
         weights_path(args.pretrained_clip_name, args.pretrained_dir),
         args.pyr_config_path,
@@ -108,15 +115,8 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         max_words=args.max_words,
         batch_size=args.batch_size_val,
         num_workers=args.num_thread_reader,
-        moments=args.subtask_type == "VCMR",
-        event_scores=args.event_scores,
-        per_video=args.npev,
-        limit=args.max_event_per_text,
-        window_rule=args.window_rule,
-        memory_gib=args.eval_memory_gib,
+        **reading_settings(args),
     )
-    if args.subtask_type == "VCMR":
-        check_times(args, val_queries, log)
     plots = PlotSettings(
         args.plot_dir, args.plot_layer, args.plot_head, args.plot_style, args.plot_format
     )
@@ -131,12 +131,20 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         log.info("using %s, %d epochs trained", best, checkpoint.epoch)
         with memory_advice(LESS_MEMORY_EVALUATING):
             embeddings = evaluation.embed(model, device)
+        if args.save_embeddings:
+            kept = KeptEmbeddings.of(
+                embeddings,
+                val_queries,
+                evaluation.proposals,
+                max_words=args.max_words,
+                checkpoint=best,
+                epoch=checkpoint.epoch,
+            )
+            save_embeddings(args.save_embeddings, kept)
+            log.info("embeddings kept in %s", args.save_embeddings)
     if args.do_eval:
         rows = evaluation.run(embeddings, args.output_dir if args.save_predictions else None)
-        for table in tables(rows, args.datatype):
-            log.info("\n%s", table)
-        record = {"checkpoint": str(best), "epoch": checkpoint.epoch, "git": git_revision()}
-        append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
+        report(args, rows, str(best), checkpoint.epoch, log)
     if args.do_plot:
         drawn, hits = evaluation.plot(
             embeddings,
@@ -153,6 +161,49 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
             f"{hits:,} of {len(val_queries):,}",
             plots.folder / "attention",
         )
+
+
+def evaluate_kept(
+    args: argparse.Namespace, queries: list[Query], device: torch.device, log: logging.Logger
+) -> None:
+    """Metrics of kept embeddings: needs no videos, no CLIP, and no checkpoint but to compare."""
+    kept = load_embeddings(args.load_embeddings)
+    proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
+    try:
+        kept.check(queries, proposals, max_words=args.max_words, checkpoint=args.resume)
+    except EmbeddingsError as error:
+        raise EmbeddingsError(f"{args.load_embeddings}: {error}") from None
+    log.info("using %s, of %s after epoch %d", args.load_embeddings, kept.checkpoint, kept.epoch)
+    reading = Reading(queries, proposals, **reading_settings(args))
+    embeddings = kept.embeddings.to(device)
+    rows = reading.run(embeddings, args.output_dir if args.save_predictions else None)
+    report(args, rows, kept.checkpoint, kept.epoch, log)
+
+
+def reading_settings(args: argparse.Namespace) -> dict:
+    """The flags that say how metrics are read off embeddings, see `utils.evaluation.Reading`."""
+    return {
+        "moments": args.subtask_type == "VCMR",
+        "event_scores": args.event_scores,
+        "per_video": args.npev,
+        "limit": args.max_event_per_text,
+        "window_rule": args.window_rule,
+        "memory_gib": args.eval_memory_gib,
+    }
+
+
+def report(
+    args: argparse.Namespace,
+    rows: dict[str, dict[str, float]],
+    checkpoint: str,
+    epoch: int,
+    log: logging.Logger,
+) -> None:
+    """Show the metrics of an evaluation, and keep them in eval.jsonl."""
+    for table in tables(rows, args.datatype):
+        log.info("\n%s", table)
+    record = {"checkpoint": checkpoint, "epoch": epoch, "git": git_revision()}
+    append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
 
 
 def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Query]) -> None:

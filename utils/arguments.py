@@ -139,6 +139,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_memory_gib", type=float, default=1.0, metavar="GIB",
         help="memory for the scores of texts with videos, beside the embeddings, their normalised "
         "copy and the predictions; results do not depend on it (default 1)")
+    add("--save_embeddings", type=Path, metavar="HDF5",
+        help="keep the embeddings that --do_eval or --do_plot computes, with what they depend on, "
+        "for --load_embeddings")
+    add("--load_embeddings", type=Path, metavar="HDF5",
+        help="--do_eval with kept embeddings instead of computing them: needs neither videos nor "
+        "CLIP, and --resume only to be sure that they are of that checkpoint; a file of other "
+        "annotations, another pyramid, checkpoint or max_words is refused")
     add("--save_predictions", type=int, choices=[0, 1], default=0,
         help="--do_eval leaves the predicted moments in the output folder: predictions.h5, "
         "for scripts/report.py and python -m utils.moment_metrics, and in TVR's and "
@@ -167,12 +174,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     if not (args.do_train or args.do_eval or args.do_plot):
         parser.error("nothing to do: give --do_train 1, --do_eval 1, --do_plot 1 or several")
-    if bool(args.video_dir) == bool(args.frame_store):
+    if not args.load_embeddings and bool(args.video_dir) == bool(args.frame_store):
         parser.error("give one of --video_dir and --frame_store: where the clips are")
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
+    if args.load_embeddings and (args.do_train or args.do_plot or args.save_embeddings):
+        parser.error(
+            "--load_embeddings is for --do_eval 1 alone: training, pictures and "
+            "--save_embeddings need the model and the videos"
+        )
+    if args.load_embeddings and args.resume == AUTO:
+        parser.error("--load_embeddings: --resume auto is for training; name the checkpoint")
+    if args.save_embeddings and not (args.do_eval or args.do_plot):
+        parser.error("--save_embeddings needs --do_eval 1 or --do_plot 1")
+    if args.save_embeddings and not args.save_embeddings.parent.is_dir():
+        parser.error(f"--save_embeddings: no such folder: {args.save_embeddings.parent}")
     for task in ("do_eval", "do_plot"):
-        if getattr(args, task) and not args.do_train and args.resume in (None, AUTO):
+        known = args.do_train or args.resume not in (None, AUTO) or args.load_embeddings
+        if getattr(args, task) and not known:
             parser.error(f"--{task} 1 needs --resume with the checkpoint to use")
     if args.resume not in (None, AUTO) and args.load_from_pretrained:
         parser.error("--resume goes on with a run, --load_from_pretrained starts one: not both")

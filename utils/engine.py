@@ -206,6 +206,10 @@ class Embeddings:
     events: Tensor  # [V, N_e, D]
     texts: Tensor  # [T, D]
 
+    def to(self, device: torch.device) -> Embeddings:
+        """The same on another device."""
+        return Embeddings(self.events.to(device), self.texts.to(device))
+
 
 @torch.inference_mode()
 def embed_corpus(

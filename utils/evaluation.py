@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,35 +34,23 @@ from utils.tables import PRVR_COLUMNS, metrics_table
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
 
 
-class Evaluation:
-    """One split, read and checked before training starts, evaluated after every epoch.
+class Reading:
+    """Metrics of one split, read off embeddings, wherever those come from.
 
     Args:
         queries: the annotations.
-        clips: where their videos are.
         proposals: [N_e, 2] start and end of each event as a share of its video.
-        num_frames, size: of a clip, and the side of its square frames in pixels.
-        batch_size, num_workers: of the loader of videos.
         moments: evaluate VCMR too, by which the best epoch is chosen then.
         event_scores: "cosine", "dot" or "both": how texts and events are compared for PRVR.
         per_video, limit, window_rule: see `predict_moments` and `evaluate_vcmr`.
         memory_gib: for the scores of texts and videos, see `predict_moments`.
-
-    Raises:
-        VideoError: clips are missing.
     """
 
     def __init__(
         self,
         queries: list[Query],
-        clips: ClipSource,
         proposals: Tensor,
         *,
-        num_frames: int,
-        size: int,
-        max_words: int,
-        batch_size: int,
-        num_workers: int,
         moments: bool,
         event_scores: str = "cosine",
         per_video: int = 10,
@@ -78,21 +67,6 @@ class Evaluation:
         self.per_video, self.limit, self.window_rule = per_video, limit, window_rule
         self.chunk = int(memory_gib * 2**28)  # of float32
         self.proposals = proposals
-        self.texts = evaluation_text_batches(queries, max_words, TEXT_BATCH)
-        self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
-            evaluation_video_loader,
-            clips=clips,
-            num_frames=num_frames,
-            size=size,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
-        self.loader = self.load_videos(self.videos)
-
-    def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
-        """All videos and texts of the split."""
-        return embed_corpus(model, self.loader, self.texts, device)
 
     def run(
         self, embeddings: Embeddings, predictions_dir: Path | None = None
@@ -125,6 +99,57 @@ class Evaluation:
                 rows[name] = evaluate_prvr(embeddings, self.target, normalize, self.chunk)
         return rows
 
+    def score(self, rows: dict[str, dict[str, float]]) -> float:
+        """What chooses the best epoch."""
+        if self.moments:
+            return selection_score(rows["VCMR"])
+        return next(iter(rows.values()))["SumR"]
+
+
+class Evaluation(Reading):
+    """One split, read and checked before training starts, evaluated after every epoch.
+
+    Args:
+        clips: where the queries' videos are.
+        num_frames, size: of a clip, and the side of its square frames in pixels.
+        max_words: tokens of a text that are read.
+        batch_size, num_workers: of the loader of videos.
+        queries, proposals, reading: see `Reading`.
+
+    Raises:
+        VideoError: clips are missing.
+    """
+
+    def __init__(
+        self,
+        queries: list[Query],
+        clips: ClipSource,
+        proposals: Tensor,
+        *,
+        num_frames: int,
+        size: int,
+        max_words: int,
+        batch_size: int,
+        num_workers: int,
+        **reading: Any,
+    ) -> None:
+        super().__init__(queries, proposals, **reading)
+        self.texts = evaluation_text_batches(queries, max_words, TEXT_BATCH)
+        self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
+            evaluation_video_loader,
+            clips=clips,
+            num_frames=num_frames,
+            size=size,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.loader = self.load_videos(self.videos)
+
+    def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
+        """All videos and texts of the split."""
+        return embed_corpus(model, self.loader, self.texts, device)
+
     def plot(
         self,
         embeddings: Embeddings,
@@ -156,12 +181,6 @@ class Evaluation:
             source=source,
         )
         return len(chosen), int((ranks == 1).sum())
-
-    def score(self, rows: dict[str, dict[str, float]]) -> float:
-        """What chooses the best epoch."""
-        if self.moments:
-            return selection_score(rows["VCMR"])
-        return next(iter(rows.values()))["SumR"]
 
 
 def tables(rows: dict[str, dict[str, float]], datatype: str) -> list[str]:
