@@ -50,8 +50,12 @@ class ClipLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[dict]:
+        """The workers start reading now, not when the first batch is asked for."""
+        return self._checked(iter(self._loader))
+
+    def _checked(self, batches: Iterator[dict]) -> Iterator[dict]:
         try:
-            for batch in self._loader:
+            for batch in batches:
                 if isinstance(batch, VideoError):
                     raise batch
                 yield batch

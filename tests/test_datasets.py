@@ -238,6 +238,21 @@ def test_a_broken_clip_is_named_without_a_traceback(video_dir, tmp_path, num_wor
         assert "Traceback" not in str(raised.value)
 
 
+def test_workers_read_before_the_first_batch_is_asked_for(video_dir, monkeypatch, tmp_path):
+    def leave_a_mark(path, *rest):
+        (tmp_path / path.name).touch()
+        return load_clip(path, *rest)
+
+    monkeypatch.setattr(clips, "load_clip", leave_a_mark)
+    loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=1)
+    batches = iter(loader)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert any(tmp_path.iterdir())
+    assert len(list(batches)) == len(loader)
+
+
 def test_a_clip_that_hangs_in_a_worker_is_named(video_dir, monkeypatch):
     decode = video._decode
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -214,26 +214,31 @@ class Embeddings:
 @torch.inference_mode()
 def embed_corpus(
     model: nn.Module,
-    videos: Iterable[dict],
+    videos: Collection[dict],
     texts: Sequence[dict],
     device: torch.device,
 ) -> Embeddings:
     """Every video and every text of a split, once each, in float32.
+
+    The loader's workers decode the first videos while texts are encoded, and the next ones while
+    videos are; on a GPU nothing in here waits for its results.
 
     Args:
         videos: batches {frames, indices} as ``evaluation_video_loader`` makes them, in order.
         texts: batches {token_ids, indices} of ``evaluation_text_batches``, in any order.
     """
     model.eval()
-    events = []
-    for batch in tqdm(videos, desc="videos", unit="batch", dynamic_ncols=True, leave=False):
-        events.append(model.encode_video(batch["frames"].to(device, non_blocking=True)))
+    shown = {"unit": "batch", "dynamic_ncols": True, "leave": False}
+    clips = iter(videos)
     indices, features = [], []
-    for batch in tqdm(texts, desc="texts", unit="batch", dynamic_ncols=True, leave=False):
+    for batch in tqdm(texts, desc="texts", **shown):
         indices.append(batch["indices"])
         features.append(model.encode_text(batch["token_ids"].to(device)))
     in_order = torch.empty_like(torch.cat(features))
     in_order[torch.cat(indices).to(device)] = torch.cat(features)
+    events = []
+    for batch in tqdm(clips, desc="videos", total=len(videos), **shown):
+        events.append(model.encode_video(batch["frames"].to(device, non_blocking=True)))
     return Embeddings(torch.cat(events), in_order)
 
 
