@@ -24,6 +24,8 @@ class ForkedMain:
 
     def __init__(self, folder: Path) -> None:
         self.output = folder / "output.txt"
+        self.seconds = 0.0  # that a run takes, for who measures it
+        self._told = 0
         self._server = subprocess.Popen(
             [sys.executable, __file__], cwd=folder, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -50,6 +52,12 @@ class ForkedMain:
     def wait(self) -> int:
         """Exit status of the run, negative if a signal ended it."""
         return int(self._server.stdout.readline())
+
+    def told(self) -> str:
+        """What runs have printed since this was asked last."""
+        text = self.output.read_text()[self._told :]
+        self._told += len(text)
+        return text
 
     def run(self, *flags: str, patch: str = "") -> int:
         self.start(*flags, patch=patch)

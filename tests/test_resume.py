@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,11 +19,11 @@ from golden_model import make_weights
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from utils.ffmpeg import write_video
+from utils.files import locked_folder
 from utils.logger import MEASURED
 
 NUM_CLIPS, BATCH, EPOCHS = 7, 2, 3
 STEPS = NUM_CLIPS // BATCH  # of an epoch
-RUN = "run"
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +62,11 @@ def flags(output: Path, *more: str, workers: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(program, tmp_path_factory) -> Path:
-    """The run that was never stopped, and how long it took."""
-    output = tmp_path_factory.mktemp("whole") / RUN
-    assert program.run(*flags(output)) == 0, program.output.read_text()
+    """The run that was never stopped."""
+    output = tmp_path_factory.mktemp("whole")
+    started = time.monotonic()
+    assert program.run(*flags(output)) == 0, program.told()
+    program.seconds = time.monotonic() - started
     return output
 
 
@@ -120,34 +124,283 @@ def assert_same_run(output: Path, whole: Path) -> None:
     assert not list(output.glob("*.part")) and not list(output.glob(".*.part"))
 
 
-def kill_and_resume(program, whole: Path, output: Path, kills: int, seed: int) -> list[str]:
-    """SIGKILL after random times, with another number of workers each time, then to the end.
+def stands(output: Path) -> tuple[int, int]:
+    """Epoch and step of the checkpoint, which can be read whenever it is there."""
+    if not (output / "ckpt.pth.tar").is_file():
+        return 0, 0
+    content = torch.load(output / "ckpt.pth.tar", weights_only=True)
+    return content["epoch"], content["sums"]["steps"]
+
+
+def kill_after_random_times(program, output: Path, kills: int, seed: int) -> set[tuple[int, int]]:
+    """Starts with another number of workers each time; SIGKILL; then to the end.
 
     Returns:
-        Where the run stood after each kill: epoch and step of its checkpoint.
+        Where the run stood after the kills.
     """
-    draw = random.Random(seed)
-    started = time.monotonic()
-    assert program.run(*flags(output / "timed")) == 0
-    duration = time.monotonic() - started
-    stood = []
+    draw, stood = random.Random(seed), set()
     for _ in range(kills):
-        run = program.start(*flags(output / RUN, workers=draw.choice([0, 0, 1, 2])))
-        time.sleep(draw.uniform(0.1, 1) * duration)
-        try:
+        run = program.start(*flags(output, workers=draw.choice([0, 0, 1, 2])))
+        # The later half of a run's time, when it is past its start.
+        time.sleep(draw.uniform(0.4, 1) * program.seconds)
+        with contextlib.suppress(ProcessLookupError):
             os.kill(run, signal.SIGKILL)
-        except ProcessLookupError:
-            assert program.wait() == 0
-            break
         assert program.wait() in (0, -signal.SIGKILL)
-        latest = output / RUN / "ckpt.pth.tar"
-        if latest.is_file():  # every one can be read
-            content = torch.load(latest, weights_only=True)
-            stood.append(f"{content['epoch']}.{content['sums']['steps']}")
-    assert program.run(*flags(output / RUN, workers=draw.choice([0, 2]))) == 0
-    assert_same_run(output / RUN, whole)
+        stood.add(stands(output))
+        if stands(output) == (EPOCHS, 0):
+            break
+    assert program.run(*flags(output, workers=draw.choice([0, 2]))) == 0
     return stood
 
 
-def test_killed_at_random_points(program, whole, tmp_path) -> None:
-    kill_and_resume(program, whole, tmp_path, kills=3, seed=1)
+# Counts what is done to files of the output folder, and SIGKILLs itself at the given number.
+DIE_AT_A_FILE_OPERATION = """
+import os, signal, sys
+number, output = {number}, {output!r}
+count = 0
+def tick():
+    global count
+    count += 1
+    if count == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+real = os.fsync
+def fsync(descriptor):
+    tick()
+    real(descriptor)
+    tick()
+os.fsync = fsync
+def hook(event, arguments):
+    if event in ("open", "os.rename", "os.remove") and output in str(arguments[0]):
+        tick()
+sys.addaudithook(hook)
+"""
+
+
+def kill_at_file_operations(program, output: Path, numbers: list[int]) -> None:
+    for number in numbers:
+        patch = DIE_AT_A_FILE_OPERATION.format(number=number, output=str(output))
+        assert program.run(*flags(output), patch=patch) in (0, -signal.SIGKILL)
+    assert program.run(*flags(output, workers=1)) == 0
+
+
+def test_killed_at_random_times(program, whole, tmp_path) -> None:
+    kill_after_random_times(program, tmp_path, kills=3, seed=1)
+    assert_same_run(tmp_path, whole)
+
+
+def test_killed_while_writing_files(program, whole, tmp_path) -> None:
+    numbers = random.Random(2).sample(range(20, 60), 3)
+    kill_at_file_operations(program, tmp_path, numbers)
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_at_many_random_times(program, whole, tmp_path, seed: int) -> None:
+    stood = kill_after_random_times(program, tmp_path, kills=8, seed=seed)
+    print(f"killed {len(stood)} times, at {sorted(stood)}")
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_killed_at_every_file_operation(program, whole, tmp_path) -> None:
+    number = 0
+    while True:
+        number += 1
+        output = tmp_path / str(number)
+        patch = DIE_AT_A_FILE_OPERATION.format(number=number, output=str(output))
+        status = program.run(*flags(output), patch=patch)
+        if status == 0:
+            break  # it has no so many
+        assert status == -signal.SIGKILL
+        assert program.run(*flags(output)) == 0
+        assert_same_run(output, whole)
+        shutil.rmtree(output)
+    print(f"killed at each of {number - 1} file operations")
+    assert number > 100
+
+
+# Calls `act` in the process that trains, at a step counted from 1 or while evaluating.
+AT = """
+import os, signal, time
+import utils.engine as engine, utils.evaluation as evaluation
+step, when = 0, {when!r}
+def act():
+    {act}
+real_step, real_embed = engine.train_step, evaluation.embed_corpus
+def train_step(*arguments, **settings):
+    global step
+    step += 1
+    if step == when: act()
+    return real_step(*arguments, **settings)
+def embed_corpus(*arguments, **settings):
+    if when == "evaluation": act()
+    return real_embed(*arguments, **settings)
+engine.train_step, evaluation.embed_corpus = train_step, embed_corpus
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "stood"),
+    [
+        (1, signal.SIGTERM, (0, 1)),
+        (6, signal.SIGINT, (1, 3)),
+        ("evaluation", signal.SIGTERM, (0, 3)),
+    ],
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    program, whole, tmp_path, when, number: signal.Signals, stood
+) -> None:
+    """Sent to all processes of the run, as by Ctrl-C; the workers have read ahead by then."""
+    patch = AT.format(when=when, act=f"os.killpg(0, {int(number)})")
+    program.told()
+    assert program.run(*flags(tmp_path, workers=2), patch=patch) == 128 + number
+    told = program.told()
+    assert f"stopped by {number.name}, everything is saved" in told and "--resume auto" in told
+    assert stands(tmp_path) == stood
+    assert program.run(*flags(tmp_path)) == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_second_signal_ends_at_once(program, tmp_path) -> None:
+    act = "[(os.kill(os.getpid(), signal.SIGTERM), time.sleep(1.1)) for _ in range(2)]"
+    patch = AT.format(when=3, act=act)
+    assert program.run(*flags(tmp_path), patch=patch) == -signal.SIGTERM
+    assert stands(tmp_path) == (0, 2)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(program, whole, tmp_path) -> None:
+    act = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))"
+    program.told()
+    assert program.run(*flags(tmp_path), patch=AT.format(when=5, act=act)) == 1
+    told, latest = program.told(), tmp_path / "ckpt.pth.tar"
+    assert f"error: {latest}: cannot be written: File too large" in told
+    assert f"The last good checkpoint, for --resume, is {latest}" in told
+    assert stands(tmp_path) == (1, 0)
+    assert program.run(*flags(tmp_path)) == 0
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_second_run_in_the_folder_is_refused(program, tmp_path) -> None:
+    with locked_folder(tmp_path):
+        program.told()
+        assert program.run(*flags(tmp_path)) == 1
+    assert f"another run is writing there: process {os.getpid()}" in program.told()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_torn_line_of_the_log(program, whole, tmp_path) -> None:
+    """Killed in the middle of the second epoch's line."""
+    patch = """
+import os, signal
+import utils.logger as logger
+real = logger.append_line
+def append_line(path, line):
+    if '"epoch": 2' in line:
+        path.open("a").write(line[:40])
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, line)
+logger.append_line = append_line
+"""
+    assert program.run(*flags(tmp_path), patch=patch) == -signal.SIGKILL
+    program.told()
+    assert program.run(*flags(tmp_path)) == 0
+    assert "log.jsonl: incomplete lines left out: 1 (line 2)" in program.told()
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len(log) == EPOCHS + 1
+    (tmp_path / "log.jsonl").write_text("".join(line + "\n" for line in log if line[-1] == "}"))
+    assert_same_run(tmp_path, whole)
+
+
+def test_resuming_with_other_settings_is_said(program, tmp_path) -> None:
+    stop = AT.format(when=5, act="os.kill(os.getpid(), signal.SIGTERM)")
+    assert program.run(*flags(tmp_path), patch=stop) == 128 + signal.SIGTERM
+    program.told()
+    changed = flags(tmp_path, "--seed", "1", "--epochs", "2", "--lr", "1e-3")
+    assert program.run(*changed) == 0
+    told = program.told()
+    for change in ("seed 1 (was 42)", "epochs 2 (was 3)", "lr 0.001 (was 0.005)"):
+        assert change in told
+    assert "epoch 2 starts again" in told
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_going_on_in_another_folder(program, whole, tmp_path) -> None:
+    """The best checkpoint comes along, or is chosen anew with a warning."""
+    stop = AT.format(when=8, act="os.kill(os.getpid(), signal.SIGTERM)")
+    assert program.run(*flags(tmp_path / "a"), patch=stop) == 128 + signal.SIGTERM
+    resume = ["--resume", str(tmp_path / "a/ckpt.pth.tar")]
+    assert program.run(*flags(tmp_path / "b"), *resume) == 0
+    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+        assert_equal(checkpoint(tmp_path / "b", name), checkpoint(whole, name), name)
+    (tmp_path / "a/ckpt.best.pth.tar").unlink()
+    program.told()
+    assert program.run(*flags(tmp_path / "c"), *resume) == 0
+    assert "the best is chosen among the epochs from here on" in program.told()
+    assert checkpoint(tmp_path / "c", "ckpt.best.pth.tar")["epoch"] == 3
+
+
+NOT_FINITE = "engine.video_text_loss = lambda *_: torch.tensor(float('nan'), requires_grad=True)"
+TOO_MUCH = "torch.empty(2**55, dtype=torch.uint8)"
+
+
+@pytest.mark.parametrize(
+    ("when", "act", "messages"),
+    [
+        (5, NOT_FINITE, ("step 5: the loss is not finite (nan) on the batch of videos ",)),
+        (5, TOO_MUCH, ("out of memory: raise --gradient_accumulation_steps", "--batch_size")),
+        ("evaluation", TOO_MUCH, ("out of memory: lower --batch_size_val",)),
+    ],
+)
+def test_training_faults_say_what_to_do(program, tmp_path, when, act: str, messages) -> None:
+    program.told()
+    patch = AT.format(when=when, act="import torch; " + act)
+    assert program.run(*flags(tmp_path), patch=patch) == 1
+    told = program.told()
+    assert all(message in told for message in messages), told
+    last_good = f"The last good checkpoint, for --resume, is {tmp_path / 'ckpt.pth.tar'}"
+    assert last_good in told and "Traceback" not in told
+
+
+def test_a_step_that_the_loss_scaler_skips_is_counted(program, tmp_path) -> None:
+    patch = """
+import functools
+import torch
+import utils.engine as engine
+losses, real = 0, engine.video_text_loss
+def loss(*arguments):
+    global losses
+    losses += 1
+    return real(*arguments) * (float("inf") if losses == 2 else 1)
+engine.video_text_loss = loss
+torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, init_scale=1.0)
+"""
+    assert program.run(*flags(tmp_path, "--precision", "amp", "--epochs", "1"), patch=patch) == 0
+    (line,) = lines(tmp_path)
+    assert (line["steps"], line["skipped_steps"]) == (STEPS, 1)
+    assert np.isfinite(line["loss"]) and np.isfinite(line["grad_norm"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "a loader worker died"),
+        ("import time; time.sleep(60)", "not decoded within 1 seconds"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_named(program, tmp_path, fault: str, message) -> None:
+    """Reading one of the videos, in whichever batch it comes."""
+    patch = f"""
+import dataloaders.video as video
+video.DECODE_TIME_LIMIT = 1
+real = video._decode
+def decode(path, *arguments):
+    if path.name == "3.mp4":
+        {fault}
+    return real(path, *arguments)
+video._decode = decode
+"""
+    program.told()
+    assert program.run(*flags(tmp_path, workers=1), patch=patch) == 1
+    told = program.told()
+    assert message in told and "3.mp4" in told and "Traceback" not in told, told
