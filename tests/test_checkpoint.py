@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import random
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from models import build_model
 from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
+    EpochSums,
     convert_authors_state,
     load_checkpoint,
     save_checkpoint,
@@ -88,6 +92,108 @@ def test_a_failed_save_leaves_the_old_file(golden, tmp_path, monkeypatch) -> Non
         save_checkpoint(path, model, optimizer, scaler, Checkpoint(epoch=2))
     assert load_checkpoint(path, model).epoch == 1
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pth.tar"]
+
+
+def test_all_of_a_runs_state_comes_back(golden, tmp_path) -> None:
+    model, optimizer, scaler = trained(golden)
+    sums = EpochSums(7, 1, 0.1 + 0.2, 1 / 3, 5.5, 6.5)
+    progress = Checkpoint(
+        1, 17, None, None, {}, sums, last_record={"loss": 0.1}, facts={"precision in use": "amp"}
+    )
+    seeded = [random.seed, np.random.seed, torch.manual_seed]
+    draws = [random.random, np.random.rand, lambda: torch.rand(3).tolist(), np.random.randn]
+    for seed in seeded:
+        seed(5)
+    draws[-1]()  # numpy keeps the second of a pair of normal numbers
+    save_checkpoint(tmp_path / "c", model, optimizer, scaler, progress)
+    expected = [draw() for draw in draws]
+    for seed in seeded:
+        seed(6)
+    loaded = load_checkpoint(tmp_path / "c", model, optimizer, scaler)
+    assert [draw() for draw in draws] == expected
+    assert loaded == replace(progress, has_optimizer=True)
+    torch.manual_seed(6)
+    before = torch.get_rng_state()
+    load_checkpoint(tmp_path / "c", model)
+    assert torch.equal(torch.get_rng_state(), before), "evaluating is no resuming"
+
+
+def rewrite(path: Path, change) -> None:
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def earlier_format(content: dict) -> None:
+    content["format"] = "propy-1"
+    for name in ("sums", "last_record", "facts", "rng"):
+        del content[name]
+
+
+def test_the_earlier_format_is_resumed(golden, tmp_path) -> None:
+    model, optimizer, scaler = trained(golden)
+    save_checkpoint(tmp_path / "c", model, optimizer, scaler, Checkpoint(3, 30, 1.5, 2, {}))
+    rewrite(tmp_path / "c", earlier_format)
+    other, other_optimizer, other_scaler = trained(golden, 1)
+    loaded = load_checkpoint(tmp_path / "c", other, other_optimizer, other_scaler)
+    assert loaded == Checkpoint(3, 30, 1.5, 2, {}, has_optimizer=True)
+    assert torch.equal(other.prompts.event_prompts, model.prompts.event_prompts)
+
+
+EVENTS = "prompts.event_prompts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("epoch"), "its field 'epoch' is missing"),
+        (lambda c: c.update(sums={"stops": 1}), "its field 'sums' is missing or damaged"),
+        (lambda c: c["optimizer"]["state"].clear() or c["optimizer"].pop("param_groups"),
+         "optimizer, scaler or rng does not fit: KeyError"),
+        (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), "its optimizer has"),
+        (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+         r"the optimizer's exp_avg of \S+ has shape \[3\], the model \["),
+        (lambda c: c["optimizer"]["state"][0]["exp_avg_sq"].fill_(float("inf")),
+         r"the optimizer's exp_avg_sq of \S+ has values that are not finite"),
+        (lambda c: c["rng"].pop("numpy"), "optimizer, scaler or rng does not fit: KeyError"),
+        (lambda c: c["state_dict"].update({EVENTS: torch.zeros(8, 96)}),
+         r"event_prompts has shape \[8, 96\], the model \[8, 128\]"),
+        (lambda c: c["state_dict"][EVENTS].fill_(float("nan")), "not finite"),
+    ],
+)  # fmt: skip
+def test_a_wrong_checkpoint_of_ours_changes_nothing(golden, tmp_path, change, message) -> None:
+    path = tmp_path / "wrong.pth.tar"
+    save_checkpoint(path, *trained(golden), Checkpoint())
+    rewrite(path, change)
+    model, optimizer, scaler = trained(golden, 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"wrong\.pth\.tar: .*{message}"):
+        load_checkpoint(path, model, optimizer, scaler)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_flipped_bit_is_found(golden, tmp_path) -> None:
+    """Anywhere in the weights: torch itself does not look at the checksums."""
+    path = tmp_path / "flipped.pth.tar"
+    model, optimizer, scaler = trained(golden)
+    save_checkpoint(path, model, optimizer, scaler, Checkpoint())
+    content = bytearray(path.read_bytes())
+    values = model.prompts.event_prompts.detach().numpy().tobytes()
+    content[content.index(values) + len(values) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"flipped\.pth\.tar: .*checksum"):
+        load_checkpoint(path, model)
+
+
+def test_weights_that_are_not_finite_are_not_saved(golden, tmp_path) -> None:
+    path = tmp_path / "ckpt.pth.tar"
+    model, optimizer, scaler = trained(golden)
+    save_checkpoint(path, model, optimizer, scaler, Checkpoint(epoch=1))
+    with torch.no_grad():
+        model.prompts.event_prompts[0, 0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"not written: prompts\.event_prompts"):
+        save_checkpoint(path, model, optimizer, scaler, Checkpoint(epoch=2))
+    assert load_checkpoint(path, model).epoch == 1
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -132,23 +132,33 @@ def stands(output: Path) -> tuple[int, int]:
     return content["epoch"], content["sums"]["steps"]
 
 
-def kill_after_random_times(program, output: Path, kills: int, seed: int) -> set[tuple[int, int]]:
-    """Starts with another number of workers each time; SIGKILL; then to the end.
+SAY_WHEN_TRAINING_STARTS = """
+from pathlib import Path
+from utils.trainer import Trainer
+run = Trainer.run
+Trainer.run = lambda self: (Path("started").touch(), run(self))[1]
+"""
+
+
+def kill_after_random_times(program, output: Path, kills: int, seed: int) -> list:
+    """Starts with another number of workers each time; SIGKILL while it trains; then to the end.
 
     Returns:
-        Where the run stood after the kills.
+        Where the run stood after each of the kills.
     """
-    draw, stood = random.Random(seed), set()
-    for _ in range(kills):
-        run = program.start(*flags(output, workers=draw.choice([0, 0, 1, 2])))
-        # The later half of a run's time, when it is past its start.
-        time.sleep(draw.uniform(0.4, 1) * program.seconds)
-        with contextlib.suppress(ProcessLookupError):
+    draw, stood = random.Random(seed), []
+    started = program.output.with_name("started")
+    while len(stood) < kills and (not stood or stood[-1] != (EPOCHS, 0)):
+        started.unlink(missing_ok=True)
+        workers = draw.choice([0, 0, 1, 2])
+        run = program.start(*flags(output, workers=workers), patch=SAY_WHEN_TRAINING_STARTS)
+        while not started.exists():
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.5) * program.seconds)
+        with contextlib.suppress(ProcessLookupError):  # it has come to its end
             os.kill(run, signal.SIGKILL)
         assert program.wait() in (0, -signal.SIGKILL)
-        stood.add(stands(output))
-        if stands(output) == (EPOCHS, 0):
-            break
+        stood.append(stands(output))
     assert program.run(*flags(output, workers=draw.choice([0, 2]))) == 0
     return stood
 
@@ -198,7 +208,7 @@ def test_killed_while_writing_files(program, whole, tmp_path) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_killed_at_many_random_times(program, whole, tmp_path, seed: int) -> None:
     stood = kill_after_random_times(program, tmp_path, kills=8, seed=seed)
-    print(f"killed {len(stood)} times, at {sorted(stood)}")
+    print(f"killed {len(stood)} times; then the run stood at {stood}")
     assert_same_run(tmp_path, whole)
 
 

@@ -283,9 +283,9 @@ def _check_content(path: Path, content: dict) -> None:
         if not _is_plain(tensor):
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise CheckpointError(f"{path}: {name} is {kind}, not a plain tensor of floats")
-    fields = {"epoch": 0} | content  # the authors' need not say
-    for key, kind in _FIELDS.get(str(content.get("format")), {"epoch": int}).items():
-        if key not in fields or not isinstance(fields[key], kind):
+    theirs = {"epoch": int} if "epoch" in content else {}
+    for key, kind in _FIELDS.get(str(content.get("format")), theirs).items():
+        if key not in content or not isinstance(content[key], kind):
             raise CheckpointError(f"{path}: its field '{key}' is missing or damaged")
     if not content.get("sums", {}).keys() <= EpochSums().__dict__.keys():
         raise CheckpointError(f"{path}: its field 'sums' is missing or damaged")
