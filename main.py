@@ -22,8 +22,9 @@ import torch
 
 from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations, summary
 from dataloaders.clips import ClipSource, VideoFolder
-from dataloaders.datasets import TrainingLoader, training_loader
+from dataloaders.datasets import LeaveOut, TrainingLoader, training_loader
 from dataloaders.frame_store import FrameStore
+from dataloaders.preflight import LeftOut, find_unusable, listed
 from dataloaders.video import VideoError
 from models import ProPy, build_model
 from models.clip import WeightsError, weights_path
@@ -32,7 +33,7 @@ from utils.arguments import AUTO, parse_args
 from utils.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from utils.embeddings import EmbeddingsError, KeptEmbeddings, load_embeddings, save_embeddings
 from utils.engine import TrainingError
-from utils.evaluation import Evaluation, Reading, tables
+from utils.evaluation import VAL, Evaluation, Reading
 from utils.files import OutputError, locked_folder, whole_file
 from utils.logger import append_json, setup_logging
 from utils.misc import (
@@ -49,6 +50,8 @@ from utils.plots import PlotError, PlotSettings, check_request
 from utils.published import split_size_warning
 from utils.signals import Stopped
 from utils.trainer import CHANGE_A_RUN, LATEST, LESS_MEMORY_EVALUATING, Trainer, adapt
+
+TRAIN = "train"  # what records and lists call the split
 
 
 class SettingsError(ValueError):
@@ -104,8 +107,13 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         freeze_clip=bool(args.freeze_clip),
         trust_archive=bool(args.trust_clip_archive),
     ).to(device)
-    check_settings(args, model, train_queries)
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
+    splits = {VAL: val_queries} | ({TRAIN: train_queries} if args.do_train else {})
+    left_out = LeftOut(args.output_dir / "missing_videos.jsonl", splits)
+    check_videos(args, splits, left_out, clips, model.input_resolution, log)
+    val_queries = left_out.kept(VAL, val_queries)
+    train_queries = left_out.kept(TRAIN, train_queries)
+    check_settings(args, model, train_queries)
     evaluation = Evaluation(
         val_queries,
         clips,
@@ -115,6 +123,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         max_words=args.max_words,
         batch_size=args.batch_size_val,
         num_workers=args.num_thread_reader,
+        left_out=left_out if args.allow_missing else None,
         **reading_settings(args),
     )
     plots = PlotSettings(
@@ -125,7 +134,12 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
 
     best = args.resume
     if args.do_train:
-        best = train(args, model, evaluation, train_queries, clips, device, precision, log)
+        leave_out = partial(left_out.leave_out, TRAIN) if args.allow_missing else None
+        best = train(
+            args, model, evaluation, train_queries, clips, leave_out, device, precision, log
+        )
+        if note := left_out.note(TRAIN):
+            log.warning("trained %s", note)
     if args.do_eval or args.do_plot:
         checkpoint = load_checkpoint(best, model)
         log.info("using %s, %d epochs trained", best, checkpoint.epoch)
@@ -134,7 +148,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         if args.save_embeddings:
             kept = KeptEmbeddings.of(
                 embeddings,
-                val_queries,
+                evaluation.queries,
                 evaluation.proposals,
                 max_words=args.max_words,
                 checkpoint=best,
@@ -144,7 +158,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
             log.info("embeddings kept in %s", args.save_embeddings)
     if args.do_eval:
         rows = evaluation.run(embeddings, args.output_dir if args.save_predictions else None)
-        report(args, rows, str(best), checkpoint.epoch, log)
+        report(args, evaluation, rows, str(best), checkpoint.epoch, log)
     if args.do_plot:
         drawn, hits = evaluation.plot(
             embeddings,
@@ -158,7 +172,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         log.info(
             "%d queries drawn, of %s the right video is ranked first: %s",
             drawn,
-            f"{hits:,} of {len(val_queries):,}",
+            f"{hits:,} of {len(evaluation.queries):,}",
             plots.folder / "attention",
         )
 
@@ -177,7 +191,7 @@ def evaluate_kept(
     reading = Reading(queries, proposals, **reading_settings(args))
     embeddings = kept.embeddings.to(device)
     rows = reading.run(embeddings, args.output_dir if args.save_predictions else None)
-    report(args, rows, kept.checkpoint, kept.epoch, log)
+    report(args, reading, rows, kept.checkpoint, kept.epoch, log)
 
 
 def reading_settings(args: argparse.Namespace) -> dict:
@@ -194,16 +208,56 @@ def reading_settings(args: argparse.Namespace) -> dict:
 
 def report(
     args: argparse.Namespace,
+    reading: Reading,
     rows: dict[str, dict[str, float]],
     checkpoint: str,
     epoch: int,
     log: logging.Logger,
 ) -> None:
     """Show the metrics of an evaluation, and keep them in eval.jsonl."""
-    for table in tables(rows, args.datatype):
+    for table in reading.tables(rows, args.datatype):
         log.info("\n%s", table)
-    record = {"checkpoint": checkpoint, "epoch": epoch, "git": git_revision()}
+    record = {"checkpoint": checkpoint, "epoch": epoch, "git": git_revision()} | reading.numbers()
     append_json(args.output_dir / "eval.jsonl", record | {"metrics": rows})
+
+
+def check_videos(
+    args: argparse.Namespace,
+    splits: dict[str, list[Query]],
+    left_out: LeftOut,
+    clips: ClipSource,
+    size: int,
+    log: logging.Logger,
+) -> None:
+    """Which videos cannot be used, by their headers: an error, or they are left out."""
+    reasons = []
+    for split, queries in splits.items():
+        unusable, doubtful = find_unusable(
+            corpus_videos(queries),
+            clips,
+            size,
+            open_files=not args.skip_check,
+            num_threads=args.num_thread_reader,
+        )
+        left_out.add(split, unusable)
+        reasons += unusable.values()
+        if doubtful:
+            log.warning(
+                "%s: %d videos have less than half or more than twice the 3 frames a second that "
+                "their annotated length asks for: were they prepared?\n%s",
+                *(split, len(doubtful), listed(doubtful)),
+            )
+        if unusable and args.allow_missing:
+            log.warning("%s: %s", split, left_out.note(split))
+        if args.allow_missing and not left_out.kept(split, queries):
+            raise VideoError(f"no video of the {split} split can be used: {left_out.path} says why")
+    if reasons and not args.allow_missing:
+        reasons = list(dict.fromkeys(reasons))  # a video may be in both splits
+        raise VideoError(
+            f"{len(reasons)} videos are missing or unreadable:\n{listed(reasons)}\n"
+            f"{left_out.path} has the whole list. Set --video_dir, make them with `bash "
+            "scripts/prepare.sh`, or go on without them: --allow_missing 1"
+        )
 
 
 def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Query]) -> None:
@@ -247,6 +301,7 @@ def train(
     evaluation: Evaluation,
     queries: list[Query],
     clips: ClipSource,
+    leave_out: LeaveOut | None,
     device: torch.device,
     precision: str,
     log: logging.Logger,
@@ -262,6 +317,7 @@ def train(
         seed=args.seed,
         num_workers=args.num_thread_reader,
         pin_memory=device.type == "cuda",
+        leave_out=leave_out,
     )
     optimizer = build_optimizer(model, args.lr, args.coef_lr, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -22,17 +23,39 @@ from dataloaders.tokenizer import tokenize
 from dataloaders.video import VideoError
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """An item whose clip could not be read."""
+
+    vid_name: str
+    error: VideoError
+
+
+# Called with the name of a video that a run goes without, and the reason.
+LeaveOut = Callable[[str, str], None]
+
+
 class ClipLoader:
     """Iterates over batches (dicts), read ahead by worker processes; ``len()`` batches in all.
 
-    A clip that cannot be read raises its VideoError here, without the worker's traceback. A worker
-    that dies (killed, out of memory, crashed in a decoder) raises one that names the clips which
-    were being read.
+    A clip that cannot be read raises its VideoError here, without the worker's traceback; or, with
+    `leave_out`, is reported to that and missing from its batch, to which nothing else is added. A
+    worker that dies (killed, out of memory, crashed in a decoder) raises a VideoError that names
+    the clips which were being read.
     """
 
-    def __init__(self, dataset: _Clips, batches, collate, num_workers: int, pin_memory: bool):
+    def __init__(
+        self,
+        dataset: _Clips,
+        batches,
+        collate,
+        num_workers: int,
+        pin_memory: bool,
+        leave_out: LeaveOut | None,
+    ):
         self._dataset = dataset
         self._batches = batches
+        self._leave_out = leave_out
         self._loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -55,10 +78,15 @@ class ClipLoader:
 
     def _checked(self, batches: Iterator[dict]) -> Iterator[dict]:
         try:
-            for batch in batches:
-                if isinstance(batch, VideoError):
-                    raise batch
-                yield batch
+            for batch, unreadable in batches:
+                for item in unreadable:
+                    if self._leave_out is None:
+                        raise item.error
+                    self._leave_out(item.vid_name, str(item.error))
+                if batch is not None:
+                    yield batch
+                else:
+                    self._refuse_empty(unreadable)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -68,6 +96,9 @@ class ClipLoader:
                 " lower num_thread_reader or the batch size; otherwise prepare these files again"
                 " with `bash scripts/prepare.sh`"
             ) from error
+
+    def _refuse_empty(self, unreadable: list[Unreadable]) -> None:
+        """A batch of which no clip could be read: an evaluation can do without it."""
 
 
 class TrainingLoader(ClipLoader):
@@ -86,6 +117,12 @@ class TrainingLoader(ClipLoader):
         self._batches.epoch = epoch
         self._batches.first_batch = first_batch
 
+    def _refuse_empty(self, unreadable: list[Unreadable]) -> None:
+        raise VideoError(
+            "no clip of a training batch can be read: check the video folder with"
+            f" `python scripts/check_videos.py --decode`; the first: {unreadable[0].error}"
+        )
+
 
 def training_loader(
     queries: Sequence[Query],
@@ -98,6 +135,7 @@ def training_loader(
     seed: int,
     num_workers: int,
     pin_memory: bool,
+    leave_out: LeaveOut | None = None,
 ) -> TrainingLoader:
     """Shuffled batches of videos with all their captions; an incomplete last batch is dropped.
 
@@ -105,8 +143,12 @@ def training_loader(
     ``text_to_video`` int64 [T] (the text's row in ``frames``) and ``vid_names`` (B names). Captions
     of a video keep the order of the annotations.
 
+    Args:
+        leave_out: called for a video that cannot be read, whose place in its batch stays empty.
+
     Raises:
-        VideoError: clips are missing (here); a clip cannot be read (when iterating).
+        VideoError: clips are missing (here); a clip cannot be read (when iterating), or with
+            `leave_out` all those of a batch.
         ValueError: there are fewer videos than one batch takes.
     """
     dataset = _TrainingClips(queries, seed, clips, num_frames, size, num_workers)
@@ -116,8 +158,8 @@ def training_loader(
             " lower batch_size or add videos"
         )
     batches = _ShuffledBatches(len(dataset), batch_size, seed)
-    collate = partial(_collate_training, max_words=max_words)
-    return TrainingLoader(dataset, batches, collate, num_workers, pin_memory)
+    collate = partial(_collate, make_batch=partial(_training_batch, max_words=max_words))
+    return TrainingLoader(dataset, batches, collate, num_workers, pin_memory, leave_out)
 
 
 def evaluation_video_loader(
@@ -129,18 +171,24 @@ def evaluation_video_loader(
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
+    leave_out: LeaveOut | None = None,
 ) -> ClipLoader:
     """The videos in their order, all of them, with the evaluation frames.
 
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size] and ``indices`` int64 [B], which are
     positions in ``videos``.
 
+    Args:
+        leave_out: called for a video that cannot be read, whose index is then in no batch.
+
     Raises:
-        VideoError: clips are missing (here); a clip cannot be read (when iterating).
+        VideoError: clips are missing (here); without `leave_out`, a clip cannot be read (when
+            iterating).
     """
     dataset = _EvaluationClips(videos, clips, num_frames, size, num_workers)
     batches = [list(rows) for rows in _chunks(len(dataset), batch_size)]
-    return ClipLoader(dataset, batches, _collate_evaluation, num_workers, pin_memory)
+    collate = partial(_collate, make_batch=default_collate)
+    return ClipLoader(dataset, batches, collate, num_workers, pin_memory, leave_out)
 
 
 def evaluation_text_batches(
@@ -193,17 +241,17 @@ class _Clips(Dataset):
 
 
 class _EvaluationClips(_Clips):
-    """Item i: video i, or the VideoError its clip raised (which the ClipLoader raises)."""
+    """Item i: video i."""
 
-    def __getitem__(self, item: int) -> dict | VideoError:
+    def __getitem__(self, item: int) -> dict | Unreadable:
         try:
             return {"frames": self._load(item), "indices": item}
         except VideoError as error:
-            return error
+            return Unreadable(self.names[item], error)
 
 
 class _TrainingClips(_Clips):
-    """Item (epoch, i): video i and all its captions, or the VideoError its clip raised."""
+    """Item (epoch, i): video i and all its captions."""
 
     def __init__(self, queries: Sequence[Query], seed: int, *clips):
         super().__init__(corpus_videos(queries), *clips)
@@ -213,13 +261,13 @@ class _TrainingClips(_Clips):
             captions.setdefault(query.vid_name, []).append(query.desc)
         self.captions = [captions[name] for name in self.names]
 
-    def __getitem__(self, key: tuple[int, int]) -> dict | VideoError:
+    def __getitem__(self, key: tuple[int, int]) -> dict | Unreadable:
         epoch, item = key
         generator = np.random.RandomState([self.seed, epoch, item])
         try:
             frames = self._load(item, generator)
         except VideoError as error:
-            return error
+            return Unreadable(self.names[item], error)
         return {"frames": frames, "captions": self.captions[item], "vid_name": self.names[item]}
 
 
@@ -257,14 +305,16 @@ def _end_with_the_main_process() -> None:
     os._exit(0)
 
 
-def _collate_evaluation(items: list[dict | VideoError]) -> dict | VideoError:
-    return _first_error(items) or default_collate(items)
+def _collate(
+    items: list[dict | Unreadable], make_batch: Callable[[list[dict]], dict]
+) -> tuple[dict | None, list[Unreadable]]:
+    """The batch of what could be read, if there is anything, and what could not."""
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    readable = [item for item in items if not isinstance(item, Unreadable)]
+    return make_batch(readable) if readable else None, unreadable
 
 
-def _collate_training(items: list[dict | VideoError], max_words: int) -> dict | VideoError:
-    error = _first_error(items)
-    if error is not None:
-        return error
+def _training_batch(items: list[dict], max_words: int) -> dict:
     counts = torch.tensor([len(item["captions"]) for item in items])
     return {
         "frames": default_collate([item["frames"] for item in items]),
@@ -272,10 +322,6 @@ def _collate_training(items: list[dict | VideoError], max_words: int) -> dict | 
         "text_to_video": torch.arange(len(items)).repeat_interleave(counts),
         "vid_names": [item["vid_name"] for item in items],
     }
-
-
-def _first_error(items: list[dict | VideoError]) -> VideoError | None:
-    return next((item for item in items if isinstance(item, VideoError)), None)
 
 
 def _chunks(count: int, size: int) -> list[range]:

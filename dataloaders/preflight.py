@@ -5,8 +5,10 @@ Only headers are read here. A clip that breaks while it decodes is found later, 
 
 from __future__ import annotations
 
+import json
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from dataloaders.annotations import Query, Video
 from dataloaders.clips import MAX_LISTED, ClipSource
 from dataloaders.video import VideoError
 from utils.ffmpeg import PREPARED_FPS
-from utils.logger import append_json
+
+logger = logging.getLogger(__name__)
 
 MIN_THREADS = 8  # a look at a file is mostly waiting, on a net disk above all
 # A clip with so many times more or fewer frames than its annotated length asks for is doubtful.
@@ -40,46 +43,56 @@ class LeftOut:
         }
         self._names: dict[str, dict[str, None]] = {split: {} for split in splits}
 
-    def add(self, split: str, vid_name: str, reason: str) -> bool:
-        """Record a video; False if it is known already."""
-        if vid_name in self._names[split]:
-            return False
-        self._names[split][vid_name] = None
-        queries = self._queries[split][vid_name]
-        record = {"split": split, "vid_name": vid_name, "queries": queries, "reason": reason}
-        append_json(self.path, record)
-        return True
+    def add(self, split: str, reasons: Mapping[str, str]) -> list[str]:
+        """Record videos by name with the reasons; returns those that were not known already."""
+        known = self._names[split]
+        new = {name: reason for name, reason in reasons.items() if name not in known}
+        known.update(dict.fromkeys(new))
+        with self.path.open("a", encoding="utf-8") as file:
+            for name, reason in new.items():
+                queries = self._queries[split][name]
+                record = {"split": split, "vid_name": name, "queries": queries, "reason": reason}
+                file.write(json.dumps(record) + "\n")
+        return list(new)
+
+    def leave_out(self, split: str, vid_name: str, reason: str) -> None:
+        """Record a video that turned out not to decode, with a warning."""
+        if self.add(split, {vid_name: reason}):
+            logger.warning("%s is left out of the %s split: %s", vid_name, split, reason)
 
     def kept(self, split: str, queries: Sequence[Query]) -> list[Query]:
         """Those of the queries whose videos are not left out."""
         return [query for query in queries if query.vid_name not in self._names[split]]
 
-    def numbers(self) -> dict[str, int]:
-        """For the records of a run, of every split that lacks videos: what is left and what is not.
+    def numbers(self, split: str) -> dict[str, int]:
+        """For the records of a run: what is left of a split and what is not; {} if all is there.
 
         ``<split>_videos``, ``<split>_videos_left_out``, and the same of queries.
         """
-        found = {}
-        for split, names in self._names.items():
-            if names:
-                queries = self._queries[split]
-                lost = sum(queries[name] for name in names)
-                found[f"{split}_videos"] = len(queries) - len(names)
-                found[f"{split}_videos_left_out"] = len(names)
-                found[f"{split}_queries"] = sum(queries.values()) - lost
-                found[f"{split}_queries_left_out"] = lost
-        return found
+        videos, queries = len(self._queries[split]), sum(self._queries[split].values())
+        videos_lost = len(self._names[split])
+        queries_lost = sum(self._queries[split][name] for name in self._names[split])
+        if not videos_lost:
+            return {}
+        return {
+            f"{split}_videos": videos - videos_lost,
+            f"{split}_videos_left_out": videos_lost,
+            f"{split}_queries": queries - queries_lost,
+            f"{split}_queries_left_out": queries_lost,
+        }
 
     def note(self, split: str) -> str | None:
         """The reduced size of a split, to stand beside its results; None if nothing is left out."""
-        names, queries = self._names[split], self._queries[split]
-        if not names:
+        left = self.numbers(split)
+        if not left:
             return None
-        total = sum(queries.values())
-        lost = sum(queries[name] for name in names)
+        videos, queries = (
+            (left[f"{split}_{what}"], left[f"{split}_{what}"] + left[f"{split}_{what}_left_out"])
+            for what in ("videos", "queries")
+        )
         return (
-            f"without {len(names):,} of the {len(queries):,} videos, so on {total - lost:,} of the "
-            f"{total:,} queries: {self.path} lists them"
+            f"on {videos[0]:,} of the {videos[1]:,} videos and {queries[0]:,} of the "
+            f"{queries[1]:,} queries: {self.path} lists what is left out"
         )
 
 

@@ -61,6 +61,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_words", type=int, default=32,
         help="tokens of a caption, start and end included [published: 32; ActivityNet and "
         "QVHighlights 64] (default 32)")
+    add("--skip_check", type=int, choices=[0, 1], default=0,
+        help="1 leaves out the look at every video's header before the run; only whether the files "
+        "are there is checked then (default 0)")
+    add("--allow_missing", type=int, choices=[0, 1], default=0,
+        help="1 goes on without videos that are missing or unreadable, and without their queries: "
+        "missing_videos.jsonl in the output folder lists them, results name the reduced size "
+        "(default 0: an error)")
     add("--num_thread_reader", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that decode videos (default: one a CPU core, at most 8); results do not "
         "depend on it")

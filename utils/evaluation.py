@@ -6,6 +6,7 @@ Both tasks are readings of the same embeddings: videos and texts are embedded on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import ClipSource
 from dataloaders.datasets import ClipLoader, evaluation_text_batches, evaluation_video_loader
+from dataloaders.preflight import LeftOut
+from dataloaders.video import VideoError
 from utils.engine import (
     Embeddings,
     embed_corpus,
@@ -31,6 +34,7 @@ from utils.predictions import export_all, save_predictions
 from utils.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.tables import PRVR_COLUMNS, metrics_table
 
+VAL = "val"  # what records and lists call the split
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
 
 
@@ -58,15 +62,19 @@ class Reading:
         window_rule: str = "half",
         memory_gib: float = 1.0,
     ) -> None:
-        self.queries = queries
-        self.videos: list[Video] = corpus_videos(queries)
-        column = {video.vid_name: index for index, video in enumerate(self.videos)}
-        self.target: Tensor = torch.tensor([column[query.vid_name] for query in queries])
         self.scoring = {"cosine": [True], "dot": [False], "both": [True, False]}[event_scores]
         self.moments = moments
         self.per_video, self.limit, self.window_rule = per_video, limit, window_rule
         self.chunk = int(memory_gib * 2**28)  # of float32
         self.proposals = proposals
+        self.left_out: LeftOut | None = None
+        self._set_queries(queries)
+
+    def _set_queries(self, queries: list[Query]) -> None:
+        self.queries = queries
+        self.videos: list[Video] = corpus_videos(queries)
+        column = {video.vid_name: index for index, video in enumerate(self.videos)}
+        self.target: Tensor = torch.tensor([column[query.vid_name] for query in queries])
 
     def run(
         self, embeddings: Embeddings, predictions_dir: Path | None = None
@@ -105,6 +113,16 @@ class Reading:
             return selection_score(rows["VCMR"])
         return next(iter(rows.values()))["SumR"]
 
+    def numbers(self) -> dict[str, int]:
+        """For the records of a run: `LeftOut.numbers`, nothing where no video is left out."""
+        return self.left_out.numbers(VAL) if self.left_out else {}
+
+    def tables(self, rows: dict[str, dict[str, float]], datatype: str) -> list[str]:
+        """The metrics of `run` as tables; each names what the split lacks, if it does."""
+        note = self.left_out.note(VAL) if self.left_out else None
+        shown = tables(rows, datatype)
+        return [f"{table}\n{note}" for table in shown] if note else shown
+
 
 class Evaluation(Reading):
     """One split, read and checked before training starts, evaluated after every epoch.
@@ -114,6 +132,8 @@ class Evaluation(Reading):
         num_frames, size: of a clip, and the side of its square frames in pixels.
         max_words: tokens of a text that are read.
         batch_size, num_workers: of the loader of videos.
+        left_out: what the run goes without; gets the videos that turn out not to decode, which are
+            an error otherwise.
         queries, proposals, reading: see `Reading`.
 
     Raises:
@@ -131,11 +151,14 @@ class Evaluation(Reading):
         max_words: int,
         batch_size: int,
         num_workers: int,
+        left_out: LeftOut | None = None,
         **reading: Any,
     ) -> None:
         super().__init__(queries, proposals, **reading)
-        self.texts = evaluation_text_batches(queries, max_words, TEXT_BATCH)
-        self.load_videos: Callable[[Sequence[Video]], ClipLoader] = partial(
+        self.left_out = left_out
+        self._unreadable: set[str] = set()
+        self.max_words = max_words
+        self.load_videos: Callable[..., ClipLoader] = partial(
             evaluation_video_loader,
             clips=clips,
             num_frames=num_frames,
@@ -144,11 +167,34 @@ class Evaluation(Reading):
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        self.loader = self.load_videos(self.videos)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.texts = evaluation_text_batches(self.queries, self.max_words, TEXT_BATCH)
+        self.loader = self.load_videos(
+            self.videos, leave_out=self._note_unreadable if self.left_out else None
+        )
 
     def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
-        """All videos and texts of the split."""
-        return embed_corpus(model, self.loader, self.texts, device)
+        """All videos and texts of the split; from then on it is without videos that do not decode.
+
+        Raises:
+            VideoError: a video cannot be read, and nobody said that it may be left out.
+        """
+        embeddings = embed_corpus(model, self.loader, self.texts, device)
+        if not self._unreadable:
+            return embeddings
+        kept = [i for i, q in enumerate(self.queries) if q.vid_name not in self._unreadable]
+        self._unreadable.clear()
+        self._set_queries([self.queries[i] for i in kept])
+        self._prepare()
+        return replace(embeddings, texts=embeddings.texts[kept])
+
+    def _note_unreadable(self, vid_name: str, reason: str) -> None:
+        self._unreadable.add(vid_name)
+        self.left_out.leave_out(VAL, vid_name, reason)
+        if len(self._unreadable) == len(self.videos):
+            raise VideoError(f"no video of the split can be read; the last: {reason}")
 
     def plot(
         self,

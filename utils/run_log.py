@@ -12,7 +12,10 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 # Counters of log.jsonl, nothing to look at as a curve.
-COUNTERS = ("epoch", "global_step", "steps", "skipped_steps", "best_epoch")
+COUNTERS = (
+    *("epoch", "global_step", "steps", "skipped_steps", "best_epoch"),
+    *("val_videos", "val_videos_left_out", "val_queries", "val_queries_left_out"),
+)
 # What training says of itself; every other number of a record is a metric.
 TRAINING = ("loss", "lr", "grad_norm", "data_time", "step_time", "memory_gib")
 NAMES = {

@@ -26,7 +26,7 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.engine import StepResult, TrainingError, train_one_epoch
-from utils.evaluation import Evaluation, tables
+from utils.evaluation import Evaluation
 from utils.files import OutputError
 from utils.logger import EpochLog
 from utils.misc import OutOfMemoryError, memory_advice, peak_memory_gib
@@ -207,7 +207,7 @@ class Trainer:
             trained["data_time"] + trained["step_time"],
             trained["data_time"],
         )
-        for table in tables(rows, self.datatype):
+        for table in self.evaluation.tables(rows, self.datatype):
             self.log.info("\n%s", table)
 
     def _record(self, trained: dict[str, float], rows: dict[str, dict[str, float]]) -> dict:
@@ -219,6 +219,7 @@ class Trainer:
             for key, value in numbers.items()
         }
         counts = {"epoch": progress.epoch + 1, "global_step": progress.global_step}
+        counts |= self.evaluation.numbers()
         last_step = progress.epoch * len(self.loader) + progress.sums.steps - 1
         state = {"lr": self.learning_rate(last_step), "memory_gib": peak_memory_gib(self.device)}
         return counts | trained | state | metrics | {"best_epoch": progress.best_epoch}
