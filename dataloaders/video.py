@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -187,8 +188,17 @@ def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
     if thread.is_alive():
         raise VideoError(f"{path}: not decoded within {DECODE_TIME_LIMIT:g} seconds: {PREPARE}")
     if errors:
+        _release(errors[0])
         raise errors[0]
     return result[0]
+
+
+def _release(error: BaseException | None) -> None:
+    """Let go of what an error's frames hold: a reader that outlived it would end a process that is
+    forked later, whose copy of the reader has no threads to join."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _decode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import runpy
@@ -225,6 +226,21 @@ def test_what_is_no_video_is_refused(tmp_path, golden, content):
     with pytest.raises(VideoError) as raised:
         load_clip(path, 8, 64)
     assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_a_refused_file_leaves_no_reader_behind(tmp_path, golden):
+    """One that is still there when a worker is forked would abort the worker."""
+    data = (golden / "long.mp4").read_bytes()
+    start = data.index(b"mdat") + 4
+    (tmp_path / "v.mp4").write_bytes(data[:start] + bytes(3000) + data[start + 3000 :])
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(VideoError, match="cannot be decoded"):
+            load_clip(tmp_path / "v.mp4", 8, 64)
+        assert not [o for o in gc.get_objects() if isinstance(o, video.decord.VideoReader)]
+    finally:
+        gc.enable()
 
 
 def test_no_file_is_refused(tmp_path):
