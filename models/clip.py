@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from modules.linear import linear
 from modules.transformer import LayerNorm, Transformer
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -112,7 +113,12 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] to the first layer's input, [N, 1+G², D_v]."""
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # [N, G², D_v]
+        # The convolution's stride is its size, so it is a linear map of the patches, which a CPU
+        # computes almost three times as fast.
+        side = self.conv1.stride[0]
+        patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, G², 3·patch²]
+        patches = linear(patches, self.conv1.weight.flatten(1))  # [N, G², D_v]
         tokens = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
         return self.ln_pre(tokens + self.positional_embedding)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from modules.linear import Linear
+
 
 class TemporalAdapter(nn.Module):
     """A(a) = fc2(conv(fc1(a))), the convolution depth-wise and over time only.
@@ -23,11 +25,11 @@ class TemporalAdapter(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"temporal kernel size must be odd and positive: {kernel_size}")
-        self.fc1 = nn.Linear(width, channels)
+        self.fc1 = Linear(width, channels)
         self.conv = nn.Conv2d(
             channels, channels, (kernel_size, 1), padding=(kernel_size // 2, 0), groups=channels
         )
-        self.fc2 = nn.Linear(channels, width)
+        self.fc2 = Linear(channels, width)
         for parameter in (self.conv.weight, self.conv.bias, self.fc1.bias, self.fc2.bias):
             nn.init.zeros_(parameter)
 

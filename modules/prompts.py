@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from modules.linear import Linear
+
 
 class PyramidPrompts(nn.Module):
     """Every learned token of both towers.
@@ -33,10 +35,10 @@ class PyramidPrompts(nn.Module):
         super().__init__()
         self.event_prompts = nn.Parameter(torch.empty(num_events, vision_width))
         self.visual_prompts = nn.Parameter(torch.empty(num_layers, num_prompts, vision_width))
-        self.prefix_proj = nn.Linear(vision_width, text_width)
+        self.prefix_proj = Linear(vision_width, text_width)
         # Text postfixes stand behind the end-of-text token, out of the causal text feature's sight:
         # nothing computes them. The parameters are part of the authors' checkpoints.
-        self.postfix_proj = nn.Linear(vision_width, text_width)
+        self.postfix_proj = Linear(vision_width, text_width)
         bound = math.sqrt(6 / (3 * patch_size**2 + vision_width))
         nn.init.uniform_(self.event_prompts, -bound, bound)
         nn.init.uniform_(self.visual_prompts, -bound, bound)

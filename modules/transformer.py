@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modules.linear import Linear, linear
+
 HEAD_WIDTH = 64  # every CLIP model of OpenAI's has 64 channels per head
 QUICK_GELU_SLOPE = 1.702
 
@@ -17,17 +19,13 @@ QUICK_GELU_SLOPE = 1.702
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in at least float32; the result has the input's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """The norm of x, times a factor that costs nothing here."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        if factor != 1:
+            weight, bias = weight * factor, bias * factor
         return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class QuickGELU(nn.Module):
-    """x · σ(1.702 x), written as silu(1.702 x) / 1.702 because silu has a fused backward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x * QUICK_GELU_SLOPE) / QUICK_GELU_SLOPE
 
 
 class SelfAttention(nn.Module):
@@ -51,7 +49,7 @@ class SelfAttention(nn.Module):
         self.num_heads = width // HEAD_WIDTH
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     def project(self, x: Tensor, first: str = "q", last: str = "v") -> tuple[Tensor, ...]:
         """Queries, keys and values of tokens, from the first to the last letter asked for.
@@ -65,7 +63,7 @@ class SelfAttention(nn.Module):
         """
         start, stop = "qkv".index(first), "qkv".index(last) + 1
         rows = slice(start * self.width, stop * self.width)
-        x = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])  # [B, N, m·D]
+        x = linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])  # [B, N, m·D]
         return x.unflatten(-1, (stop - start, self.num_heads, HEAD_WIDTH)).unbind(-3)
 
     def attend(
@@ -94,15 +92,23 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = SelfAttention(width)
         self.ln_1 = LayerNorm(width)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp = nn.ModuleDict(
+            {"c_fc": Linear(width, 4 * width), "c_proj": Linear(4 * width, width)}
+        )
         self.ln_2 = LayerNorm(width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """x + mlp(ln_2(x)), [..., N, D]."""
-        return x + self.mlp(self.ln_2(x))
+        """x + mlp(ln_2(x)), [..., N, D]; between the two linear maps stands QuickGELU.
+
+        QuickGELU is h · σ(1.702 h) = silu(1.702 h) / 1.702, and silu has a fused backward. The two
+        factors go where they cost no pass over the 4 D hidden channels, and no memory for one.
+        """
+        c_fc, c_proj = self.mlp["c_fc"], self.mlp["c_proj"]
+        normed = self.ln_2(x, factor=QUICK_GELU_SLOPE)
+        hidden = linear(normed, c_fc.weight, c_fc.bias * QUICK_GELU_SLOPE)
+        hidden = F.silu(hidden, inplace=not hidden.requires_grad)
+        out = linear(hidden, c_proj.weight, c_proj.bias * QUICK_GELU_SLOPE)
+        return torch.add(x, out, alpha=1 / QUICK_GELU_SLOPE)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         """Plain CLIP: every token attends to all tokens, or to itself and those before it.
