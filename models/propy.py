@@ -10,15 +10,22 @@ Symbols, here and in every module:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, build_clip, end_of_text
 from modules.adapter import TemporalAdapter
-from modules.interaction import event_key_counts, expand_attention, text_layer, video_layer
+from modules.interaction import (
+    event_key_counts,
+    expand_attention,
+    recomputed,
+    text_layer,
+    video_layer,
+)
 from modules.prompts import PyramidPrompts
 from modules.pyramid import PromptPyramid
 from modules.similarity import event_scores
@@ -39,6 +46,8 @@ class ProPy(nn.Module):
         adapter_kernel: k of the temporal adapters, in frames.
         num_adapter_layers: the first so many layers have an adapter; all, if there are fewer.
         freeze_clip: train the prompts, their projections and the adapters only.
+        checkpoint_activations: in training keep each layer's inputs only, and compute the rest
+            again for the gradient: the same numbers, less memory, a third more work.
 
     Raises:
         ValueError: more text than visual layers, or a negative number.
@@ -53,6 +62,7 @@ class ProPy(nn.Module):
         adapter_kernel: int = 5,
         num_adapter_layers: int = 12,
         freeze_clip: bool = True,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         sizes = clip.sizes
@@ -66,6 +76,7 @@ class ProPy(nn.Module):
         self.clip = clip.requires_grad_(not freeze_clip)
         self.pyramid = pyramid
         self.num_prompts = num_prompts
+        self.checkpoint_activations = checkpoint_activations
         self.prompts = PyramidPrompts(
             pyramid.num_events,
             num_prompts,
@@ -128,7 +139,8 @@ class ProPy(nn.Module):
         bias = self.event_key_counts.double().log()
         attention = []
         for layer, block in enumerate(blocks):
-            x, events, weights = video_layer(
+            x, events, weights = self._layer(
+                video_layer,
                 block,
                 self.adapters[layer] if layer < len(self.adapters) else None,
                 x,
@@ -160,7 +172,7 @@ class ProPy(nn.Module):
         for layer, block in enumerate(blocks):
             # nothing but the end-of-text token is read behind the last layer
             read = end if layer == len(blocks) - 1 else None
-            x = text_layer(block, x, prefixes[layer], read)
+            x = self._layer(text_layer, block, x, prefixes[layer], read)
         return self.clip.text_head(x.squeeze(1))
 
     def scores(self, texts: Tensor, events: Tensor) -> Tensor:
@@ -196,6 +208,11 @@ class ProPy(nn.Module):
         """Keep the logit scale in its range; to be called after every optimizer step."""
         self.clip.logit_scale.clamp_(MIN_LOGIT_SCALE, MAX_LOGIT_SCALE)
 
+    def _layer(self, layer: Callable, *arguments: Any, **settings: Any) -> Any:
+        if self.checkpoint_activations:
+            return recomputed(layer, *arguments, **settings)
+        return layer(*arguments, **settings)
+
     def _normalize(self, frames: Tensor) -> Tensor:
         if frames.is_floating_point():
             return frames
@@ -211,6 +228,7 @@ def build_model(
     num_adapter_layers: int = 12,
     freeze_clip: bool = True,
     trust_archive: bool = False,
+    checkpoint_activations: bool = False,
 ) -> ProPy:
     """ProPy with the published setting as defaults, new parameters drawn from torch's generator.
 
@@ -230,4 +248,5 @@ def build_model(
         adapter_kernel,
         num_adapter_layers,
         freeze_clip,
+        checkpoint_activations,
     )

@@ -8,8 +8,12 @@ compute for nobody is left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from modules.adapter import TemporalAdapter
 from modules.pyramid import PromptPyramid
@@ -86,16 +90,19 @@ def video_layer(
     num_frames = len(frames) // len(events)
     first = "k" if last else "q"
     *frame_queries, keys, values = attn.project(block.ln_1(frames), first)
-    batch = len(events)
     q, *event_keys_values = attn.project(block.ln_1(events))
     prompt_keys_values = attn.project(block.ln_1(prompts).unsqueeze(0), "k")
-    k, v = (
-        torch.cat([e, p.expand(batch, -1, -1, -1), f.reshape(batch, -1, *f.shape[2:])], dim=1)
-        for e, p, f in zip(event_keys_values, prompt_keys_values, (keys, values), strict=True)
-    )  # [B, N_e + N_p + N_f·(1+G²), heads, 64]
+    keys_of, values_of = zip(event_keys_values, prompt_keys_values, (keys, values), strict=True)
     bias = bias.to(q.dtype)
-    events = block.feed_forward(events + attn.attend(q, k, v, mask=bias))
-    attention = _attention_weights(q, k, bias, head) if return_attention else None
+
+    def see(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> Tensor:
+        return attn.attend(q, _join(*keys), _join(*values), mask=bias)
+
+    # The joined keys and values are a copy of the frames': a seventh of what a training step would
+    # keep, and quickly made again.
+    seen = recomputed(see, q, keys_of, values_of)
+    events = block.feed_forward(events + seen)
+    attention = _attention_weights(q, _join(*keys_of), bias, head) if return_attention else None
     if last:
         return None, events, attention
 
@@ -105,6 +112,16 @@ def video_layer(
         mixed = adapter(attended[:, 1:], num_frames)
         frames = torch.cat([frames[:, :1], frames[:, 1:] + mixed], dim=1)
     return block.feed_forward(frames), events, attention
+
+
+def recomputed(function: Callable, *arguments: Any, **settings: Any) -> Any:
+    """What the function returns; its inner results are computed again for the gradient, not kept."""
+    if not torch.is_grad_enabled():
+        return function(*arguments, **settings)
+    # nothing here is random
+    return checkpoint(
+        function, *arguments, use_reentrant=False, preserve_rng_state=False, **settings
+    )
 
 
 def text_layer(
@@ -143,6 +160,14 @@ def text_layer(
     sees_words = rows.unsqueeze(-1) >= position
     mask = torch.cat([sees_prefix, sees_words], dim=-1).unsqueeze(1)  # [1 or T, 1, rows, N_p + W]
     return block.feed_forward(words + attn.attend(q, k, v, mask=mask))
+
+
+def _join(events: Tensor, prompts: Tensor, frames: Tensor) -> Tensor:
+    """Keys (or values) of the events' attention, [B, N_e + N_p + N_f·(1+G²), heads, 64]."""
+    batch, _, *head = events.shape
+    return torch.cat(
+        [events, prompts.expand(batch, -1, -1, -1), frames.reshape(batch, -1, *head)], dim=1
+    )
 
 
 def _attention_weights(q: Tensor, k: Tensor, bias: Tensor, head: int | None) -> Tensor:

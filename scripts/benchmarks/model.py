@@ -52,7 +52,8 @@ def build(options: Options) -> ProPy:
     levels = options.frames.bit_length() - 1
     overlap = {"published": [0] + [1] * (levels - 1), "none": [0] * levels, "all": [1] * levels}
     pyramid = {"Nf": options.frames, "offset": overlap[options.overlap]}
-    model = ProPy(clip, PromptPyramid.from_config(pyramid))
+    pyramid = PromptPyramid.from_config(pyramid)
+    model = ProPy(clip, pyramid, checkpoint_activations=options.checkpoint_activations)
     for adapter in model.adapters:  # they start as nothing
         nn.init.normal_(adapter.conv.weight, std=0.2)
     return model.to(options.device).eval()
