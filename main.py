@@ -47,6 +47,7 @@ from utils.misc import (
 from utils.moment_report import times_missing
 from utils.optim import build_optimizer, learning_rate
 from utils.plots import PlotError, PlotSettings, check_request
+from utils.profiling import traced_steps
 from utils.published import split_size_warning
 from utils.signals import Stopped
 from utils.trainer import CHANGE_A_RUN, LATEST, LESS_MEMORY_EVALUATING, Trainer, adapt
@@ -106,7 +107,10 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         num_adapter_layers=args.num_adapter_layers,
         freeze_clip=bool(args.freeze_clip),
         trust_archive=bool(args.trust_clip_archive),
+        checkpoint_activations=bool(args.checkpoint_activations),
     ).to(device)
+    if args.compile:
+        model.compile_encoders()
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
     splits = {VAL: val_queries} | ({TRAIN: train_queries} if args.do_train else {})
     left_out = LeftOut(args.output_dir / "missing_videos.jsonl", splits)
@@ -345,27 +349,29 @@ def train(
         peak=args.lr,
         warmup_proportion=args.warmup_proportion,
     )
-    trainer = Trainer(
-        model,
-        loader,
-        evaluation,
-        optimizer,
-        scaler,
-        progress,
-        args.output_dir,
-        resumed_from=resume,
-        epochs=args.epochs,
-        learning_rate=rate,
-        device=device,
-        log=log,
-        precision=precision,
-        parts=args.gradient_accumulation_steps,
-        clip_grad_norm=args.clip_grad_norm,
-        display_every=args.n_display,
-        save_every=args.save_every_steps,
-        datatype=args.datatype,
-    )
-    return trainer.run()
+    with traced_steps(args.output_dir / "profile", args.profile, device, log) as on_step:
+        trainer = Trainer(
+            model,
+            loader,
+            evaluation,
+            optimizer,
+            scaler,
+            progress,
+            args.output_dir,
+            resumed_from=resume,
+            epochs=args.epochs,
+            learning_rate=rate,
+            device=device,
+            log=log,
+            precision=precision,
+            parts=args.gradient_accumulation_steps,
+            clip_grad_norm=args.clip_grad_norm,
+            display_every=args.n_display,
+            save_every=args.save_every_steps,
+            datatype=args.datatype,
+            on_step=on_step,
+        )
+        return trainer.run()
 
 
 def checkpoint_to_resume(resume: Path | None, output_dir: Path, log: logging.Logger) -> Path | None:

@@ -194,13 +194,18 @@ def evaluation_video_loader(
 def evaluation_text_batches(
     queries: Sequence[Query], max_words: int, batch_size: int
 ) -> list[dict[str, torch.Tensor]]:
-    """All captions in their order: ``token_ids`` int64 [T, W] and ``indices`` int64 [T]."""
+    """All captions, those of a length together so that little is padded.
+
+    Returns:
+        Batches of ``token_ids`` int64 [T, W], 0-padded to the longest of the batch, and ``indices``
+        int64 [T], the captions' positions in ``queries``. Shorter ones first, else in their order.
+    """
+    token_ids = tokenize([query.desc for query in queries], max_words)
+    behind = (token_ids.flip(1) != 0).int().argmax(1)  # 0 is a token too, but never the last one
+    lengths = token_ids.shape[1] - behind
     return [
-        {
-            "token_ids": tokenize([queries[row].desc for row in rows], max_words),
-            "indices": torch.tensor(rows),
-        }
-        for rows in _chunks(len(queries), batch_size)
+        {"token_ids": token_ids[rows, : lengths[rows].max()], "indices": rows}
+        for rows in lengths.argsort(stable=True).split(batch_size)
     ]
 
 

@@ -191,6 +191,14 @@ class ProPy(nn.Module):
         """Scores of every text against every video of a batch, [T, B]."""
         return self.scores(self.encode_text(token_ids), self.encode_video(frames))
 
+    def compile_encoders(self) -> None:
+        """Run both encoders through torch.compile from now on; each compiles when first called.
+
+        Texts come in batches of many sizes, so theirs is compiled for any size.
+        """
+        self.encode_video = torch.compile(self.encode_video)
+        self.encode_text = torch.compile(self.encode_text, dynamic=True)
+
     def unreachable_parameters(self) -> set[str]:
         """Names of parameters that never get a gradient, kept for the authors' checkpoint format.
 

@@ -115,7 +115,7 @@ def video_layer(
 
 
 def recomputed(function: Callable, *arguments: Any, **settings: Any) -> Any:
-    """What the function returns; its inner results are computed again for the gradient, not kept."""
+    """What the function returns; what it kept for the gradient is computed again instead."""
     if not torch.is_grad_enabled():
         return function(*arguments, **settings)
     # nothing here is random

@@ -39,6 +39,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.dim() > 1
         and x.numel() > 0
         and _OPERATOR is not None
         and torch.backends.mkldnn.is_available()

@@ -77,6 +77,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="1: measure memory, setting each side up once more in a process of its own (default)")
     add("--checkpoint_activations", type=int, choices=[0, 1], default=0,
         help="1: our train_step with main.py's --checkpoint_activations 1")
+    add("--compile", type=int, choices=[0, 1], default=0,
+        help="1: our encode_video and train_step with main.py's --compile 1")
     add("--seed", type=int, default=0, help="of weights and inputs (default 0)")
     add("--json", type=Path, metavar="FILE", help="save every measured number")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios, with the aims as marks")
@@ -89,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
         model=args.model, videos=args.videos, texts=args.texts, overlap=args.overlap,
         words=args.words, split=args.split, clips=args.clips, precision=args.precision,
         device=args.device, threads=args.threads, seed=args.seed,
-        checkpoint_activations=bool(args.checkpoint_activations),
+        compile=bool(args.compile), checkpoint_activations=bool(args.checkpoint_activations),
     )  # fmt: skip
     harness.set_up(options)
     print(f"{harness.machine(options)}; {args.model}, {args.precision}", flush=True)

@@ -230,7 +230,7 @@ def all_scores(folder: Path, run: Path, queries: list[Query]) -> dict[str, Tenso
     frames = torch.cat(
         [clip.encode_image(normalize(b["frames"].flatten(0, 1))) for b in batches]
     ).unflatten(0, (-1, model.pyramid.num_frames))  # [V, N_f, D]
-    sentences = clip.encode_text(texts[0]["token_ids"])
+    sentences = clip.encode_text(tokenize([query.desc for query in queries], 77))
     mean = F.normalize(frames, dim=-1).mean(dim=1, keepdim=True)
     return {
         "zero-shot CLIP, mean frame": best_event_scores(sentences, mean),

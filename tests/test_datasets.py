@@ -199,10 +199,13 @@ def test_evaluation_videos_come_all_and_in_order(video_dir, num_workers):
     np.testing.assert_allclose(frames[3].float().mean((1, 2, 3)), levels, atol=3)
 
 
-def test_evaluation_texts_come_all_and_in_order():
+def test_evaluation_texts_come_all_and_sorted_by_length():
     queries = make_queries()
     batches = evaluation_text_batches(queries, 16, 8)
-    assert torch.cat([batch["indices"] for batch in batches]).tolist() == list(range(len(queries)))
+    order = torch.cat([batch["indices"] for batch in batches]).tolist()
+    assert sorted(order) == list(range(len(queries))), "each caption once"
+    lengths = [tokenize([queries[i].desc], 16).shape[1] for i in order]
+    assert lengths == sorted(lengths), "captions of a length are batched together"
     for batch in batches:
         texts = [queries[i].desc for i in batch["indices"].tolist()]
         assert torch.equal(batch["token_ids"], tokenize(texts, 16))

@@ -213,3 +213,46 @@ def test_published_parameter_count() -> None:
 def test_missing_weights_name_the_remedy(tmp_path) -> None:
     with pytest.raises(WeightsError, match=r"ViT-B-32\.pt.*download_clip\.sh"):
         build_model(tmp_path / "ViT-B-32.pt", PYRAMID)
+
+
+def test_checkpointed_activations_change_no_number() -> None:
+    results = []
+    for checkpointed in (False, True):
+        model = random_model(checkpoint_activations=checkpointed).float()
+        batch = random_batch(model)
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            scores = model(batch["frames"].float(), batch["token_ids"])
+        video_text_loss(scores, batch["text_to_video"]).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((scores, gradients, kept))
+    (plain, gradients, much), (scores, same_gradients, little) = results
+    assert torch.equal(scores, plain)
+    assert gradients.keys() == same_gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.equal(same_gradients[name], gradient), name
+    assert little < much / 2
+
+
+@pytest.mark.slow
+def test_compiled_equals_plain() -> None:
+    """In one graph: nothing of the encoders falls back to Python."""
+    model = random_model().float()
+    batch = random_batch(model)
+    frames = batch["frames"].float()
+    plain = model(frames, batch["token_ids"])
+    gradients = torch.autograd.grad(plain.sum(), model.prompts.visual_prompts)
+    for encoder, inputs in ((model.encode_video, frames), (model.encode_text, batch["token_ids"])):
+        graphs = torch._dynamo.explain(encoder)(inputs)
+        assert graphs.graph_break_count == 0, graphs.break_reasons
+    model.compile_encoders()
+    compiled = model(frames, batch["token_ids"])
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+    compiled_gradients = torch.autograd.grad(compiled.sum(), model.prompts.visual_prompts)
+    torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-3, atol=1e-4)

@@ -115,6 +115,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "up small batches would be another loss, with fewer negatives; here every text still "
         "meets all videos of the batch, so loss and gradient are those of K=1, for a third more "
         "work [published: 1] (default 1)")
+    add("--checkpoint_activations", type=int, choices=[0, 1], default=0,
+        help="1 keeps each layer's inputs only and computes the rest again for the gradient: less "
+        "memory for the same numbers and about a third more time [published: 0] (default 0)")
+    add("--compile", type=int, choices=[0, 1], default=0,
+        help="1 runs the encoders through torch.compile, which takes minutes at the start and "
+        "needs a C++ compiler; results are equal up to rounding (default 0)")
+    add("--profile", type=int, default=0, metavar="N",
+        help="trace N training steps, after a few to warm up, into <output_dir>/profile for "
+        "https://ui.perfetto.dev or chrome://tracing (default 0: none)")
     add("--precision", choices=["amp", "bf16", "fp32"],
         help="of the training forward: amp (float16 autocast with loss scaling), bf16 (bfloat16 "
         "autocast) or fp32; loss and evaluation are float32 always [published: amp] "
@@ -215,8 +224,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1: {getattr(args, name)}")
     if not args.eval_memory_gib > 0:
         parser.error(f"--eval_memory_gib must be positive: {args.eval_memory_gib}")
-    if args.save_every_steps < 0:
-        parser.error(f"--save_every_steps must be at least 0: {args.save_every_steps}")
+    for name in ("save_every_steps", "profile"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must be at least 0: {getattr(args, name)}")
     if not 0 <= args.seed < 2**32:
         parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
     if args.temp_kernel_sz < 1 or args.temp_kernel_sz % 2 == 0:

@@ -87,6 +87,7 @@ class Trainer:
         precision, parts, clip_grad_norm: see `train_step`.
         display_every, save_every: log, or save, every so many steps of an epoch; 0 never saves.
         datatype: the data set whose published results are shown.
+        on_step: called after every step.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Trainer:
         display_every: int,
         save_every: int,
         datatype: str,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.loader, self.evaluation = model, loader, evaluation
         self.optimizer, self.scaler, self.progress = optimizer, scaler, progress
@@ -119,7 +121,7 @@ class Trainer:
         self.device, self.log = device, log
         self.precision, self.parts, self.clip_grad_norm = precision, parts, clip_grad_norm
         self.display_every, self.save_every = display_every, save_every
-        self.datatype = datatype
+        self.datatype, self.on_step = datatype, on_step
         self.epoch_log = EpochLog(folder, progress.global_step if resumed_from else None)
         self.signals = StopSignals()
         self._last_good = resumed_from
@@ -169,6 +171,7 @@ class Trainer:
         self._save()
 
     def _after_step(self, result: StepResult) -> None:
+        self.on_step()
         progress = self.progress
         progress.global_step += 1
         steps = progress.sums.steps

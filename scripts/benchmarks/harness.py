@@ -43,12 +43,18 @@ def _attention_backward_flop(_, query, key, value, *__, **___) -> int:
     return _attention_flop(query, key, value) * 5 // 2
 
 
-_aten = torch.ops.aten
-# torch's registry of operations has the GPU's kernels of this attention, not the CPU's
-CPU_ATTENTION = {
+def _linear_flop(x, weight, *_) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+_aten, _mkldnn = torch.ops.aten, torch.ops.mkldnn
+# What torch's registry lacks: the CPU's kernels of attention and oneDNN's linear maps.
+CPU_OPERATIONS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
 }
+if hasattr(_mkldnn, "_linear_pointwise"):
+    CPU_OPERATIONS[_mkldnn._linear_pointwise] = _linear_flop
 
 
 class FlopCounter(TorchDispatchMode):
@@ -62,8 +68,8 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         operation = func._overloadpacket
-        if operation in CPU_ATTENTION:
-            self.total += CPU_ATTENTION[operation](*args)
+        if operation in CPU_OPERATIONS:
+            self.total += CPU_OPERATIONS[operation](*args)
         elif operation not in flop_registry:
             with self:  # what it is made of, in inference mode
                 result = func.decompose(*args, **kwargs)
@@ -235,8 +241,9 @@ def report(results: Sequence[Result], options: Options) -> str:
             "× faster (min, median, CPU)": f"{r.ratio():.2f}, {r.ratio(statistics.median):.2f}, "
             f"{r.cpu_ratio():.2f}",
             "aim": _aim("≥", r.time_aim, r.ratio()),
-            "peak memory": _memory(r.ours.increment, r.reference.increment),
+            "memory above the start": _memory(r.ours.increment, r.reference.increment),
             "× memory": "" if memory is None else f"{memory:.2f}",
+            "process's peak": _memory(r.ours.peak, r.reference.peak),
             "memory aim": _aim("≤", r.memory_aim, memory),
             "per s": f"{r.work / min(r.ours.times):.3g} {r.unit}",
             "GFLOP ours / reference": _flop(r.ours.flop, r.reference.flop),

@@ -91,6 +91,8 @@ def encode_video(options: Options) -> Stage:
 
     def ours() -> Callable[[], Tensor]:
         model = build(options)
+        if options.compile:
+            model.compile_encoders()
         frames = draw_videos(model, count, options)
         return _inference(model.encode_video, frames, options)
 
@@ -150,6 +152,8 @@ def train_batch(options: Options) -> Stage:
 
     def ours() -> Callable[[], dict]:
         model, batch, optimizer, scaler = setting()
+        if options.compile:
+            model.compile_encoders()
 
         def run() -> dict:
             step = train_step(model, batch, optimizer, scaler, precision=options.precision)
