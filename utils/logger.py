@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.files import append_line
+from utils.files import OutputError, append_line
 from utils.run_log import read_records
 
 # Numbers of an epoch that differ from one time to the next.
@@ -73,17 +75,28 @@ class EpochLog:
 
     def flush(self) -> None:
         """See all scalars in the file."""
-        self.board.flush()
+        with self._write_errors():
+            self.board.flush()
 
     def close(self) -> None:
         self.board.close()
 
     def _plot(self, record: dict, step: int, flush: bool = True) -> None:
-        for name, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self.board.add_scalar(name, value, step)
-        if flush:
-            self.flush()
+        with self._write_errors():
+            for name, value in record.items():
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    self.board.add_scalar(name, value, step)
+            if flush:
+                self.board.flush()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.board.log_dir}: TensorBoard's events cannot be written: {error}"
+            ) from error
 
 
 def _outcome(record: dict) -> str:
