@@ -15,6 +15,7 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from utils.embeddings import EmbeddingsError, KeptEmbeddings, load_embeddings, s
 from utils.engine import TrainingError
 from utils.evaluation import VAL, Evaluation, Reading
 from utils.files import OutputError, locked_folder, whole_file
-from utils.logger import append_json, setup_logging
+from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import (
     OutOfMemoryError,
     git_revision,
@@ -430,6 +431,7 @@ def command_line() -> None:
     try:
         main(parse_args())
     except USER_ERRORS as error:
+        log_to_file(f"error: {error}")
         sys.exit(f"error: {error}")
     except Stopped as stop:
         logging.getLogger("propy").warning(
@@ -441,6 +443,9 @@ def command_line() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except Exception:
+        log_to_file(traceback.format_exc())
+        raise
 
 
 if __name__ == "__main__":

@@ -227,6 +227,8 @@ def test_moment_scripts_are_the_video_scripts_with_another_task(split: str, tmp_
         ((), "nothing to do"),
         (("--do_train", "1"), "needs --prvr_train_annos"),
         (("--do_eval", "1"), "needs --resume"),
+        (("--do_eval", "1", "--resume", "auto"), "needs --resume"),
+        ((*TRAIN, "--save_every_steps", "-1"), "--save_every_steps must be at least 0"),
         (("--do_eval", "1", "--resume", "none.pth.tar"), "no such checkpoint: none.pth.tar"),
         ((*TRAIN, "--resume", "none.pth.tar"), "no such checkpoint: none.pth.tar"),
         ((*TRAIN, "--prvr_val_annos", "none.jsonl"), "none.jsonl"),

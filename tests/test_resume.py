@@ -370,6 +370,7 @@ def test_training_faults_say_what_to_do(program, tmp_path, when, act: str, messa
     assert all(message in told for message in messages), told
     last_good = f"The last good checkpoint, for --resume, is {tmp_path / 'ckpt.pth.tar'}"
     assert last_good in told and "Traceback" not in told
+    assert messages[0] in (tmp_path / "log.txt").read_text()
 
 
 def test_a_step_that_the_loss_scaler_skips_is_counted(program, tmp_path) -> None:

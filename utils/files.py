@@ -92,23 +92,23 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise _output_error(folder, error) from error
-    with file:
-        _lock(file.fileno(), folder)
-        _held_locks.add(file.fileno())
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n")
-            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
-                file.flush()
-            for part in folder.glob(f"{PARTIAL_PREFIX}*.part"):
-                logger.warning("%s: removed, a run was killed while it wrote this file", part)
-                part.unlink(missing_ok=True)
-            yield
-        finally:
-            _held_locks.discard(file.fileno())
+    _held_locks.add(descriptor)
+    try:
+        _lock(descriptor, folder)
+        holder = f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n"
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, holder.encode())
+        for part in folder.glob(f"{PARTIAL_PREFIX}*.part"):
+            logger.warning("%s: removed, a run was killed while it wrote this file", part)
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        _held_locks.discard(descriptor)
+        os.close(descriptor)
 
 
 def _lock(descriptor: int, folder: Path) -> None:

@@ -30,13 +30,35 @@ def setup_logging(folder: Path) -> logging.Logger:
         datefmt="%Y-%m-%d %H:%M:%S",
         handlers=[
             logging.StreamHandler(sys.stdout),
-            logging.FileHandler(folder / "log.txt", encoding="utf-8"),
+            _LogFile(folder / "log.txt", encoding="utf-8"),
         ],
         force=True,
     )
     log = logging.getLogger("propy")
     log.setLevel(logging.INFO)
     return log
+
+
+class _LogFile(logging.FileHandler):
+    """What cannot be written to log.txt, on a full disk, is on the terminal still: said once."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        if not self.said:
+            print(f"{self.baseFilename}: incomplete: {sys.exc_info()[1]}", file=sys.stderr)
+        self.said = True
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def log_to_file(message: str) -> None:
+    """Into log.txt alone, if there is one already: for what the terminal gets in another way."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _LogFile):
+            handler.emit(logging.makeLogRecord({"msg": message}))
 
 
 def append_json(path: Path, record: dict) -> None:
