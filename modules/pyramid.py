@@ -70,11 +70,6 @@ class PromptPyramid:
             raise PyramidError(
                 f"level {len(levels)} (the top) has {len(below)} events; it must be the whole video"
             )
-        if below[0] != (0, num_frames):
-            raise PyramidError(
-                f"level {len(levels)} (the top) spans frames {below[0][0]} to {below[0][1] - 1} "
-                f"only, not all {num_frames}: some level leaves frames out"
-            )
         self.num_events = sum(self.events_per_level)
         self.num_bottom_events = self.events_per_level[0]
         top_first = list(enumerate(spans_bottom_up, start=1))[::-1]

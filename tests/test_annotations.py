@@ -233,6 +233,49 @@ def test_any_json_is_a_query_or_named_problems(tmp_path_factory, record):
         assert "/" not in query.vid_name
 
 
+NAMES = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=40
+).filter(lambda text: text.strip() and ".." not in text)
+SECONDS = st.floats(0, 1e6)
+QUERIES = st.builds(
+    Query,
+    desc_id=st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.integers(),
+    desc=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip),
+    vid_name=NAMES,
+    duration=st.floats(0.01, 1e6),
+    windows=st.none() | st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=3).map(tuple),
+    query_type=st.none() | st.sampled_from(["v", "t", "vt"]),
+)
+
+
+@settings(max_examples=60)
+@given(
+    queries=st.lists(QUERIES, min_size=1, max_size=5, unique_by=lambda query: str(query.desc_id)),
+    separator=st.sampled_from(["\n", "\r\n", "\n\n", " \n"]),
+    mark=st.sampled_from(["", "\ufeff"]),
+    escape=st.booleans(),
+)
+def test_what_is_written_is_read(tmp_path_factory, queries, separator, mark, escape):
+    names = {"windows": "ts", "query_type": "type"}
+    records = [{names.get(k, k): v for k, v in vars(query).items()} for query in queries]
+    lines = [json.dumps(record, ensure_ascii=escape) for record in records]
+    path = write(tmp_path_factory.getbasetemp(), mark + separator.join(lines))
+    assert read_annotations(path) == queries
+
+
+@settings(max_examples=100)
+@given(
+    content=st.binary(max_size=200)
+    | st.lists(st.sampled_from([*line().encode(), *b'\n\r\x00"\\']), max_size=200).map(bytes)
+)
+def test_any_bytes_are_queries_or_named_problems(tmp_path_factory, content):
+    path = write(tmp_path_factory.getbasetemp(), content)
+    try:
+        assert read_annotations(path)
+    except AnnotationError as error:
+        assert all(text.startswith(f"{path}") for text in str(error).splitlines())
+
+
 def real_lines(shared_data):
     """Standard lines of every public annotation file at hand, converted without any repair."""
     folder = shared_data / "annotations"
