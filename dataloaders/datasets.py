@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import ClipSource
+from dataloaders.frame_store import EncodedClips
 from dataloaders.tokenizer import tokenize
 from dataloaders.video import VideoError
 
@@ -84,6 +85,8 @@ class ClipLoader:
                         raise item.error
                     self._leave_out(item.vid_name, str(item.error))
                 if batch is not None:
+                    if isinstance(batch["frames"], EncodedClips):
+                        batch["frames"] = batch["frames"].decode(self._dataset.clips.decode_on)
                     yield batch
                 else:
                     self._refuse_empty(unreadable)
@@ -187,7 +190,7 @@ def evaluation_video_loader(
     """
     dataset = _EvaluationClips(videos, clips, num_frames, size, num_workers)
     batches = [list(rows) for rows in _chunks(len(dataset), batch_size)]
-    collate = partial(_collate, make_batch=default_collate)
+    collate = partial(_collate, make_batch=_evaluation_batch)
     return ClipLoader(dataset, batches, collate, num_workers, pin_memory, leave_out)
 
 
@@ -235,7 +238,7 @@ class _Clips(Dataset):
         items = (item for item in self._in_hand.tolist() if item >= 0)
         return [self.clips.label(self.names[item]) for item in items]
 
-    def _load(self, item: int, generator: np.random.RandomState | None = None) -> torch.Tensor:
+    def _load(self, item: int, generator: np.random.RandomState | None = None):
         worker = get_worker_info()
         slot = worker.id if worker else 0
         self._in_hand[slot] = item
@@ -319,14 +322,25 @@ def _collate(
     return make_batch(readable) if readable else None, unreadable
 
 
+def _evaluation_batch(items: list[dict]) -> dict:
+    indices = torch.tensor([item["indices"] for item in items])
+    return {"frames": _stack([item["frames"] for item in items]), "indices": indices}
+
+
 def _training_batch(items: list[dict], max_words: int) -> dict:
     counts = torch.tensor([len(item["captions"]) for item in items])
     return {
-        "frames": default_collate([item["frames"] for item in items]),
+        "frames": _stack([item["frames"] for item in items]),
         "token_ids": tokenize([text for item in items for text in item["captions"]], max_words),
         "text_to_video": torch.arange(len(items)).repeat_interleave(counts),
         "vid_names": [item["vid_name"] for item in items],
     }
+
+
+def _stack(clips: list[torch.Tensor | EncodedClips]) -> torch.Tensor | EncodedClips:
+    if isinstance(clips[0], EncodedClips):
+        return EncodedClips.stack(clips)
+    return default_collate(clips)  # in a worker: straight into shared memory
 
 
 def _chunks(count: int, size: int) -> list[range]:

@@ -38,6 +38,7 @@ HEAD = 2**16  # bytes before the JPEGs, for HDF5's bookkeeping
 # Two frames closer than this are fetched by one read: it takes no longer than a second read does.
 MERGED_GAP = 2**16
 
+MAX_DECODER_DEVIATION = 8  # of 255 levels, in one smooth picture
 # Seconds to wait for a lock: workers of a killed process hold it for the moment until they end.
 LOCK_PATIENCE = 2.0
 
@@ -109,9 +110,11 @@ def encode_frame(frame: torch.Tensor, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def decode_frames(jpegs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """JPEGs, each uint8 [bytes], as uint8 [n, 3, S, S] RGB."""
-    return torch.stack(decode_jpeg(list(jpegs), mode=ImageReadMode.RGB))
+def decode_frames(
+    jpegs: Sequence[torch.Tensor], device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """JPEGs, each uint8 [bytes] on the CPU, as uint8 [n, 3, S, S] RGB on the device."""
+    return torch.stack(decode_jpeg(list(jpegs), mode=ImageReadMode.RGB, device=device))
 
 
 def psnr(frames: torch.Tensor, decoded: torch.Tensor) -> float:
@@ -124,6 +127,73 @@ def psnr(frames: torch.Tensor, decoded: torch.Tensor) -> float:
 
 def _as_tensor(jpeg: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(jpeg, np.uint8).copy())
+
+
+@dataclass(frozen=True)
+class EncodedClips:
+    """Sampled frames of clips, not yet decoded.
+
+    Attributes:
+        label: what messages call them.
+        jpegs: uint8 [bytes], one after the other, every frame once. They are one tensor because
+            each tensor that comes from a worker process costs an open file.
+        lengths: bytes of each.
+        positions: int64 [B, N_f], which of them each sampled frame is.
+        size: side of the frames, pixels.
+    """
+
+    label: str
+    jpegs: torch.Tensor
+    lengths: list[int]
+    positions: torch.Tensor
+    size: int
+
+    @classmethod
+    def stack(cls, clips: Sequence[EncodedClips]) -> EncodedClips:
+        """The clips as one batch."""
+        counts = np.array([len(clip.lengths) for clip in clips])
+        firsts = (counts.cumsum() - counts).tolist()
+        return cls(
+            label=", ".join(clip.label for clip in clips),
+            jpegs=torch.cat([clip.jpegs for clip in clips]),
+            lengths=[length for clip in clips for length in clip.lengths],
+            positions=torch.cat([c.positions + f for c, f in zip(clips, firsts, strict=True)]),
+            size=clips[0].size,
+        )
+
+    def decode(self, device: torch.device) -> torch.Tensor:
+        """uint8 [B, N_f, 3, size, size], RGB, on the device.
+
+        Raises:
+            VideoError: there is a JPEG which is none, or has another size.
+        """
+        try:
+            frames = decode_frames(self.jpegs.split(self.lengths), device)
+        except RuntimeError as error:
+            raise VideoError(f"{self.label}: cannot be decoded ({error}): {PACK}") from error
+        if frames.shape[1:] != (3, self.size, self.size):
+            raise VideoError(f"{self.label}: frames of shape {list(frames.shape[1:])}: {PACK}")
+        if len(frames) == self.positions.numel():  # none is sampled twice: no copy is needed
+            return frames.unflatten(0, self.positions.shape)
+        return frames[self.positions.to(device)]
+
+
+def gpu_decoder_problem(device: torch.device) -> str | None:
+    """Why frames had better not be decoded on this device; None if it does what the CPU does.
+
+    One picture is decoded on both. They may round differently, by a few of 255 levels.
+    """
+    y, x = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
+    picture = torch.stack([x, y, (x + y) // 2]).byte()
+    jpeg = _as_tensor(encode_frame(picture, DEFAULT_QUALITY))
+    try:
+        theirs = decode_frames([jpeg], device).cpu()
+    except RuntimeError as error:
+        return " ".join(str(error).split())[:200]
+    if theirs.shape != (1, *picture.shape):
+        return f"it makes {list(theirs.shape)} of one picture"
+    deviation = (theirs.int() - decode_frames([jpeg]).int()).abs().max().item()
+    return None if deviation <= MAX_DECODER_DEVIATION else f"its pixels are off by {deviation}"
 
 
 class FrameStore(ClipSource):
@@ -141,12 +211,19 @@ class FrameStore(ClipSource):
     The index is read once; frames are then read from the file by their offset, without HDF5, whose
     handles do not survive a fork. Nothing stays open.
 
+    Args:
+        path: the file.
+        decode_on: where JPEGs are decoded. None: where they are loaded, so in the loader's workers.
+            A device: clips travel as JPEG, and `EncodedClips.decode` decodes a batch there, which
+            the loader does before it hands the batch out.
+
     Raises:
         VideoError: no such file, no frame store, a damaged one, or one of another version.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, decode_on: torch.device | None = None):
         self.path = Path(path)
+        self.decode_on = decode_on
         if not self.path.is_file():
             unfinished = any(part.is_file() for part in _partial_paths(self.path))
             state = "is not finished" if unfinished else "no such frame store"
@@ -196,6 +273,9 @@ class FrameStore(ClipSource):
     def label(self, name: str) -> str:
         return f"{self.path}: clip {name!r}"
 
+    def look_at(self, name: str, size: int) -> int:
+        return self.num_frames(name)  # `check` has the size, and reading verifies every frame
+
     def check(self, names: Sequence[str], size: int) -> None:
         if size != self.size:
             raise VideoError(
@@ -210,7 +290,7 @@ class FrameStore(ClipSource):
         num_frames: int,
         size: int,
         generator: np.random.RandomState | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | EncodedClips:
         self.check([name], size)
         n = self.num_frames(name)
         if generator is None:
@@ -218,15 +298,17 @@ class FrameStore(ClipSource):
         else:
             chosen = train_indices(n, num_frames, generator)
         distinct, position = np.unique(chosen, return_inverse=True)
-        try:
-            frames = decode_frames([_as_tensor(jpeg) for jpeg in self.jpegs(name, distinct)])
-        except RuntimeError as error:
-            raise VideoError(f"{self.label(name)}: no frames ({error}): {PACK}") from error
-        if frames.shape[1:] != (3, size, size):
-            raise VideoError(
-                f"{self.label(name)}: frames of the shape {list(frames.shape[1:])}: {PACK}"
-            )
-        return frames if len(distinct) == len(chosen) else frames[torch.from_numpy(position)]
+        jpegs = self.jpegs(name, distinct)
+        clip = EncodedClips(
+            label=self.label(name),
+            jpegs=_as_tensor(b"".join(jpegs)),
+            lengths=[len(jpeg) for jpeg in jpegs],
+            positions=torch.from_numpy(position)[None],
+            size=size,
+        )
+        if self.decode_on is not None:
+            return clip
+        return clip.decode(torch.device("cpu"))[0]
 
     def num_frames(self, name: str) -> int:
         """n, the frames that the clip has."""

@@ -16,10 +16,16 @@ import torch
 from tiny_run import make_run
 
 from dataloaders import frame_store
-from dataloaders.annotations import Video
+from dataloaders.annotations import Query, Video
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import evaluation_video_loader
-from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
+from dataloaders.datasets import evaluation_video_loader, training_loader
+from dataloaders.frame_store import (
+    FrameStore,
+    FrameStoreWriter,
+    gpu_decoder_problem,
+    pack_clip,
+    psnr,
+)
 from dataloaders.video import VideoError, load_every_frame
 from scripts import pack_frames
 from utils.arguments import parse_args
@@ -136,6 +142,36 @@ def test_batches_do_not_depend_on_the_number_of_workers(store):
     reference = load(0)
     assert torch.equal(load(1), reference)
     assert torch.equal(load(3), reference)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_may_be_decoded_where_they_are_used(store, num_workers):
+    """As on a GPU, here by the CPU; one clip is short, so that frames are repeated."""
+    later = FrameStore(store.path, decode_on=torch.device("cpu"))
+    queries = [Query(name, "text", name, 1.0, None) for name in LENGTHS]
+    settings = {"num_frames": 8, "size": SIZE, "num_workers": num_workers, "pin_memory": False}
+    for make in (
+        lambda clips: evaluation_video_loader(
+            [Video(name, 1.0) for name in LENGTHS], clips, batch_size=4, **settings
+        ),
+        lambda clips: training_loader(
+            queries, clips, batch_size=3, max_words=8, seed=1, **settings
+        ),
+    ):
+        for ours, theirs in zip(make(store), make(later), strict=True):
+            assert theirs.keys() == ours.keys()
+            assert torch.equal(theirs["frames"], ours["frames"])
+
+
+def test_a_gpu_that_does_not_decode_is_found_out(monkeypatch):
+    assert gpu_decoder_problem(torch.device("cpu")) is None
+    if not torch.cuda.is_available():
+        assert gpu_decoder_problem(torch.device("cuda"))
+    decode = frame_store.decode_frames
+    monkeypatch.setattr(
+        frame_store, "decode_frames", lambda jpegs, *device: decode(jpegs).flip(1 if device else 0)
+    )
+    assert "pixels are off by" in gpu_decoder_problem(torch.device("cpu"))
 
 
 def test_packing_twice_gives_the_same_bytes_and_does_nothing(video_dir, tmp_path, capsys):
@@ -435,5 +471,7 @@ def test_main_wants_one_place_of_clips_that_has_them_all(tmp_path_factory, store
     checkpoint = str(run.logs / "ckpt.pth.tar")
     done = run.main("--do_eval", "1", "--resume", checkpoint, "--frame_store", str(store.path))
     assert done.returncode != 0
-    assert f"{store.path}: 4 of 4 clips are missing" in done.stderr
+    assert "4 videos are missing" in done.stderr
+    assert f"{store.path}: clip 'clip 0': missing" in done.stderr
+    assert "scripts/pack_frames.py" in done.stderr
     assert "Traceback" not in done.stderr
