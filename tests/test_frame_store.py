@@ -263,6 +263,23 @@ def test_a_writer_that_is_killed_anywhere_is_gone_on_with(video_dir, tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5", "whole.h5"]
 
 
+def test_what_a_kill_left_half_written_is_dropped(video_dir, tmp_path):
+    names = ["one", "few"]
+    whole = make_store(tmp_path / "whole.h5", video_dir, names)
+    path = tmp_path / "f.h5"
+    with FrameStoreWriter(path, SIZE, 90) as writer:
+        writer.add(*pack_clip("one", video_dir / "one.mp4", SIZE, 90))
+    journal = tmp_path / "f.h5.packing.jsonl"
+    with journal.open("a") as file, (tmp_path / "f.h5.packing").open("ab") as data:
+        data.write(b"x" * 40_000)
+        file.write(journal.read_text().splitlines()[-1][:50])
+    with FrameStoreWriter(path, SIZE, 90) as writer:
+        assert list(writer.clips) == ["one"]
+        writer.add(*pack_clip("few", video_dir / "few.mp4", SIZE, 90))
+        writer.finish()
+    assert path.read_bytes() == whole.path.read_bytes()
+
+
 def test_packing_goes_on_after_every_sigkill(tmp_path):
     """A process that packs is killed at random times, until one comes to the end."""
     folder, paths = tmp_path / "videos", [tmp_path / "f.h5", tmp_path / "whole.h5"]
