@@ -35,8 +35,8 @@ PACK = "make it with `python scripts/pack_frames.py`"
 SUBSAMPLING = 0
 DEFAULT_QUALITY = 90
 HEAD = 2**16  # bytes before the JPEGs, for HDF5's bookkeeping
-# Two frames closer than this are fetched by one read, which spares a disk the second seek. Chosen,
-# not measured: with the file in the system's cache it hardly matters.
+# Two frames closer than this are fetched by one read, to spare a disk the second seek. The value
+# is a guess: it was not measured on a disk.
 MERGED_GAP = 2**16
 
 MAX_DECODER_DEVIATION = 8  # of 255 levels, in one smooth picture
