@@ -33,9 +33,11 @@ def in_a_child(action) -> int:
 def test_a_file_appears_with_the_end_of_its_block(tmp_path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
-    with whole_file(path) as part:
-        part.write_text("new")
-        assert path.read_text() == "old"
+    with path.open() as reader:
+        with whole_file(path) as part:
+            part.write_text("new")
+            assert path.read_text() == "old"
+        assert reader.read() == "old", "replaced, not overwritten"
     assert path.read_text() == "new" and path.stat().st_mode & 0o044
     with pytest.raises(KeyError), whole_file(path) as part:
         part.write_text("half")

@@ -213,21 +213,38 @@ def test_killed_at_many_random_times(program, whole, tmp_path, seed: int) -> Non
 
 
 @pytest.mark.slow
-def test_killed_at_every_file_operation(program, whole, tmp_path) -> None:
-    number = 0
-    while True:
-        number += 1
+@pytest.mark.parametrize("first", range(1, 9))
+def test_killed_at_every_file_operation(program, whole, tmp_path, first: int) -> None:
+    """All of them in eight parts, so that each keeps within a test's time."""
+    number, status = first, -signal.SIGKILL
+    while status != 0:  # 0: a run has no so many
         output = tmp_path / str(number)
         patch = DIE_AT_A_FILE_OPERATION.format(number=number, output=str(output))
         status = program.run(*flags(output), patch=patch)
-        if status == 0:
-            break  # it has no so many
-        assert status == -signal.SIGKILL
+        assert status in (0, -signal.SIGKILL)
         assert program.run(*flags(output)) == 0
         assert_same_run(output, whole)
         shutil.rmtree(output)
-    print(f"killed at each of {number - 1} file operations")
+        number += 8
     assert number > 100
+
+
+def test_killed_before_the_best_checkpoint_is_copied(program, whole, tmp_path) -> None:
+    """That of the last epoch, so that nothing but resuming can make up for it and for its line."""
+    patch = """
+import os, signal
+import utils.trainer as trainer
+real = trainer.copy_checkpoint
+def copy_checkpoint(source, target):
+    if trainer.epochs_of(source) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+trainer.copy_checkpoint = copy_checkpoint
+"""
+    assert program.run(*flags(tmp_path), patch=patch) == -signal.SIGKILL
+    assert checkpoint(tmp_path, "ckpt.best.pth.tar")["epoch"] == 1 and len(lines(tmp_path)) == 2
+    assert program.run(*flags(tmp_path)) == 0
+    assert_same_run(tmp_path, whole)
 
 
 # Calls `act` in the process that trains, at a step counted from 1 or while evaluating.
