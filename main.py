@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     set_seed(args.seed)
     device = pick_device()
     precision = args.precision or ("amp" if device.type == "cuda" else "fp32")
-    log.info("device %s, precision %s", device, precision)
+    log.info("device %s, precision %s; float32 is computed as such, TF32 is off", device, precision)
 
     val_queries = read_split(args.prvr_val_annos, args.datatype, "val", log)
     train_queries = (

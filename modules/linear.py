@@ -11,7 +11,11 @@ from torch.nn import functional as F
 
 # torch's operator for its compiler: x Wᵀ + b by oneDNN, without autograd. Absent where torch was
 # built without oneDNN.
-_OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_OPERATOR = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,16 +40,15 @@ class Linear(nn.Linear):
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # the compiler chooses itself; asked first, it sees no more
+        return False
     return (
-        x.device.type == "cpu"
+        _OPERATOR is not None
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.dim() > 1
         and x.numel() > 0
-        and _OPERATOR is not None
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
