@@ -15,7 +15,7 @@ import numpy as np
 
 MAX_HEADER = 2**26  # bytes of one header box; an hour at 3 fps takes about 100 KiB
 HEADER_BOXES = (b"moov", b"moof")
-PARENTS = {b"trak", b"mdia", b"minf", b"stbl", b"traf", b"mvex"}
+PARENTS = {b"trak", b"edts", b"mdia", b"minf", b"stbl", b"traf", b"mvex"}
 
 
 class ContainerError(ValueError):
@@ -134,7 +134,26 @@ def _read_track(data: bytes, start: int, end: int, header: Header, length: int) 
         header.width = int.from_bytes(description[32:34], "big")
         header.height = int.from_bytes(description[34:36], "big")
     header.num_frames += frames
+    if frames:  # none are listed here where they come in fragments
+        _check_edits(tables.get(b"elst", b""), int(durations.prod(1, dtype=np.int64).sum()))
     _check_end(tables, listed, length)
+
+
+def _check_edits(edits: bytes, duration: int) -> None:
+    """Whether an edit list, if there is one, shows anything: decord searches for long otherwise.
+
+    Args:
+        duration: of all frames, in the track's unit of time.
+    """
+    width = 8 if edits[:1] == b"\1" else 4
+    rows = (len(edits) - 8) // (2 * width + 4)
+    starts = [
+        int.from_bytes(edits[place : place + width], "big", signed=True)
+        for place in range(8 + width, 8 + width + rows * (2 * width + 4), 2 * width + 4)
+    ]
+    shown = [start for start in starts if start != -1]  # -1: a pause
+    if shown and not any(0 <= start < duration for start in shown):
+        raise ContainerError("its edit list hides every frame")
 
 
 def _check_end(tables: dict[bytes, bytes], frames: int, length: int) -> None:

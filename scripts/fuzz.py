@@ -47,7 +47,8 @@ from utils.optim import build_optimizer
 from utils.tables import metrics_table
 
 ROOT = Path(__file__).resolve().parent.parent
-TIME_LIMIT = 10.0  # seconds for one file
+TIME_LIMIT = 10.0  # seconds for one file, of computing or, on an idle machine, in all
+BUSY_TIME_LIMIT = 60.0  # seconds in all, where others keep the machine busy
 MEMORY_LIMIT = 2**30  # bytes that a file may add at its peak
 CRASH_LIMIT = 8 * 2**30  # address space it may add: protects the machine that this runs on
 MAX_MESSAGE = 20_000  # characters of an error that somebody is meant to read
@@ -208,7 +209,10 @@ def _video_samples(folder: Path) -> list[bytes]:
 
 
 def make_case(samples: dict[str, list[bytes]], kind: str, seed: int, number: int) -> bytes:
-    """Case `number` of a kind: a sample, spoiled; the same for the same seed."""
+    """Case `number` of a kind: a sample, spoiled; the same for the same seed.
+
+    But for torch's older checkpoint format, which contains addresses of memory.
+    """
     rng = np.random.default_rng([seed, number, *kind.encode()])
     ours = samples[kind]
     data = ours[rng.integers(len(ours))]
@@ -287,7 +291,7 @@ def _serve(pipe, messages: str) -> None:
     target = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
-    faulthandler.enable()
+    faulthandler.enable(target)
     torch.set_num_threads(1)
     _model()
     limit = _status("VmSize") + CRASH_LIMIT
@@ -296,10 +300,16 @@ def _serve(pipe, messages: str) -> None:
     pipe.send("ready")
     while True:
         task = pipe.recv()
-        faulthandler.dump_traceback_later(0.9 * TIME_LIMIT)
+        faulthandler.dump_traceback_later(0.9 * TIME_LIMIT, file=target)
         answer = read_case(*task)
         faulthandler.cancel_dump_traceback_later()
         pipe.send(answer)
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Computing time of a process and of what it waited for, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 class Reader:
@@ -328,9 +338,10 @@ class Reader:
             self._start()
         self.cases += 1
         started = time.perf_counter()
+        self.cpu_before = _cpu_seconds(self.process.pid)
         try:
             self.pipe.send((kind, path))
-            if self.pipe.poll(TIME_LIMIT):
+            if self.pipe.poll(TIME_LIMIT) or self._may_go_on():
                 return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
@@ -341,6 +352,17 @@ class Reader:
         words = self._last_words()
         self._end()
         return Answer("hang", time.perf_counter() - started, details=words)
+
+    def _may_go_on(self) -> bool:
+        """Wait on while the machine is busy with other things; True when there is an answer."""
+        waited = TIME_LIMIT
+        while os.getloadavg()[0] > (os.cpu_count() or 1) and waited < BUSY_TIME_LIMIT:
+            if _cpu_seconds(self.process.pid) - self.cpu_before > TIME_LIMIT:
+                return False
+            if self.pipe.poll(1.0):
+                return True
+            waited += 1.0
+        return False
 
     def _start(self) -> None:
         self._end()

@@ -119,7 +119,7 @@ def watch(process: subprocess.Popen, workers: int) -> list[Sample]:
     """A sample a second from when the workers are up until the training ends."""
     samples: list[Sample] = []
     started = time.monotonic()
-    with tqdm(desc="soak", unit="s", mininterval=5) as bar:
+    with tqdm(desc="soak", unit="sample", mininterval=5) as bar:
         while process.poll() is None:
             sample = look(process.pid, time.monotonic() - started)
             if sample is not None and sample.processes > workers:
@@ -202,7 +202,7 @@ def draw(path: Path, samples: list[Sample]) -> None:
     top.plot(seconds, [sample.total_mib for sample in samples], label="all", color="black")
     top.set_ylabel("memory (PSS, MiB)")
     top.set_ylim(bottom=0)
-    top.legend(loc="lower right")
+    top.legend(loc="center right")
     bottom.plot(seconds, [sample.files for sample in samples], color="black")
     bottom.set_ylabel("open file descriptors")
     bottom.set_xlabel("seconds")

@@ -228,6 +228,16 @@ def test_what_is_no_video_is_refused(tmp_path, golden, content):
     assert str(raised.value).startswith(f"{path}: ")
 
 
+def test_an_edit_list_that_hides_everything_is_refused(tmp_path):
+    path = encode(tmp_path / "v.mp4", numbered_frames(20), "-c:v", "libx264")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"elst") + 16  # of the one entry, 4 bytes
+    data[start : start + 4] = (2**30).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="hides every frame"):
+        load_clip(path, 8, 64)
+
+
 def test_a_refused_file_leaves_no_reader_behind(tmp_path, golden):
     """One that is still there when a worker is forked would abort the worker."""
     data = (golden / "long.mp4").read_bytes()
