@@ -259,13 +259,7 @@ class Trainer:
     def _last_good_in_errors(self) -> Iterator[None]:
         try:
             yield
-        except (
-            CheckpointError,
-            OutOfMemoryError,
-            OutputError,
-            TrainingError,
-            VideoError,
-        ) as error:
+        except EXPECTED_ERRORS as error:
             if self._last_good is None:
                 rest = "No checkpoint was written yet"
             else:
