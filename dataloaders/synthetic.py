@@ -47,11 +47,9 @@ VERBS = {
     "down": ("moves to the bottom", "sinks to the bottom"),
     "grow": ("becomes large", "gets big"),
     "shrink": ("becomes small", "gets little"),
-    "appear": ("becomes clear", "gets clear"),
-    "vanish": ("becomes faint", "gets faint"),
 }
 # Played backwards each of these becomes the other; a single frame of one is a frame of the other.
-_FORWARD = {"left": "right", "up": "down", "grow": "shrink", "appear": "vanish"}
+_FORWARD = {"left": "right", "up": "down", "grow": "shrink"}
 OPPOSITE = _FORWARD | {backward: forward for forward, backward in _FORWARD.items()}
 RESTING = ("still", "bounce", "sway", "blink")  # the same forwards and backwards
 RESIZING = ("grow", "shrink")
@@ -158,8 +156,6 @@ def _path(shot: Shot, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
         y = 0.5 + reach * (1 - 2 * u)
     elif action == "grow":
         radius = 0.08 + reach * u
-    elif action == "appear":
-        opacity = u
     elif action == "bounce":
         y = 0.72 - 0.45 * np.abs(np.sin(cycles * math.pi * u))
     elif action == "sway":
@@ -244,15 +240,16 @@ def _sentence(meaning: Meaning, rng: np.random.Generator) -> str:
 
 
 def _captions(shots: Sequence[Shot], rng: np.random.Generator) -> tuple[Caption, ...]:
-    """One for every shot: what moves does so, what rests is over its background."""
+    """For every shot in order: two of what moves, without and with the place, one of what rests."""
     captions = []
     for i, shot in enumerate(shots):
+        meanings = [Meaning("appearance", shot.thing, background=shot.background)]
         if shot.action in OPPOSITE:
-            place = shot.background if rng.random() < 0.5 else None
-            meaning = Meaning("motion", shot.thing, shot.action, place)
-        else:
-            meaning = Meaning("appearance", shot.thing, background=shot.background)
-        captions.append(Caption(_sentence(meaning, rng), meaning, i))
+            meanings = [
+                Meaning("motion", shot.thing, shot.action, place)
+                for place in (None, shot.background)
+            ]
+        captions += [Caption(_sentence(meaning, rng), meaning, i) for meaning in meanings]
     return tuple(captions)
 
 
@@ -378,18 +375,17 @@ def draw_pictures(num_pictures: int, size: int, seed: int) -> tuple[np.ndarray, 
 
 
 def _still_caption(shot: Shot, frame: int, rng: np.random.Generator) -> str:
-    """What is where in one frame: now and then how clear, how large, at which side, over what."""
+    """What is where in one frame: now and then how large, at which side, over what."""
     x, y, radius, opacity = (
         float(value[0]) for value in _path(shot, np.array([(frame + 0.5) / shot.num_frames]))
     )
     size = shot.thing.size
     if shot.action in RESIZING:
         size = "small" if radius < 0.17 else "large" if radius > 0.27 else None
+    place = str(rng.choice(BACKGROUNDS[shot.background][0]))
+    if not opacity:
+        return place
     words = []
-    if opacity < 0.4:
-        words.append("faint")
-    elif opacity > 0.6 and rng.random() < 0.2:
-        words.append("clear")
     if size is not None and rng.random() < 0.6:
         words.append(str(rng.choice(SIZE_WORDS[size])))
     text = " ".join(["a", *words, shot.thing.colour, shot.thing.shape])
@@ -406,6 +402,5 @@ def _still_caption(shot: Shot, frame: int, rng: np.random.Generator) -> str:
     if sides and rng.random() < 0.9:
         text += f" {rng.choice(('on', 'at'))} the {rng.choice(sides)}"
     if rng.random() < 0.4:
-        place = rng.choice(BACKGROUNDS[shot.background][0])
         text = str(rng.choice((f"{text} over {place}", f"{place} behind {text}")))
     return text
