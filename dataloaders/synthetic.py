@@ -53,6 +53,7 @@ _FORWARD = {"left": "right", "up": "down", "grow": "shrink"}
 OPPOSITE = _FORWARD | {backward: forward for forward, backward in _FORWARD.items()}
 RESTING = ("still", "bounce", "sway", "blink")  # the same forwards and backwards
 RESIZING = ("grow", "shrink")
+SATURATION, BRIGHTNESS, BLACK = 0.7, 0.7, 5  # of the camera; still pictures have 1, 1, 0
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,19 @@ def render_shot(shot: Shot, size: int, frames: Sequence[int] | None = None) -> n
 
 
 def render_clip(clip: Clip, size: int) -> np.ndarray:
-    """Draw all shots of the clip: uint8 [n, size, size, 3]."""
-    return np.concatenate([render_shot(shot, size) for shot in clip.shots])
+    """Film all shots of the clip: uint8 [n, size, size, 3]."""
+    return np.concatenate([film(render_shot(shot, size)) for shot in clip.shots])
+
+
+def film(frames: np.ndarray) -> np.ndarray:
+    """The frames, uint8 [n, H, W, 3], as a poor camera in dim light shows them.
+
+    That the videos look unlike the pictures which CLIP learned from is as in life, and a reason to
+    adapt it.
+    """
+    grey = frames.mean(axis=-1, keepdims=True)
+    pale = grey + SATURATION * (frames - grey)
+    return np.rint(BLACK + BRIGHTNESS * pale).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------- the grammar

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -68,6 +69,7 @@ def main() -> None:
     started = time.perf_counter()
     folder, run = ROOT / "demo", ROOT / "logs" / "demo"
     settings = {
+        "world": zlib.crc32((ROOT / "dataloaders" / "synthetic.py").read_bytes()),
         "seed": args.seed,
         "videos": [args.train_videos, args.test_videos],
         "clip": [*astuple(CLIP_SIZES), PICTURES, PICTURE_BATCH, IMAGE_STEPS, TEXT_STEPS],

@@ -8,6 +8,7 @@ import pytest
 
 from dataloaders.annotations import read_annotations
 from dataloaders.synthetic import (
+    BACKGROUNDS,
     COLOURS,
     OPPOSITE,
     annotation_lines,
@@ -133,3 +134,18 @@ def test_pictures_say_nothing_of_motion() -> None:
     words = {word for caption in captions for word in caption.split()}
     assert not words & {"moves", "slides", "rises", "sinks", "becomes", "gets"}
     assert {"left", "right", "top", "bottom", "small", "large"} <= words
+
+
+def test_pictures_show_what_their_captions_name() -> None:
+    """A thing's colour is seen exactly where a caption names one, the others' colours never."""
+    pictures, captions = draw_pictures(300, SIZE, seed=0)
+    places = {name for names, _, _ in BACKGROUNDS.values() for name in names}
+    hidden = 0
+    for picture, caption in zip(pictures.astype(int), captions, strict=True):
+        seen = {
+            name for name, tone in COLOURS.items() if (np.abs(picture - tone).sum(-1) < 40).any()
+        }
+        assert seen == set(caption.split()) & set(COLOURS), caption
+        hidden += not seen
+        assert seen or caption in places, "where nothing is seen, only the place is named"
+    assert hidden, "a blinking thing is hidden now and then"
