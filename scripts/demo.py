@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -30,7 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloaders.annotations import Query, corpus_videos, read_annotations
 from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
 from dataloaders.frame_store import FrameStore
-from dataloaders.synthetic import draw_clips, draw_pictures, write_annotations, write_clips
+from dataloaders.sampling import eval_indices
+from dataloaders.synthetic import (
+    Clip,
+    draw_clips,
+    draw_pictures,
+    render_shot,
+    write_annotations,
+    write_clips,
+)
 from dataloaders.tokenizer import tokenize
 from models import build_model
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
@@ -90,7 +98,7 @@ def main() -> None:
 
     print("[4/4] what the same CLIP finds without ProPy")
     queries = read_annotations(folder / "test.jsonl")
-    show(queries, all_scores(folder, run, queries))
+    show(queries, all_scores(folder, run, queries, args))
     minutes = (time.perf_counter() - started) / 60
     print(
         f"\nThe run: {relative(run)} (log.txt, log.jsonl, checkpoints), as a page: "
@@ -224,8 +232,13 @@ def run_program(script: str, arguments: list[str]) -> None:
 
 
 @torch.inference_mode()
-def all_scores(folder: Path, run: Path, queries: list[Query]) -> dict[str, Tensor]:
-    """Scores [T, V] of CLIP alone, with a video's mean and with its best frame, and of ProPy."""
+def all_scores(
+    folder: Path, run: Path, queries: list[Query], args: argparse.Namespace
+) -> dict[str, Tensor]:
+    """Scores [T, V] of CLIP alone, with a video's mean and with its best frame, and of ProPy.
+
+    CLIP alone also sees the videos as clear as the pictures it knows, which ProPy never does.
+    """
     model = build_model(folder / "clip.pt", PYRAMID, adapter_channels=ADAPTER_CHANNELS)
     load_checkpoint(run / "ckpt.best.pth.tar", model)
     clip, cpu = model.clip, torch.device("cpu")
@@ -241,16 +254,29 @@ def all_scores(folder: Path, run: Path, queries: list[Query]) -> dict[str, Tenso
     batches = list(tqdm(loader, desc="[4/4] videos", unit="batch"))
     texts = evaluation_text_batches(queries, MAX_WORDS, len(queries))
     propy = embed_corpus(model, batches, texts, cpu)
-    frames = torch.cat(
-        [clip.encode_image(normalize(b["frames"].flatten(0, 1))) for b in batches]
-    ).unflatten(0, (-1, model.pyramid.num_frames))  # [V, N_f, D]
-    sentences = clip.encode_text(tokenize([query.desc for query in queries], 77))
+    seen = torch.cat([b["frames"] for b in batches])
+    clear = clear_frames(draw_clips("test", args.test_videos, args.seed), seen.shape[1])
+    frames, clear_features = (
+        torch.stack([clip.encode_image(normalize(video)) for video in tqdm(x, desc=desc)])
+        for x, desc in ((seen, "[4/4] frames"), (clear, "[4/4] clear frames"))
+    )  # [V, N_f, D]
+    sentences = clip.encode_text(tokenize([query.desc for query in queries], MAX_WORDS))
     mean = F.normalize(frames, dim=-1).mean(dim=1, keepdim=True)
     return {
         "zero-shot CLIP, mean frame": best_event_scores(sentences, mean),
         "zero-shot CLIP, best frame": best_event_scores(sentences, frames),
+        "the same on clear videos": best_event_scores(sentences, clear_features),
         "ProPy": best_event_scores(propy.texts, propy.events),
     }
+
+
+def clear_frames(clips: Sequence[Clip], num_frames: int) -> Tensor:
+    """The evaluation frames of clips as they were before the camera: uint8 [V, N_f, 3, S, S]."""
+    videos = []
+    for clip in clips:
+        frames = np.concatenate([render_shot(shot, SIZE) for shot in clip.shots])
+        videos.append(frames[eval_indices(len(frames), num_frames)])
+    return torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
 
 
 def show(queries: list[Query], scores: dict[str, Tensor]) -> None:
