@@ -249,6 +249,10 @@ def test_numpy_1_scalar_is_read(golden, tmp_path) -> None:
             lambda s: s.update({"clip.visual_prompt_embedding": torch.zeros(1, 4, 130)}),
             r"visual_prompts has shape \[1, 4, 130\]",
         ),
+        (
+            lambda s: s.update({"clip.visual.global_prompts": torch.tensor(0.0)}),
+            r"event_prompts has shape \[\], the model \[8, 128\]",
+        ),
         (lambda s: s["clip.visual.proj"].fill_(float("nan")), "not finite"),
         (lambda s: s.update({"clip.visual.proj": [1, 2]}), r"clip\.visual\.proj is no tensor"),
     ],

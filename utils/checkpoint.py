@@ -230,7 +230,7 @@ def convert_authors_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name, tensor = "prompts.event_prompts", tensor.squeeze(0)
         elif name == "clip.visual_prompt_embedding":
             name = "prompts.visual_prompts"
-            width = events.shape[-1] if events is not None else 0
+            width = 0 if events is None or not events.dim() else events.shape[-1]
             if tensor.dim() == 3 and width and tensor.shape[-1] % width == 0:
                 tensor = tensor.squeeze(0).unflatten(-1, (-1, width)).transpose(0, 1)
         elif name.startswith(("clip.prefix_proj.", "clip.postfix_proj.")):
