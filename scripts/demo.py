@@ -219,7 +219,8 @@ def run_main(folder: Path, run: Path, args: argparse.Namespace) -> None:
     }
     run_program("main.py", flags(common | training))
     run_program("main.py", flags(common | evaluation))
-    run_program("scripts/report.py", [str(run), *flags({"plots": PICTURE_FOLDER, "queries": 3})])
+    report = {"plots": PICTURE_FOLDER, "queries": 3, "video_dir": folder / "videos"}
+    run_program("scripts/report.py", [str(run), *flags(report)])
 
 
 def flags(values: dict[str, object]) -> list[str]:
@@ -324,7 +325,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
     parser.add_argument("--train_videos", type=int, default=600, help="even (default 600)")
     parser.add_argument("--test_videos", type=int, default=100, help="even (default 100)")
-    parser.add_argument("--epochs", type=int, default=22, help="of ProPy (default 22)")
+    parser.add_argument("--epochs", type=int, default=18, help="of ProPy (default 18)")
     return parser.parse_args()
 
 
