@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import decord
@@ -540,7 +541,11 @@ def start_run(program: Path, source: Path, out: Path, *more: str) -> subprocess.
     script = ROOT / "scripts" / "prepare_videos.py"
     command = [sys.executable, script, "--inputs", source, "--output_dir", out, *more]
     environment = os.environ | {"FFMPEG": str(program)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    # tests that run in the background of a shell have SIGINT ignored, and so would the program
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heeded
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
