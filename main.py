@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations, summary
-from dataloaders.clips import ClipSource, VideoFolder
+from dataloaders.clips import ClipSource, VideoFolder, listed
 from dataloaders.datasets import LeaveOut, TrainingLoader, training_loader
 from dataloaders.frame_store import FrameStore, gpu_decoder_problem
-from dataloaders.preflight import LeftOut, find_unusable, listed
+from dataloaders.preflight import LeftOut, find_unusable
 from dataloaders.video import VideoError
 from models import ProPy, build_model
 from models.clip import WeightsError, weights_path

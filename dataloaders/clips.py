@@ -14,7 +14,13 @@ import torch
 
 from dataloaders.video import VideoError, load_clip, look_at_clip
 
-MAX_LISTED = 20  # missing clips spelled out; the rest is counted
+MAX_LISTED = 20  # clips spelled out in a message; the rest is counted
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Some of the lines, and how many more there are."""
+    more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "\n".join([*lines[:MAX_LISTED], *more])
 
 
 class ClipSource(ABC):
@@ -51,8 +57,9 @@ class ClipSource(ABC):
             VideoError: the clip is missing or cannot be used; the message names it.
         """
 
+    @abstractmethod
     def look_at(self, name: str, size: int) -> int | None:
-        """A first look at a clip, without decoding it; there is none for sources made by us.
+        """A first look at a clip, without decoding it.
 
         Args:
             size: side of the square frames, pixels.
@@ -63,7 +70,6 @@ class ClipSource(ABC):
         Raises:
             VideoError: the clip cannot be used, as far as can be seen.
         """
-        return None
 
     @abstractmethod
     def missing_message(self, missing: Sequence[str], total: int) -> str:
@@ -76,9 +82,7 @@ class ClipSource(ABC):
         """
         missing = self.missing(names)
         if missing:
-            listed = "\n".join(missing[:MAX_LISTED])
-            more = f"\nand {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
-            raise VideoError(f"{self.missing_message(missing, len(names))}:\n{listed}{more}")
+            raise VideoError(f"{self.missing_message(missing, len(names))}:\n{listed(missing)}")
 
 
 class VideoFolder(ClipSource):

@@ -15,9 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataloaders.annotations import Query, Video
-from dataloaders.clips import MAX_LISTED, ClipSource
+from dataloaders.clips import ClipSource
 from dataloaders.video import VideoError
 from utils.ffmpeg import PREPARED_FPS
+from utils.files import append_line
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +45,27 @@ class LeftOut:
         self._names: dict[str, dict[str, None]] = {split: {} for split in splits}
 
     def add(self, split: str, reasons: Mapping[str, str]) -> list[str]:
-        """Record videos by name with the reasons; returns those that were not known already."""
+        """Record videos by name with the reasons; returns those that were not known already.
+
+        Raises:
+            OutputError: the list cannot be written.
+        """
         known = self._names[split]
         new = {name: reason for name, reason in reasons.items() if name not in known}
         known.update(dict.fromkeys(new))
-        with self.path.open("a", encoding="utf-8") as file:
-            for name, reason in new.items():
-                queries = self._queries[split][name]
-                record = {"split": split, "vid_name": name, "queries": queries, "reason": reason}
-                file.write(json.dumps(record) + "\n")
+        lines = [
+            json.dumps(
+                {
+                    "split": split,
+                    "vid_name": name,
+                    "queries": self._queries[split][name],
+                    "reason": reason,
+                }
+            )
+            for name, reason in new.items()
+        ]
+        if lines:
+            append_line(self.path, "\n".join(lines))
         return list(new)
 
     def leave_out(self, split: str, vid_name: str, reason: str) -> None:
@@ -141,12 +154,6 @@ def find_unusable(
                 elif found is not None and not _plausible(found, video.duration):
                     doubtful.append(video.vid_name)
     return unusable, doubtful
-
-
-def listed(lines: Sequence[str]) -> str:
-    """Some of the lines, and how many more there are."""
-    more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-    return "\n".join([*lines[:MAX_LISTED], *more])
 
 
 def _plausible(frames: int, seconds: float) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -40,7 +41,7 @@ from dataloaders.video import VideoError, load_clip
 from models import ProPy, build_model
 from models.clip import CLIP, CLIPSizes
 from modules.pyramid import PromptPyramid, PyramidError
-from utils import mutations
+from scripts import mutations
 from utils.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from utils.ffmpeg import raw_input_arguments, run_ffmpeg, write_video
 from utils.optim import build_optimizer
@@ -137,9 +138,9 @@ def make_samples(folder: Path, videos: Path | None) -> dict[str, list[bytes]]:
 
 def _annotation_samples() -> list[bytes]:
     lines = annotation_lines(draw_clips("v", 4, 0))
-    dumped = [mutations.json.dumps(line).encode() for line in lines]
+    dumped = [json.dumps(line).encode() for line in lines]
     several = dict(lines[0], ts=[[0, 2.5], [3, 4]], desc="日本語, “quoted”", desc_id=7)
-    rich = mutations.json.dumps(several, ensure_ascii=False).encode()
+    rich = json.dumps(several, ensure_ascii=False).encode()
     return [
         b"\n".join(dumped),
         b"\xef\xbb\xbf" + b"\r\n".join([rich, b"", *dumped]) + b"\r\n",

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import fuzz
-from utils import mutations
+from scripts import fuzz, mutations
 
 
 def test_a_short_run_finds_nothing(tmp_path, capsys):

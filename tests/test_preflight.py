@@ -17,7 +17,7 @@ from dataloaders.clips import VideoFolder
 from dataloaders.datasets import evaluation_video_loader, training_loader
 from dataloaders.preflight import LeftOut, find_unusable
 from dataloaders.video import VideoError
-from utils import mutations
+from scripts import mutations
 from utils.ffmpeg import run_ffmpeg, write_video
 
 SIZE, FRAMES = 64, 4
@@ -117,6 +117,20 @@ def test_nasty_files_in_place_of_videos(shared_data, tmp_path, monkeypatch):
     for name in unusable:
         with pytest.raises(VideoError):
             video.load_clip(tmp_path / f"{name}.mp4", FRAMES, SIZE)
+
+
+def test_the_list_appears_with_the_first_video(tmp_path) -> None:
+    path = tmp_path / "missing.jsonl"
+    path.write_text("of an earlier run\n")
+    queries = [Query(i, "", f"v{i // 2}", 10.0, None) for i in range(4)]
+    left_out = LeftOut(path, {"val": queries})
+    assert left_out.add("val", {}) == [] and not path.exists()
+    assert left_out.add("val", {"v0": "gone", "v1": "gone too"}) == ["v0", "v1"]
+    assert left_out.add("val", {"v1": "said before"}) == []
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["vid_name"], r["queries"], r["reason"]) for r in records] == [
+        ("v0", 2, "gone"), ("v1", 2, "gone too"),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

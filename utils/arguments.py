@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "work [published: 1] (default 1)")
     add("--checkpoint_activations", type=int, choices=[0, 1], default=0,
         help="1 keeps each layer's inputs only and computes the rest again for the gradient: less "
-        "memory for the same numbers and about a third more time [published: 0] (default 0)")
+        "memory for the same numbers, and a third to a half more time [published: 0] (default 0)")
     add("--compile", type=int, choices=[0, 1], default=0,
         help="1 runs the encoders through torch.compile, which takes minutes at the start and "
         "needs a C++ compiler; results are equal up to rounding (default 0)")

@@ -46,8 +46,8 @@ CHANGE_AN_EPOCH = ("batch_size", "seed", "training annotations")
 EXPECTED_ERRORS = (CheckpointError, OutOfMemoryError, OutputError, TrainingError, VideoError)
 
 LESS_MEMORY = (
-    "raise --gradient_accumulation_steps (same result), or lower --batch_size (another result: "
-    "fewer negatives), or use --precision amp or bf16 on a GPU"
+    "use --checkpoint_activations 1 or raise --gradient_accumulation_steps (same result), or lower "
+    "--batch_size (another result: fewer negatives), or use --precision amp or bf16 on a GPU"
 )
 LESS_MEMORY_EVALUATING = "lower --batch_size_val (same result)"
 

@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from modules.pyramid import PromptPyramid
 from utils.misc import pick_device
 
 SIDES = ("ours", "reference")
@@ -52,6 +53,7 @@ _aten, _mkldnn = torch.ops.aten, torch.ops.mkldnn
 CPU_OPERATIONS = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
+    _aten.mkldnn_linear: _linear_flop,
 }
 if hasattr(_mkldnn, "_linear_pointwise"):
     CPU_OPERATIONS[_mkldnn._linear_pointwise] = _linear_flop
@@ -136,6 +138,16 @@ class Stage:
 
 
 Factory = Callable[[Options], Stage]
+
+
+def pyramid_of(options: Options) -> PromptPyramid:
+    """The pyramid of every stage: each level halves the one below, with overlapping events or not.
+
+    32 frames with the published overlap are scripts/pyramids/cfg_32.json.
+    """
+    levels = options.frames.bit_length() - 1
+    overlap = {"published": [0] + [1] * (levels - 1), "none": [0] * levels, "all": [1] * levels}
+    return PromptPyramid.from_config({"Nf": options.frames, "offset": overlap[options.overlap]})
 
 
 @dataclass

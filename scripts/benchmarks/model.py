@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from models import ProPy
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
-from modules.pyramid import PromptPyramid
-from scripts.benchmarks.harness import Options, Stage, largest_deviation
+from scripts.benchmarks.harness import Options, Stage, largest_deviation, pyramid_of
 from utils.engine import train_step
 from utils.misc import autocast
 from utils.optim import MIN_LEARNING_RATE, build_optimizer
@@ -49,11 +48,7 @@ def build(options: Options) -> ProPy:
     torch.manual_seed(options.seed)
     clip = CLIP(sizes)
     clip.initialize()
-    levels = options.frames.bit_length() - 1
-    overlap = {"published": [0] + [1] * (levels - 1), "none": [0] * levels, "all": [1] * levels}
-    pyramid = {"Nf": options.frames, "offset": overlap[options.overlap]}
-    pyramid = PromptPyramid.from_config(pyramid)
-    model = ProPy(clip, pyramid, checkpoint_activations=options.checkpoint_activations)
+    model = ProPy(clip, pyramid_of(options), checkpoint_activations=options.checkpoint_activations)
     for adapter in model.adapters:  # they start as nothing
         nn.init.normal_(adapter.conv.weight, std=0.2)
     return model.to(options.device).eval()

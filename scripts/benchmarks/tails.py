@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dataloaders.annotations import Query, Video
-from modules.pyramid import PromptPyramid
-from scripts.benchmarks.harness import Options, Stage
+from scripts.benchmarks.harness import Options, Stage, pyramid_of
 from utils.engine import Embeddings, evaluate_prvr, evaluate_vcmr, predict_moments
 from utils.moment_metrics import RECALL_RANKS, THRESHOLDS
 from utils.published import SPLIT_SIZES
@@ -27,12 +25,6 @@ QUERIES = 1024  # of a repetition; the reference's time grows with them, ours sl
 BATCH = 16  # texts and videos that the reference compares at a time: the published setting
 PER_VIDEO, PREDICTIONS, READ = 10, 1000, 100  # VCMR's published settings
 TOLERANCE = 1e-3  # scores agree to 1e-6, so of some thousand texts one may rank differently
-
-if torch.ops.aten.mkldnn_linear not in flop_registry:  # oneDNN's product, which torch leaves out
-
-    @register_flop_formula(torch.ops.aten.mkldnn_linear)
-    def _linear_flop(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-        return 2 * x_shape[0] * x_shape[1] * weight_shape[0]
 
 
 @dataclass
@@ -50,18 +42,10 @@ def _num_videos(options: Options) -> int:
     return options.videos or SPLIT_SIZES[options.split]["val"][0]
 
 
-def _proposals(options: Options) -> Tensor:
-    """Of the pyramid that `build` of the model's stages takes: [N_e, 2]."""
-    levels = options.frames.bit_length() - 1
-    overlap = {"published": [0] + [1] * (levels - 1), "none": [0] * levels, "all": [1] * levels}
-    config = {"Nf": options.frames, "offset": overlap[options.overlap]}
-    return PromptPyramid.from_config(config).proposals
-
-
 def draw(options: Options) -> Corpus:
     """A corpus of a split's size, with `options.texts` of its queries; equal for equal options."""
     num_videos, num_texts = _num_videos(options), options.texts or QUERIES
-    proposals = _proposals(options)
+    proposals = pyramid_of(options).proposals
     generator = torch.Generator().manual_seed(options.seed)
     events = torch.randn(num_videos, len(proposals), WIDTH, generator=generator)
     events += torch.randn(num_videos, 1, WIDTH, generator=generator)  # of one video, so alike
@@ -225,7 +209,7 @@ def _plain_cosines(texts: Tensor, events: Tensor) -> Tensor:
 
 def _sizes(options: Options) -> dict:
     texts, videos = options.texts or QUERIES, _num_videos(options)
-    events = len(_proposals(options))
+    events = pyramid_of(options).num_events
     return {
         "title": f"{texts} texts, {videos} videos of {events} events ({options.split})",
         "work": texts,
