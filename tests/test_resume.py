@@ -375,7 +375,7 @@ TOO_MUCH = "torch.empty(2**55, dtype=torch.uint8)"
     ("when", "act", "messages"),
     [
         (5, NOT_FINITE, ("step 5: the loss is not finite (nan) on the batch of videos ",)),
-        (5, TOO_MUCH, ("out of memory: raise --gradient_accumulation_steps", "--batch_size")),
+        (5, TOO_MUCH, ("out of memory: use --checkpoint_activations 1 or raise", "--batch_size")),
         ("evaluation", TOO_MUCH, ("out of memory: lower --batch_size_val",)),
     ],
 )
