@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from utils.cores import usable_cores
 from utils.ffmpeg import (
     PREPARED_FPS,
     PREPARED_SHORT_SIDE,
@@ -108,7 +108,6 @@ def clip_seconds(track: Track, whole: bool) -> float:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -122,7 +121,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "a frame interval (default: %(default)s)")  # fmt: skip
     add("--authors_scale", action="store_true", help="the clips were prepared with this switch")
     add("--report", type=Path, metavar="FILE", help="write the problems there, as JSON lines")
-    add("--workers", type=int, default=cores, help="clips at a time (default: %(default)s)")
+    add("--workers", type=int, default=usable_cores(),
+        help="clips at a time (default: %(default)s)")  # fmt: skip
     add("--time_limit", type=float, default=60.0, metavar="SECONDS",
         help="after which a clip counts as unreadable (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)

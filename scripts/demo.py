@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from models import build_model
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
 from modules.similarity import best_event_scores
 from utils.checkpoint import load_checkpoint
+from utils.cores import usable_cores
 from utils.engine import embed_corpus
 from utils.optim import learning_rate, set_learning_rate
 from utils.retrieval_metrics import retrieval_metrics
@@ -118,7 +118,7 @@ def make_corpus(folder: Path, args: argparse.Namespace) -> None:
     for split, count in (("train", args.train_videos), ("test", args.test_videos)):
         clips = draw_clips(split, count, args.seed)
         write_annotations(folder / f"{split}.jsonl", clips)
-        written = write_clips(folder / "videos", clips, SIZE, os.cpu_count() or 1)
+        written = write_clips(folder / "videos", clips, SIZE, usable_cores())
         for _ in tqdm(written, desc=f"[1/4] {split} videos", total=count, unit="video"):
             pass
     store = {"video_dir": folder / "videos", "frame_store": folder / "frames.h5", "size": SIZE}

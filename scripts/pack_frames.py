@@ -35,6 +35,7 @@ from dataloaders.frame_store import (
     pack_clip,
 )
 from dataloaders.video import VideoError
+from utils.cores import usable_cores
 from utils.ffmpeg import PREPARED_SHORT_SIDE
 
 Packed = tuple[PackedClip, bytes]
@@ -172,7 +173,6 @@ def summarise(store: FrameStore) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,7 +185,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the JPEGs, 1 to 95 (default: %(default)s)")  # fmt: skip
     add("--size", type=int, default=PREPARED_SHORT_SIDE,
         help="side of the model's input, pixels (default: %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=cores, help="clips at a time (default: %(default)s)")
+    add("--workers", type=int, default=usable_cores(),
+        help="clips at a time (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(arguments)
     if not args.video_dir.is_dir():
         parser.error(f"--video_dir: no such folder: {args.video_dir}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from utils.cores import usable_cores
 from utils.ffmpeg import DEFAULT_TIME_LIMIT, kill_running
 from utils.files import PARTIAL_PREFIX, partial_file, publish
 from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
@@ -168,7 +169,6 @@ def summarise(lines: list[dict], ignored: list[Path], report: Path) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -180,7 +180,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--annotations", nargs="*", type=Path, default=[], metavar="FILE",
         help="annotation files: say which of their videos are missing and which clips are "
         "used by none of them")  # fmt: skip
-    add("--workers", type=int, default=cores, help="videos at a time; each takes about one core")
+    add("--workers", type=int, default=usable_cores(),
+        help="videos at a time; each takes about one core")  # fmt: skip
     add("--authors_scale", action="store_true",
         help="the sizes of the authors' files: portrait videos squashed, pixels taken as square; "
         "needs an --output_dir of its own")  # fmt: skip

@@ -6,9 +6,9 @@ A flag is added with its reader in main.py and removed with it; everything else 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
+from utils.cores import usable_cores
 from utils.moment_metrics import WINDOW_RULES
 from utils.published import DATATYPES
 from utils.visualize import STYLES
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="1 goes on without videos that are missing or unreadable, and without their queries: "
         "missing_videos.jsonl in the output folder lists them, results name the reduced size "
         "(default 0: an error)")
-    add("--num_thread_reader", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+    add("--num_thread_reader", type=int, default=min(8, usable_cores()), metavar="N",
         help="processes that decode videos (default: one a CPU core, at most 8); results do not "
         "depend on it")
 
