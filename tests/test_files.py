@@ -94,7 +94,7 @@ def test_a_killed_run_leaves_no_lock_though_its_child_lives_on(tmp_path) -> None
         "import os, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
         "from utils.files import locked_folder, partial_file\n"
         "with locked_folder(Path(sys.argv[1])), partial_file(Path(sys.argv[1], 'a')) as part:\n"
-        "    if os.fork(): print(part.name, flush=True)\n"
+        "    if not os.fork(): print(part.name, flush=True)\n"  # it has started, so has no lock
         "    time.sleep(60)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path), str(ROOT)]
