@@ -94,9 +94,8 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     train_queries = (
         read_split(args.prvr_train_annos, args.datatype, "train", log) if args.do_train else []
     )
-    if args.subtask_type == "VCMR":
-        check_times(args, val_queries, log)
     if args.load_embeddings:
+        check_times(args, val_queries, log)
         evaluate_kept(args, val_queries, device, log)
         return
     model = build_model(
@@ -122,6 +121,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     check_videos(args, splits, left_out, clips, model.input_resolution, log)
     val_queries = left_out.kept(VAL, val_queries)
     train_queries = left_out.kept(TRAIN, train_queries)
+    check_times(args, val_queries, log)
     check_settings(args, model, train_queries)
     evaluation = Evaluation(
         val_queries,
@@ -292,7 +292,13 @@ def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Q
 
 
 def check_times(args: argparse.Namespace, queries: list[Query], log: logging.Logger) -> None:
-    """Moments are scored, and the best epoch chosen by them, where their times are known."""
+    """Moments are scored, and the best epoch chosen by them, where their times are known.
+
+    Args:
+        queries: of the evaluation, as far as their videos can be used.
+    """
+    if args.subtask_type != "VCMR":
+        return
     missing = times_missing(queries)
     if missing and args.do_train and not any(query.windows for query in queries):
         raise SettingsError(

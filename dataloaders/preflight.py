@@ -5,10 +5,11 @@ Only headers are read here. A clip that breaks while it decodes is found later, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dataloaders.annotations import Query, Video
 from dataloaders.clips import ClipSource
 from dataloaders.video import VideoError
 from utils.ffmpeg import PREPARED_FPS
-from utils.files import append_line
+from utils.files import append_line, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,14 +32,14 @@ class LeftOut:
     """The videos that a run goes without, each recorded once and listed in a file.
 
     Args:
-        path: the list, one JSON object a line: split, vid_name, queries, reason. An older one is
-            removed; it appears with the first video.
+        path: the list, one JSON object a line: split, vid_name, queries, reason. Lines of an
+            older one on these splits are removed; it appears with the first video.
         splits: the queries of each split as annotated, by its name.
     """
 
     def __init__(self, path: Path, splits: dict[str, Sequence[Query]]) -> None:
         self.path = path
-        self.path.unlink(missing_ok=True)
+        self._forget(splits)
         self._queries = {
             split: Counter(query.vid_name for query in queries) for split, queries in splits.items()
         }
@@ -67,6 +68,21 @@ class LeftOut:
         if lines:
             append_line(self.path, "\n".join(lines))
         return list(new)
+
+    def _forget(self, splits: Collection[str]) -> None:
+        """Take lines on these splits out of the list: an evaluation does not look at training's."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn: it is made again
+                if json.loads(line)["split"] not in splits:
+                    kept.append(line + "\n")
+        if kept:
+            with whole_file(self.path) as part:
+                part.write_text("".join(kept), encoding="utf-8")
+        else:
+            self.path.unlink()
 
     def leave_out(self, split: str, vid_name: str, reason: str) -> None:
         """Record a video that turned out not to decode, with a warning."""

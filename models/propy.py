@@ -196,6 +196,9 @@ class ProPy(nn.Module):
 
         Texts come in batches of many sizes, so theirs is compiled for any size.
         """
+        # Layers take floats, which must stay numbers: with `checkpoint_activations` a symbol for
+        # one of them, as dynamic=True makes it, ends in an error of torch's (2.11).
+        torch._dynamo.config.specialize_float = True
         self.encode_video = torch.compile(self.encode_video)
         self.encode_text = torch.compile(self.encode_text, dynamic=True)
 

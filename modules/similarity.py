@@ -117,7 +117,7 @@ def top_moments(
         step = min(len(texts), max(1, chunk // (2 * num_videos * num_events)))
         wide = max(1, _block(texts, chunk) // (step * num_events))  # videos of one product
         blocks = [_operand(_unit(x.float()).flatten(0, 1)) for x in events.split(wide)]
-        may_be_nan = bool((texts.sum() + events.sum()).isnan())
+        may_be_nan = not (texts.sum() + events.sum()).isfinite()  # inf is NaN once normalised
         # texts whose candidates, int64 and a few copies, fit a block
         few = max(1, _block(texts, chunk) // (limit * num_events))
         buffer = texts.new_empty(step, num_videos, num_events)

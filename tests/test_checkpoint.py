@@ -49,6 +49,7 @@ def trained(golden: GoldenModel, seed: int = 0, freeze_clip: bool = True):
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter)
     optimizer.step()
+    model.clamp_logit_scale()
     return model, optimizer, torch.amp.GradScaler("cpu", enabled=False)
 
 
@@ -71,6 +72,61 @@ def test_round_trip(golden, tmp_path, freeze_clip: bool) -> None:
     for index, state in theirs["state"].items():
         assert torch.equal(ours["state"][index]["exp_avg"], state["exp_avg"])
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pth.tar"], "something was left behind"
+
+
+@pytest.mark.parametrize("freeze_clip", [True, False])
+@pytest.mark.parametrize(("coef_lr", "weight_decay"), [(0.5, 0.05), (1.0, 0.0)])
+def test_resuming_keeps_to_the_flags_of_now(
+    golden, tmp_path, freeze_clip, coef_lr, weight_decay
+) -> None:
+    """Moments come from the file, weight decay and learning rates do not."""
+    model, optimizer, scaler = trained(golden, 0, freeze_clip)
+    save_checkpoint(tmp_path / "c", model, optimizer, scaler, Checkpoint(1, 3))
+    resumed = build_optimizer(model, 1e-3, coef_lr, weight_decay)
+    before = [(group["lr_scale"], group["weight_decay"]) for group in resumed.param_groups]
+    assert {scale for scale, _ in before} == ({1.0} if freeze_clip else {1.0, coef_lr})
+    assert {decay for _, decay in before} == {weight_decay, 0.0}
+    load_checkpoint(tmp_path / "c", model, resumed, scaler)
+    after = [(group["lr_scale"], group["weight_decay"]) for group in resumed.param_groups]
+    assert after == before
+    for parameter, state in optimizer.state.items():
+        assert torch.equal(resumed.state[parameter]["exp_avg"], state["exp_avg"])
+
+
+def test_a_run_in_float32_goes_on_in_float16(golden, tmp_path) -> None:
+    model, optimizer, disabled = trained(golden)
+    save_checkpoint(tmp_path / "c", model, optimizer, disabled, Checkpoint(1, 3))
+    enabled = torch.amp.GradScaler("cpu", enabled=True)
+    load_checkpoint(tmp_path / "c", model, optimizer, enabled)
+    assert enabled.state_dict()["scale"] == 2**16
+    save_checkpoint(tmp_path / "c", model, optimizer, enabled, Checkpoint(1, 3))
+    load_checkpoint(tmp_path / "c", model, optimizer, disabled)
+
+
+def test_another_pyramid_of_as_many_events_is_refused(golden, tmp_path) -> None:
+    def build(levels: list[list[int]]):
+        return build_model(golden.clip_state(), {"Nf": 8, "H": levels}, adapter_channels=16)
+
+    model, other = build([[2, 2], [2, 1], [3, 1]]), build([[2, 1], [7, 1]])
+    assert model.pyramid.num_events == other.pyramid.num_events == 8
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 0.2)
+    save_checkpoint(tmp_path / "c", model, optimizer, torch.amp.GradScaler("cpu"), Checkpoint())
+    load_checkpoint(tmp_path / "c", model)
+    with pytest.raises(CheckpointError, match="c: trained with another pyramid"):
+        load_checkpoint(tmp_path / "c", other)
+    rewrite(tmp_path / "c", lambda content: content.pop("proposals"))
+    load_checkpoint(tmp_path / "c", other)  # an earlier version's, which cannot be told apart
+
+
+def test_a_frozen_logit_scale_is_clamped_again(golden, tmp_path) -> None:
+    """Training clamps it after every step, but what is frozen is not in the file."""
+    model, optimizer, scaler = trained(golden)
+    for step, expected in ((0, 4.7), (3, 4.6052)):
+        save_checkpoint(tmp_path / "c", model, optimizer, scaler, Checkpoint(0, step))
+        with torch.no_grad():
+            model.clip.logit_scale.fill_(4.7)
+        load_checkpoint(tmp_path / "c", model)
+        assert model.clip.logit_scale.item() == pytest.approx(expected)
 
 
 def test_only_trained_tensors_are_saved(golden, tmp_path) -> None:

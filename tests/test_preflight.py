@@ -121,7 +121,7 @@ def test_nasty_files_in_place_of_videos(shared_data, tmp_path, monkeypatch):
 
 def test_the_list_appears_with_the_first_video(tmp_path) -> None:
     path = tmp_path / "missing.jsonl"
-    path.write_text("of an earlier run\n")
+    path.write_text('{"split": "val", "vid_name": "of an earlier run"}\n{"spl')
     queries = [Query(i, "", f"v{i // 2}", 10.0, None) for i in range(4)]
     left_out = LeftOut(path, {"val": queries})
     assert left_out.add("val", {}) == [] and not path.exists()
@@ -131,6 +131,17 @@ def test_the_list_appears_with_the_first_video(tmp_path) -> None:
     assert [(r["vid_name"], r["queries"], r["reason"]) for r in records] == [
         ("v0", 2, "gone"), ("v1", 2, "gone too"),
     ]  # fmt: skip
+
+
+def test_an_evaluation_leaves_the_list_of_training(tmp_path) -> None:
+    path = tmp_path / "missing.jsonl"
+    queries = [Query(0, "", "v0", 10.0, None)]
+    training = LeftOut(path, {"train": queries, "val": queries})
+    training.add("train", {"v0": "gone"})
+    training.add("val", {"v0": "gone"})
+    LeftOut(path, {"val": queries})
+    (record,) = map(json.loads, path.read_text().splitlines())
+    assert (record["split"], record["vid_name"]) == ("train", "v0")
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +260,37 @@ def test_training_goes_on_without_them_if_told_so(spoiled):
                         "--prvr_val_annos", "annos.jsonl", "--skip_check", "1")  # fmt: skip
     assert done.returncode == 1
     assert "clip 1.mp4: missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("timed", "message"),
+    [
+        ("clip 1", "6 of 6 queries have no times (ts): VCMR and SVMR cannot be scored"),
+        ("clip 3", "of the queries with times (ts) no video can be read"),
+    ],
+)
+def test_moments_whose_videos_are_all_left_out(spoiled, timed: str, message: str) -> None:
+    """clip 1 is missing, clip 3 does not decode."""
+    lines = map(json.loads, (spoiled.corpus / "annos.jsonl").read_text().splitlines())
+    records = [
+        {key: line[key] for key in line if key != "ts" or line["vid_name"] == timed}
+        for line in lines
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (spoiled.corpus / "timed.jsonl").write_text(text)
+    done = spoiled.main(
+        "--do_train", "1", "--prvr_train_annos", "kept.jsonl", "--prvr_val_annos", "timed.jsonl",
+        "--subtask_type", "VCMR", "--epochs", "1", "--allow_missing", "1",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert message in done.stderr
+    assert "PRVR" in done.stderr
+
+
+def test_plotting_a_query_whose_video_does_not_decode(spoiled) -> None:
+    done = spoiled.main(
+        "--do_plot", "1", "--resume", str(spoiled.logs / "ckpt.pth.tar"), "--plot_ids", "clip 3#0",
+        "--allow_missing", "1", "--plot_dir", str(spoiled.logs / "VIS"),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "--plot_ids" in done.stderr

@@ -241,9 +241,12 @@ def test_checkpointed_activations_change_no_number() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_equals_plain() -> None:
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_compiled_equals_plain(checkpoint_activations: bool) -> None:
     """In one graph: nothing of the encoders falls back to Python."""
+    torch._dynamo.reset()
     model = random_model().float()
+    model.checkpoint_activations = checkpoint_activations
     batch = random_batch(model)
     frames = batch["frames"].float()
     plain = model(frames, batch["token_ids"])

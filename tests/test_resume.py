@@ -367,6 +367,18 @@ def test_going_on_in_another_folder(program, whole, tmp_path) -> None:
     assert checkpoint(tmp_path / "c", "ckpt.best.pth.tar")["epoch"] == 3
 
 
+def test_a_finished_run_without_its_best_checkpoint(program, whole, tmp_path) -> None:
+    """No epoch is left of which to choose another."""
+    content = torch.load(whole / "ckpt.pth.tar", weights_only=True)
+    torch.save(content | {"best_epoch": 1}, tmp_path / "ckpt.pth.tar")
+    program.told()
+    assert program.run(*flags(tmp_path, "--do_eval", "1")) == 1
+    told = program.told()
+    assert "the best checkpoint, of epoch 1, is neither" in told and "Traceback" not in told
+    evaluation = [*flags(tmp_path, "--do_train", "0", "--do_eval", "1"), "--resume"]
+    assert program.run(*evaluation, str(tmp_path / "ckpt.pth.tar")) == 0
+
+
 NOT_FINITE = "engine.video_text_loss = lambda *_: torch.tensor(float('nan'), requires_grad=True)"
 TOO_MUCH = "torch.empty(2**55, dtype=torch.uint8)"
 

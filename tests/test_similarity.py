@@ -33,12 +33,12 @@ def random_features(seed, num_texts, num_videos, num_events, width, dtype=torch.
 
 
 def lattice_features(seed, num_texts, num_videos, num_events):
-    """Unit vectors along the axes and NaN: every cosine is -1, 0, 1 or NaN, so ties abound."""
+    """Unit vectors along the axes, NaN and inf: every cosine is -1, 0, 1 or NaN, so ties abound."""
     rng = np.random.default_rng(seed)
-    axes = np.concatenate([np.eye(3), -np.eye(3), np.full((1, 3), np.nan)])
-    chance = [0.16] * 6 + [0.04]
+    axes = np.concatenate([np.eye(3), -np.eye(3), np.full((1, 3), np.nan), [[np.inf, 1, 0]]])
+    chance = [0.16] * 6 + [0.02] * 2
     texts = axes[rng.choice(6, num_texts)]
-    events = axes[rng.choice(7, (num_videos, num_events), p=chance)]
+    events = axes[rng.choice(8, (num_videos, num_events), p=chance)]
     return torch.from_numpy(texts).float(), torch.from_numpy(events).float()
 
 

@@ -213,6 +213,8 @@ def test_hits_limit_and_names() -> None:
     assert choose_queries(ranks, queries, ["e", "3"], 1, 0) == [2, 4], "named ones, whatever rank"
     with pytest.raises(PlotError, match="none of the 6"):
         choose_queries(ranks + 1, queries, [], 0, 0)
+    with pytest.raises(PlotError, match="none of the videos of --plot_ids g"):
+        choose_queries(ranks, queries, ["g"], 0, 0)
 
 
 # ---------------------------------------------------------------- files
@@ -402,3 +404,4 @@ def test_plotting_a_run_takes_its_settings(tiny_run, flags_of) -> None:
     for name in ("prvr_val_annos", "video_dir", "pretrained_clip_name", "pyr_config_path", "lr",
                  "adapter_channels", "temp_kernel_sz", "max_words", "datatype"):  # fmt: skip
         assert flags[f"--{name}"] == str(args[name]), name
+    assert flags["--event_scores"] == args["event_scores"]

@@ -134,6 +134,7 @@ def save_checkpoint(
         "format": FORMAT,
         "state_dict": state,
         "backbone": backbone_fingerprint(model.clip),
+        "proposals": model.pyramid.proposals,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "epoch": progress.epoch,
@@ -189,7 +190,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: no such file, not a checkpoint, a missing, unexpected, misshapen or
-            non-finite tensor, or another CLIP than the one it was trained on.
+            non-finite tensor, or another CLIP or pyramid than it was trained with.
     """
     path = Path(path)
     content = _read(path)
@@ -205,6 +206,8 @@ def load_checkpoint(
         weights = _check_weights(model, state)
         if not from_authors and not any(name.startswith("clip.") for name in state):
             _check_backbone(model, content["backbone"])
+        if not from_authors:
+            _check_proposals(model, content)
         if progress.has_optimizer and optimizer is not None:
             _resume(content, model, optimizer, scaler)
     except CheckpointError as error:
@@ -212,6 +215,8 @@ def load_checkpoint(
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(state[name])
+    if progress.global_step and not from_authors:
+        model.clamp_logit_scale()  # as after every step; a frozen one is in no checkpoint of ours
     return progress
 
 
@@ -329,6 +334,19 @@ def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     return expected
 
 
+def _check_proposals(model: nn.Module, content: dict) -> None:
+    """Another pyramid may have as many events, so that all shapes fit."""
+    if "proposals" not in content:  # a file of an earlier version
+        return
+    proposals = content["proposals"]
+    known = torch.is_tensor(proposals) and _is_plain(proposals)
+    if not known or proposals.tolist() != model.pyramid.proposals.tolist():
+        raise CheckpointError(
+            "trained with another pyramid, whose events cover other parts of a video: give the "
+            "same --pyr_config_path as in the run's args.json"
+        )
+
+
 def _tensor_problems(name: str, theirs: Tensor, ours: Tensor) -> list[str]:
     if theirs.shape != ours.shape:
         return [f"{name} has shape {list(theirs.shape)}, the model {list(ours.shape)}"]
@@ -346,8 +364,14 @@ def _resume(
     """Optimizer, scaler and random number generators to where they were."""
     try:
         _check_optimizer(content["optimizer"], model, optimizer)
+        settings = [
+            {name: group[name] for name in ("lr_scale", "weight_decay")}
+            for group in optimizer.param_groups
+        ]
         optimizer.load_state_dict(content["optimizer"])
-        if scaler is not None:
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)  # the file's were those of the flags it was made with
+        if scaler is not None and content["scaler"]:  # empty: it was made without float16
             scaler.load_state_dict(content["scaler"])
         if content["format"] != EARLIER_FORMAT:
             set_rng_state(content["rng"])

@@ -108,10 +108,21 @@ class Reading:
         return rows
 
     def score(self, rows: dict[str, dict[str, float]]) -> float:
-        """What chooses the best epoch."""
-        if self.moments:
-            return selection_score(rows["VCMR"])
-        return next(iter(rows.values()))["SumR"]
+        """What chooses the best epoch.
+
+        Raises:
+            VideoError: it is moments, and no video of a query with times could be read.
+        """
+        if not self.moments:
+            score = next(iter(rows.values()))["SumR"]
+        elif "VCMR" in rows:
+            score = selection_score(rows["VCMR"])
+        else:
+            raise VideoError(
+                "of the queries with times (ts) no video can be read, so no best epoch can be "
+                "chosen: mend the videos, or train with --subtask_type PRVR"
+            )
+        return round(score, 6)  # equal sums of recalls are to tie, however they were rounded
 
     def numbers(self) -> dict[str, int]:
         """For the records of a run: `LeftOut.numbers`, nothing where no video is left out."""

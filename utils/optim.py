@@ -28,15 +28,19 @@ def parameter_groups(
     Returns:
         Groups with ``lr_scale`` and ``weight_decay``; empty ones are left out.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # By kind and not by value: a checkpoint's groups fit, whatever the values are now.
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            lr_scale = coef_lr if name.startswith("clip.") else 1.0
-            decay = 0.0 if "bias" in name else weight_decay
-            groups.setdefault((lr_scale, decay), []).append(parameter)
+            kind = (name.startswith("clip."), "bias" not in name)
+            groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": parameters, "lr_scale": lr_scale, "weight_decay": decay}
-        for (lr_scale, decay), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr_scale": coef_lr if from_clip else 1.0,
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for (from_clip, decayed), parameters in groups.items()
     ]
 
 

@@ -104,10 +104,13 @@ def choose_queries(
         limit: of these a random choice of so many; 0 for all. Named ones are all drawn.
 
     Raises:
-        PlotError: no query has its video at rank 1.
+        PlotError: no query has its video at rank 1, or none of those named is left.
     """
     if ids:
-        return [row for row, query in enumerate(queries) if str(query.desc_id) in set(ids)]
+        named = [row for row, query in enumerate(queries) if str(query.desc_id) in set(ids)]
+        if not named:  # `check_request` has seen them, so their videos did not decode
+            raise PlotError(f"none of the videos of --plot_ids {' '.join(ids)} can be read")
+        return named
     hits = (ranks.cpu() == 1).nonzero()[:, 0].tolist()
     if not hits:
         raise PlotError(

@@ -243,6 +243,12 @@ class Trainer:
             beside = source.with_name(BEST)
             if epochs_of(beside) == progress.best_epoch:
                 copy_checkpoint(beside, self.best)
+            elif progress.epoch >= self.epochs:
+                raise CheckpointError(
+                    f"all {self.epochs} epochs are trained, but the best checkpoint, of epoch "
+                    f"{progress.best_epoch}, is neither {self.best} nor {beside}: train on with "
+                    f"more --epochs, or evaluate the last epoch: --do_train 0 --resume {source}"
+                )
             else:
                 self.log.warning(
                     "the best checkpoint so far, of epoch %d, is neither %s nor %s: the best is "

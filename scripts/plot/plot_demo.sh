@@ -13,7 +13,7 @@ if [ ! -f "$run/args.json" ]; then
   echo "error: $run/args.json: no such file: run bash scripts/demo.sh first" >&2
   exit 1
 fi
-# args.json as shell variables, of those that scripts/launch.sh reads
+# args.json as shell variables, those that scripts/launch.sh reads, and as further flags
 eval "$(.venv/bin/python - "$run/args.json" <<'PYTHON'
 import json, shlex, sys
 names = (
@@ -25,6 +25,13 @@ for name in names.split():
     value = args.get(name)  # of video_dir and frame_store a run has one
     print(f"{name}={shlex.quote('' if value is None else str(value))}")
 print(f"val_annos={shlex.quote(str(args['prvr_val_annos']))}")
+others = [
+    word
+    for name in ("event_scores", "trust_clip_archive")
+    if name in args
+    for word in (f"--{name}", str(args[name]))
+]
+print(f"others=({shlex.join(others)})")
 PYTHON
 )"
 
@@ -33,5 +40,5 @@ do_eval=0
 do_plot=1
 resume=${resume:-$run/ckpt.best.pth.tar}
 output_dir=$run
-set -- --plot_dir "${plot_dir:-VIS/demo}" "$@"
+set -- --plot_dir "${plot_dir:-VIS/demo}" "${others[@]}" "$@"
 source scripts/launch.sh
