@@ -350,6 +350,7 @@ def train(
         "training annotations": summary(queries),
         "validation annotations": summary(evaluation.queries),
         "precision in use": precision,
+        "frames of a video": str(model.pyramid.num_frames),
     }
     resume = checkpoint_to_resume(args.resume, args.output_dir, log)
     progress = start(args, resume, facts, model, optimizer, scaler, log)
