@@ -509,10 +509,6 @@ class FrameStoreWriter:
         self._data_path.replace(self.path)
         self._journal_path.unlink()
 
-    def unused_bytes(self) -> int:
-        """Left behind by clips that were replaced."""
-        return self._end - HEAD - sum(sum(clip.lengths) for clip in self.clips.values())
-
     def _write_hdf5(self, path: Path, length: int) -> None:
         """The store with a hole, not yet bytes, where the JPEGs belong."""
         clips = list(self.clips.values())

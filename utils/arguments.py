@@ -6,15 +6,31 @@ A flag is added with its reader in main.py and removed with it; everything else 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from utils.cores import usable_cores
 from utils.moment_metrics import WINDOW_RULES
+from utils.optim import MIN_LEARNING_RATE
 from utils.published import DATATYPES
 from utils.visualize import STYLES
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTO = Path("auto")  # --resume: the output folder's own checkpoint
+
+# The lowest and the highest value of a flag, both of them allowed.
+RANGES = {
+    "epochs": (1, math.inf), "batch_size": (1, math.inf), "batch_size_val": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf), "n_display": (1, math.inf),
+    "save_every_steps": (0, math.inf), "profile": (0, math.inf), "num_thread_reader": (0, 1024),
+    "max_words": (3, math.inf),  # start, a word, end
+    "Nvp": (0, math.inf), "num_adapter_layers": (0, math.inf), "adapter_channels": (1, math.inf),
+    "temp_kernel_sz": (1, math.inf), "seed": (0, 2**32 - 1),
+    "lr": (MIN_LEARNING_RATE, 1e3), "coef_lr": (0, 1e3), "wd": (0, 1e3),
+    "warmup_proportion": (0, 1), "clip_grad_norm": (1e-12, math.inf),  # inf: no clipping
+    "npev": (1, math.inf), "max_event_per_text": (1, math.inf), "eval_memory_gib": (1e-6, 1e6),
+    "plot_limit": (0, math.inf),
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -112,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup_proportion", type=float, default=0.1,
         help="share of the steps in the linear warm-up [published: 0.1] (default 0.1)")
     add("--clip_grad_norm", type=float, default=1.0,
-        help="largest norm of the gradient [published: 1.0] (default 1.0)")
+        help="largest norm of the gradient, inf for no limit [published: 1.0] (default 1.0)")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="K",
         help="compute each batch in K parts, to need less memory. For a contrastive loss adding "
         "up small batches would be another loss, with fewer negatives; here every text still "
@@ -221,21 +237,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"no such checkpoint: {checkpoint}")
     if args.save_predictions and not args.do_eval:
         parser.error("--save_predictions 1 needs --do_eval 1")
-    positive = ("epochs", "batch_size", "batch_size_val", "max_words", "adapter_channels",
-                "gradient_accumulation_steps", "n_display", "npev",
-                "max_event_per_text")  # fmt: skip
-    for name in positive:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1: {getattr(args, name)}")
-    if not args.eval_memory_gib > 0:
-        parser.error(f"--eval_memory_gib must be positive: {args.eval_memory_gib}")
-    for name in ("save_every_steps", "profile"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must be at least 0: {getattr(args, name)}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
-    if args.temp_kernel_sz < 1 or args.temp_kernel_sz % 2 == 0:
-        parser.error(f"--temp_kernel_sz must be odd and positive: {args.temp_kernel_sz}")
+    for name, (lowest, highest) in RANGES.items():
+        if not lowest <= getattr(args, name) <= highest:  # NaN is not either
+            wanted = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+            parser.error(f"--{name} must be {wanted}: {getattr(args, name)}")
+    if args.temp_kernel_sz % 2 == 0:
+        parser.error(f"--temp_kernel_sz must be odd: {args.temp_kernel_sz}")
     if args.output_dir is None:
         args.output_dir = ROOT / "logs" / f"{args.subtask_type.lower()}_{args.datatype}"
     if args.plot_dir is None:
