@@ -31,7 +31,7 @@ from models import ProPy, build_model
 from models.clip import WeightsError, weights_path
 from modules.pyramid import PromptPyramid, PyramidError
 from utils.arguments import AUTO, parse_args
-from utils.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from utils.checkpoint import LATEST, Checkpoint, CheckpointError, load_checkpoint
 from utils.embeddings import EmbeddingsError, KeptEmbeddings, load_embeddings, save_embeddings
 from utils.engine import TrainingError
 from utils.evaluation import VAL, Evaluation, Reading
@@ -51,7 +51,7 @@ from utils.plots import PlotError, PlotSettings, check_request
 from utils.profiling import traced_steps
 from utils.published import split_size_warning
 from utils.signals import Stopped
-from utils.trainer import CHANGE_A_RUN, LATEST, LESS_MEMORY_EVALUATING, Trainer, adapt
+from utils.trainer import CHANGE_A_RUN, LESS_MEMORY_EVALUATING, Trainer, adapt
 
 TRAIN = "train"  # what records and lists call the split
 

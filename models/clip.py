@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.linear import linear
+from modules.torch_files import TorchFileError, check_sums, is_plain, load_tensors
 from modules.transformer import LayerNorm, Transformer
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -80,6 +81,8 @@ class CLIPSizes:
 
         def depth(prefix: str) -> int:
             names = [key for key in state if key.startswith(prefix)]
+            if not names:
+                raise WeightsError(f"no tensor of {prefix}*: not the weights of a CLIP ViT")
             return len({key[len(prefix) :].split(".")[0] for key in names})
 
         vision_width, _, patch_size, _ = shape("visual.conv1.weight", 4)
@@ -224,7 +227,8 @@ def read_weights(path: Path | str, trust_archive: bool = False) -> dict[str, Ten
             that is in it. Reading a state dict runs none.
 
     Raises:
-        WeightsError: no such file, not a file of either kind, or an archive that is not trusted.
+        WeightsError: no such file, not a file of either kind, a damaged one, an archive that is not
+            trusted, or values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -232,25 +236,19 @@ def read_weights(path: Path | str, trust_archive: bool = False) -> dict[str, Ten
             f"{path}: no CLIP weights there. `bash scripts/download_clip.sh` fetches them"
         )
     try:
-        if _is_torchscript(path):
-            if not trust_archive:
-                _check_published(path)
-            with warnings.catch_warnings():  # deprecated, but the format OpenAI publishes
-                warnings.simplefilter("ignore", DeprecationWarning)
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
-    except Exception as error:  # torch raises whatever its readers stumble over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(
-            f"{path}: neither a TorchScript archive nor a state dict: {reason}. "
-            "If the download broke off, fetch it again"
-        ) from error
+        state = _read_archive(path, trust_archive) if _is_torchscript(path) else load_tensors(path)
+    except TorchFileError as error:
+        raise WeightsError(f"{path}: {error}. If the download broke off, fetch it again") from error
     if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
         raise WeightsError(f"{path}: not a state dict, but a {type(state).__name__}")
-    return {key: value.float() for key, value in state.items() if key not in ARCHIVE_EXTRAS}
+    state = {str(key): value for key, value in state.items() if key not in ARCHIVE_EXTRAS}
+    for key, value in state.items():
+        if not is_plain(value):
+            raise WeightsError(f"{path}: {key!r} is not a plain tensor of floats")
+        state[key] = value.float()
+        if not state[key].isfinite().all():
+            raise WeightsError(f"{path}: {key!r} has values that are not finite")
+    return state
 
 
 def build_clip(weights: Path | str | Mapping[str, Tensor], trust_archive: bool = False) -> CLIP:
@@ -276,10 +274,24 @@ def build_clip(weights: Path | str | Mapping[str, Tensor], trust_archive: bool =
 
 def _is_torchscript(path: Path) -> bool:
     """TorchScript archives hold code beside the tensors."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except Exception:  # whatever zipfile stumbles over; load_tensors says what it is
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
+
+
+def _read_archive(path: Path, trusted: bool) -> Mapping[str, Tensor]:
+    if trusted:
+        check_sums(path)
+    else:
+        _check_published(path)
+    try:
+        with warnings.catch_warnings():  # deprecated, but the format OpenAI publishes
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except Exception as error:  # torch raises whatever it stumbles over
+        raise TorchFileError("it is no TorchScript archive that torch can load") from error
 
 
 def _check_published(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, build_clip, end_of_text
+from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, WeightsError, build_clip, end_of_text
 from modules.adapter import TemporalAdapter
 from modules.interaction import (
     event_key_counts,
@@ -50,7 +50,8 @@ class ProPy(nn.Module):
             again for the gradient: the same numbers, less memory, a third more work.
 
     Raises:
-        ValueError: more text than visual layers, or a negative number.
+        WeightsError: more text than visual layers.
+        ValueError: a negative number.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class ProPy(nn.Module):
         super().__init__()
         sizes = clip.sizes
         if sizes.text_layers > sizes.vision_layers:
-            raise ValueError(
-                f"{sizes.text_layers} text layers, but only {sizes.vision_layers} visual ones "
-                "whose prompts they could take"
+            raise WeightsError(
+                f"this CLIP has {sizes.text_layers} text layers, but only {sizes.vision_layers} "
+                "visual ones whose prompts they could take"
             )
         if min(num_prompts, num_adapter_layers) < 0:
             raise ValueError("the numbers of visual prompts and adapter layers cannot be negative")
@@ -251,13 +252,18 @@ def build_model(
     Raises:
         WeightsError, PyramidError: from the two files; ValueError: settings that do not fit them.
     """
-    return ProPy(
-        build_clip(clip_weights, trust_archive),
-        PromptPyramid.from_config(pyramid),
-        num_prompts,
-        adapter_channels,
-        adapter_kernel,
-        num_adapter_layers,
-        freeze_clip,
-        checkpoint_activations,
-    )
+    clip, pyramid = build_clip(clip_weights, trust_archive), PromptPyramid.from_config(pyramid)
+    try:
+        return ProPy(
+            clip,
+            pyramid,
+            num_prompts,
+            adapter_channels,
+            adapter_kernel,
+            num_adapter_layers,
+            freeze_clip,
+            checkpoint_activations,
+        )
+    except WeightsError as error:
+        name = "the state dict" if isinstance(clip_weights, Mapping) else clip_weights
+        raise WeightsError(f"{name}: {error}") from None

@@ -1,1 +1,1 @@
-"""Parts that would make sense in another network, given only numbers: torch and each other only."""
+"""Parts that would make sense in another network: torch and each other only."""

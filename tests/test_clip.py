@@ -15,6 +15,7 @@ import torch
 from golden_model import GOLDEN, make_weights
 
 from dataloaders.tokenizer import tokenize
+from models import build_model
 from models.clip import (
     CLIP,
     PUBLISHED_ARCHIVES,
@@ -128,6 +129,11 @@ def test_sizes_are_read_off_the_tensors(files) -> None:
         (lambda s: s.pop("visual.conv1.weight"), "visual.conv1.weight.*not the weights of a CLIP"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra"),
         (lambda s: s.update({"visual.proj": torch.zeros(128, 65)}), "visual.proj"),
+        (
+            lambda s: s["visual.proj"][3].fill_(float("nan")),
+            "'visual.proj' has values that are not",
+        ),
+        (lambda s: s.update({"visual.proj": s["visual.proj"].to_sparse()}), "not a plain tensor"),
     ],
 )
 def test_every_key_and_shape_is_accounted_for(files, tmp_path, change, message: str) -> None:
@@ -145,6 +151,26 @@ def test_a_cut_file_is_named(files, tmp_path, kind: str, keep: int) -> None:
     (tmp_path / "cut.pt").write_bytes(files[kind].read_bytes()[:keep])
     with pytest.raises(WeightsError, match=r"cut\.pt"):
         read_weights(tmp_path / "cut.pt", trust_archive=True)
+
+
+@pytest.mark.parametrize("kind", ["plain", "archive"])
+def test_a_flipped_bit_is_found(files, tmp_path, kind: str) -> None:
+    """Anywhere in the weights: torch itself does not look at the checksums."""
+    content = bytearray(files[kind].read_bytes())
+    values = torch.load(files["plain"], weights_only=True)["visual.proj"].numpy().tobytes()
+    content[content.index(values) + len(values) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"flipped\.pt: .*checksum"):
+        read_weights(tmp_path / "flipped.pt", trust_archive=True)
+
+
+def test_more_text_than_visual_layers_are_refused_by_name(files, tmp_path) -> None:
+    state = torch.load(files["plain"], weights_only=True)
+    layer = {k: v for k, v in state.items() if k.startswith("transformer.resblocks.3.")}
+    state |= {key.replace(".3.", ".4."): value for key, value in layer.items()}
+    torch.save(state, tmp_path / "tall.pt")
+    with pytest.raises(WeightsError, match=r"tall\.pt: .*5 text layers, but only 4 visual"):
+        build_model(tmp_path / "tall.pt", {"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]})
 
 
 def test_models_have_openais_names(tmp_path) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import math
 import re
 import shutil
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modules.torch_files import TorchFileError, is_plain, load_tensors
 from utils.files import whole_file
 from utils.misc import rng_state, set_rng_state
 
 FORMAT = "propy-2"
+LATEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"  # their names in the folder of a run
 EARLIER_FORMAT = "propy-1"  # written after whole epochs, without random states
 
 # The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
@@ -49,6 +50,7 @@ _FIELDS = {
     FORMAT: _EARLIER_FIELDS | {"sums": dict, "last_record": dict | None, "facts": dict},
 }
 
+NOT_FINITE = "has values that are not finite"
 _AUTHORS_ADAPTER = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.temp_adapter\.(.+)")
 
 
@@ -129,7 +131,7 @@ def save_checkpoint(
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: not written: {name} has values that are not finite")
+            raise CheckpointError(f"{path}: not written: {name} {NOT_FINITE}")
     content = {
         "format": FORMAT,
         "state_dict": state,
@@ -259,19 +261,17 @@ def backbone_fingerprint(clip: nn.Module) -> str:
 
 
 def _read(path: Path) -> dict:
+    if path.is_dir():
+        names = [name for name in (BEST, LATEST) if (path / name).is_file()]
+        found = f"name {' or '.join(names)} in it" if names else "there is no checkpoint in it"
+        raise CheckpointError(f"{path}: a folder, no checkpoint: {found}")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"the checksum of {damaged} in it is wrong")
         with torch.serialization.safe_globals(_NUMPY_SCALAR):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its readers stumble over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint: {reason}") from error
+            content = load_tensors(path)
+    except TorchFileError as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(f"{path}: not a checkpoint: it has no 'state_dict'")
     _check_content(path, content)
@@ -285,7 +285,7 @@ def _check_content(path: Path, content: dict) -> None:
             raise CheckpointError(f"{path}: {str(name)[:60]!r} is no name of a tensor")
         if not torch.is_tensor(tensor):
             raise CheckpointError(f"{path}: {name} is no tensor, but a {type(tensor).__name__}")
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise CheckpointError(f"{path}: {name} is {kind}, not a plain tensor of floats")
     theirs = {"epoch": int} if "epoch" in content else {}
@@ -294,11 +294,6 @@ def _check_content(path: Path, content: dict) -> None:
             raise CheckpointError(f"{path}: its field '{key}' is missing or damaged")
     if not content.get("sums", {}).keys() <= EpochSums().__dict__.keys():
         raise CheckpointError(f"{path}: its field 'sums' is missing or damaged")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Numbers that can be looked at and copied: not sparse, quantized, or without values (meta)."""
-    return tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
 
 
 def _progress(content: dict) -> Checkpoint:
@@ -325,13 +320,16 @@ def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
     for name in expected.keys() & state.keys():
         problems += _tensor_problems(name, state[name], expected[name])
-    if problems:
-        rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"not a checkpoint of this model: {'; '.join(sorted(problems)[:5])}{rest}. Are the "
-            "pyramid, CLIP, Nvp, temp_kernel_sz, adapter_channels and num_adapter_layers the same?"
-        )
-    return expected
+    if not problems:
+        return expected
+    rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    message = f"{'; '.join(sorted(problems)[:5])}{rest}"
+    if all(problem.endswith(NOT_FINITE) for problem in problems):
+        raise CheckpointError(f"its weights are damaged: {message}")
+    raise CheckpointError(
+        f"not a checkpoint of this model: {message}. Are the pyramid, CLIP, Nvp, temp_kernel_sz, "
+        "adapter_channels and num_adapter_layers the same?"
+    )
 
 
 def _check_proposals(model: nn.Module, content: dict) -> None:
@@ -339,7 +337,7 @@ def _check_proposals(model: nn.Module, content: dict) -> None:
     if "proposals" not in content:  # a file of an earlier version
         return
     proposals = content["proposals"]
-    known = torch.is_tensor(proposals) and _is_plain(proposals)
+    known = torch.is_tensor(proposals) and is_plain(proposals)
     if not known or proposals.tolist() != model.pyramid.proposals.tolist():
         raise CheckpointError(
             "trained with another pyramid, whose events cover other parts of a video: give the "
@@ -351,7 +349,7 @@ def _tensor_problems(name: str, theirs: Tensor, ours: Tensor) -> list[str]:
     if theirs.shape != ours.shape:
         return [f"{name} has shape {list(theirs.shape)}, the model {list(ours.shape)}"]
     if not theirs.float().isfinite().all():
-        return [f"{name} has values that are not finite"]
+        return [f"{name} {NOT_FINITE}"]
     return []
 
 

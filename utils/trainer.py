@@ -18,6 +18,8 @@ from torch import nn
 from dataloaders.datasets import TrainingLoader
 from dataloaders.video import VideoError
 from utils.checkpoint import (
+    BEST,
+    LATEST,
     Checkpoint,
     CheckpointError,
     EpochSums,
@@ -31,8 +33,6 @@ from utils.files import OutputError
 from utils.logger import EpochLog
 from utils.misc import OutOfMemoryError, memory_advice, peak_memory_gib
 from utils.signals import StopSignals
-
-LATEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"
 
 # Settings with which another run would come out. The model's own are compared with its weights.
 CHANGE_A_RUN = (
