@@ -16,7 +16,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.files import partial_file, publish
+from utils.files import partial_file, publish, writing
+from utils.hdf5 import Hdf5Writer
 
 ATTENTION, SCORES, HITS = "attn.hdf5", "event_scores.hdf5", "r1_ids.json"
 MAX_NAME = 150  # bytes; file systems end at 255
@@ -45,6 +46,9 @@ class AttentionStore:
     Args:
         folder: exists already.
         attributes: how the attention was made, kept as attributes of attn.hdf5.
+
+    Raises:
+        OutputError: a file cannot be written; from `add`, or at the end.
     """
 
     def __init__(self, folder: Path, attributes: Mapping[str, str]) -> None:
@@ -54,14 +58,16 @@ class AttentionStore:
         self._hits: list[tuple[str | int, str]] = []
 
     def __enter__(self) -> AttentionStore:
-        self._files = ExitStack()
-        self._parts = {
-            name: self._files.enter_context(partial_file(self.folder / name))
-            for name in (ATTENTION, SCORES, HITS)
-        }
-        self._attention = self._files.enter_context(h5py.File(self._parts[ATTENTION], "w"))
-        self._scores = self._files.enter_context(h5py.File(self._parts[SCORES], "w"))
-        self._attention.attrs.update(self.attributes)
+        with ExitStack() as files, writing(self.folder):
+            self._parts = {
+                name: files.enter_context(partial_file(self.folder / name))
+                for name in (ATTENTION, SCORES, HITS)
+            }
+            self._attention, self._scores = (
+                Hdf5Writer(self._parts[name], self.folder / name) for name in (ATTENTION, SCORES)
+            )
+            self._files = files.pop_all()
+        self._attention.file.attrs.update(self.attributes)
         return self
 
     def add(
@@ -83,10 +89,10 @@ class AttentionStore:
         key = query_name(desc_id)
         first = self._first_of_video.setdefault(vid_name, key)
         if first != key:
-            self._attention[key] = self._attention[first]
+            self._attention.file[key] = self._attention.file[first]
         else:
             # Most of it is exactly zero, what an event may not see: a chunk a layer, compressed.
-            self._attention.create_dataset(
+            self._attention.file.create_dataset(
                 key,
                 data=attention,
                 chunks=(1, *attention.shape[1:]),
@@ -94,18 +100,24 @@ class AttentionStore:
                 compression_opts=1,
                 shuffle=True,
             )
-        self._scores.create_dataset(key, data=scores)
+        self._scores.file.create_dataset(key, data=scores)
         if rank == 1:
             self._hits.append((desc_id, vid_name))
+        self._attention.check()
+        self._scores.check()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._files:
-            self._attention.close()
-            self._scores.close()
+            with self._attention, self._scores:
+                pass  # both are closed, whatever comes of one
             if kind is None:
-                self._parts[HITS].write_text(json.dumps(self._hits), encoding="utf-8")
-                for name, part in self._parts.items():
-                    publish(part, self.folder / name)
+                self._publish()
+
+    def _publish(self) -> None:
+        with writing(self.folder):
+            self._parts[HITS].write_text(json.dumps(self._hits), encoding="utf-8")
+            for name, part in self._parts.items():
+                publish(part, self.folder / name)
 
 
 def read_attention(folder: Path, desc_id: str | int) -> np.ndarray:

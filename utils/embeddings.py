@@ -19,6 +19,7 @@ from torch import Tensor
 from dataloaders.annotations import Query, corpus_videos
 from utils.engine import Embeddings
 from utils.files import whole_file
+from utils.hdf5 import Hdf5Writer
 
 FORMAT = "ProPy embeddings, version 1"
 TEXTS = ("desc_ids", "captions", "vid_names")
@@ -143,7 +144,8 @@ def save_embeddings(path: Path, kept: KeptEmbeddings) -> None:
         OutputError: it cannot be written. What was there before is still there then.
     """
     tensors = vars(kept) | vars(kept.embeddings)
-    with whole_file(path) as part, h5py.File(part, "w") as file:
+    with whole_file(path) as part, Hdf5Writer(part, path) as writer:
+        file = writer.file
         file.attrs["format"] = FORMAT
         for name in ("max_words", "checkpoint", "sha256", "epoch"):
             file.attrs[name] = getattr(kept, name)

@@ -53,10 +53,20 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: it could not be written. What was there before is still there then.
     """
+    with writing(path), partial_file(path) as part:
+        yield part
+        publish(part, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written in the block, to a file or below a folder.
+
+    Raises:
+        OutputError: for the system's error; names the path.
+    """
     try:
-        with partial_file(path) as part:
-            yield part
-            publish(part, path)
+        yield
     except OSError as error:
         raise _output_error(path, error) from error
 
@@ -69,17 +79,14 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         OutputError: it could not be written, or only a part of it.
     """
-    try:
-        with path.open("ab+") as file:
-            torn = False
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                torn = file.read(1) != b"\n"
-            file.write(b"\n" * torn + line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise _output_error(path, error) from error
+    with writing(path), path.open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -90,11 +97,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another run has it, which the message names, or it cannot be written to.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise _output_error(folder, error) from error
     _held_locks.add(descriptor)
     try:
         _lock(descriptor, folder)

@@ -20,6 +20,7 @@ from dataloaders.annotations import Query
 from modules.similarity import event_scores
 from utils.attention_store import AttentionStore, query_name
 from utils.engine import Embeddings
+from utils.files import writing
 from utils.visualize import (
     STYLES,
     EventAttention,
@@ -164,6 +165,9 @@ def plot_queries(
         vid_names: what the indices mean.
         queries: of the whole split.
         source: what the model is, kept in attn.hdf5.
+
+    Raises:
+        OutputError: something cannot be written.
     """
     layers = len(model.clip.visual.transformer.resblocks)
     layer = (settings.layer or layers) - 1
@@ -171,7 +175,8 @@ def plot_queries(
     of_video: dict[str, list[Drawn]] = {}
     for one in drawn:
         of_video.setdefault(queries[one.row].vid_name, []).append(one)
-    settings.folder.mkdir(parents=True, exist_ok=True)
+    with writing(settings.folder):
+        settings.folder.mkdir(parents=True, exist_ok=True)
     attributes = {"model": source, "heads": "mean" if head is None else str(settings.head)}
     model.eval()
     with (
@@ -191,7 +196,8 @@ def plot_queries(
                         subtitle=f"layer {layer + 1} of {layers}, "
                         + ("mean of all heads" if head is None else f"head {settings.head}"),
                     )  # fmt: skip
-                    _draw(picture, query, one, layer + 1, settings)
+                    with writing(settings.folder / "attention" / query_name(query.desc_id)):
+                        _draw(picture, query, one, layer + 1, settings)
                     bar.update()
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dataloaders.annotations import Query
-from utils.files import partial_file, publish
+from utils.files import whole_file, writing
+from utils.hdf5 import Hdf5Writer
 
 FORMAT = "ProPy moment predictions, version 1"
 EXPORTED = 100  # predictions of a query in exports: as many as the public evaluations read
@@ -132,17 +133,19 @@ def _compare_queries(predicted: Collection[str], wanted: Collection[str]) -> Non
 
 
 def save_predictions(path: Path, predictions: MomentPredictions) -> None:
-    """Write an HDF5 file: the attributes of `MomentPredictions` as data sets of the same names."""
+    """Write an HDF5 file: the attributes of `MomentPredictions` as data sets of the same names.
+
+    Raises:
+        OutputError: it cannot be written. What was there before is still there then.
+    """
     predictions = predictions.cpu()
-    with partial_file(path) as part:
-        with h5py.File(part, "w") as file:
-            file.attrs["format"] = FORMAT
-            file.attrs["per_video"] = predictions.per_video
-            for name, dtype in DATASETS.items():
-                values = getattr(predictions, name)
-                packed = PACKED if np.ndim(values) == 2 else {}
-                file.create_dataset(name, data=values, dtype=dtype, **packed)
-        publish(part, path)
+    with whole_file(path) as part, Hdf5Writer(part, path) as writer:
+        writer.file.attrs["format"] = FORMAT
+        writer.file.attrs["per_video"] = predictions.per_video
+        for name, dtype in DATASETS.items():
+            values = getattr(predictions, name)
+            packed = PACKED if np.ndim(values) == 2 else {}
+            writer.file.create_dataset(name, data=values, dtype=dtype, **packed)
 
 
 def load_predictions(path: Path) -> MomentPredictions:
@@ -195,8 +198,13 @@ def _contradiction(p: MomentPredictions) -> str | None:
 def export_all(
     folder: Path, predictions: MomentPredictions, queries: Sequence[Query]
 ) -> list[Path]:
-    """Write predictions_tvr.json and predictions_qvhighlights.jsonl into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write predictions_tvr.json and predictions_qvhighlights.jsonl into the folder.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "predictions_tvr.json", folder / "predictions_qvhighlights.jsonl"]
     for export, path in zip((export_tvr, export_qvhighlights), paths, strict=True):
         export(path, predictions, queries)
@@ -267,7 +275,5 @@ def _lists(
 
 
 def _write_lines(path: Path, records: Iterable[dict]) -> None:
-    with partial_file(path) as part:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        publish(part, path)
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
