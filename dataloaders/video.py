@@ -27,7 +27,7 @@ NO_REPLACED_FRAMES = 1e-9
 # A seek takes about 1.6 ms at any frame size, as long as decoding this many pixels: small clips are
 # faster read whole.
 PIXELS_PER_SEEK = 140_000
-PREPARE = "prepare it again with `bash scripts/prepare.sh`"
+PREPARE = "remove it and prepare it again with `bash scripts/prepare.sh`"
 
 decord.logging.set_level(decord.logging.QUIET)  # broken files are reported here, once, by name
 

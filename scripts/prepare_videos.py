@@ -1,7 +1,8 @@
 """Turns videos as they are downloaded into the clips the programs read: <vid_name>.mp4, 3 fps.
 
 Run it through scripts/prepare.sh. A clip appears only when it is complete and verified, so a run
-may be interrupted at any time and the next one does what is missing.
+may be interrupted at any time and the next one does what is missing. Clips that are there already
+are kept if their headers show nothing wrong, and made again otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from dataloaders.container import ContainerError, read_header
 from utils.cores import usable_cores
-from utils.ffmpeg import DEFAULT_TIME_LIMIT, kill_running
-from utils.files import PARTIAL_PREFIX, partial_file, publish
+from utils.ffmpeg import DEFAULT_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
+from utils.files import PARTIAL_PREFIX, OutputError, whole_file
 from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
 
 REPORT_NAME = "prepare_report.jsonl"
+MAX_TIME_LIMIT = 1e6  # seconds; timers overflow far above
 # What lies beside videos. Anything else is tried, as no list of video suffixes is complete.
 TEXT_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".pdf", ".log"}
 CAPTION_SUFFIXES = {".srt", ".vtt", ".ass"}
@@ -88,7 +91,7 @@ def _fail(error: OSError) -> None:
 def prepare_all(
     inputs: dict[str, list[Path]], output_dir: Path, settings: Settings, workers: int
 ) -> Iterator[dict]:
-    """Prepare what is missing, side by side; yields the line of each input as it is done."""
+    """Prepare what is missing or unusable, side by side; yields the line of each input in turn."""
     jobs: dict[Future, tuple[str, Path]] = {}
     # Left at an interrupt: nothing new starts, and what is under way is ended and cleaned up.
     with ThreadPoolExecutor(workers) as pool, _ended_on_exit(pool, jobs):
@@ -97,12 +100,35 @@ def prepare_all(
                 reason = f"has the same name as {source}: rename or remove one of them"
                 yield _line(name, other, {"status": "failed", "reason": reason})
             output = output_dir / f"{name}.mp4"
-            if output.exists():
-                yield _line(name, source, {"status": "kept"})
-            else:
-                jobs[pool.submit(prepare, source, output, settings)] = name, source
+            jobs[pool.submit(prepare_if_needed, source, output, settings)] = name, source
         for job in as_completed(jobs):
             yield _line(*jobs[job], job.result())
+
+
+def prepare_if_needed(source: Path, output: Path, settings: Settings) -> dict:
+    """Prepare one input, unless a usable clip is there; `replaced` says why an old one was not."""
+    if output.is_dir():
+        return {"status": "failed", "reason": f"{output} is a folder: remove or rename it"}
+    if not output.exists():
+        return prepare(source, output, settings)
+    clip = look_at_output(output)
+    if isinstance(clip, dict):
+        return {"status": "kept", **clip}
+    result = prepare(source, output, settings)
+    return result if result["status"] == "failed" else {**result, "replaced": clip}
+
+
+def look_at_output(clip: Path) -> dict | str:
+    """What the header of a clip says, frames, width and height; a reason if it is unusable."""
+    try:
+        header = read_header(clip)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except ContainerError as error:
+        return str(error)
+    if PREPARED_SHORT_SIDE not in (header.width, header.height):
+        return f"it has {header.width}x{header.height} pixels"
+    return {"frames": header.num_frames, "width": header.width, "height": header.height}
 
 
 @contextlib.contextmanager
@@ -120,26 +146,54 @@ def _line(name: str, source: Path, result: dict) -> dict:
     return {"vid_name": name, "input": str(source), **result}
 
 
-def compare_with_annotations(needed: set[str], output_dir: Path) -> list[dict]:
-    """Report lines for videos that are needed and missing, and for clips that nobody needs."""
+def compare_with_annotations(
+    needed: set[str], output_dir: Path, inputs: Collection[str]
+) -> list[dict]:
+    """Report lines for videos that are needed and missing, and for clips that nobody needs.
+
+    A clip that is none of the inputs is looked at here: unusable, it is as good as missing.
+    """
     present = {path.stem for path in output_dir.glob("*.mp4")}
     missing = [{"vid_name": name, "status": "missing"} for name in sorted(needed - present)]
+    for name in sorted((needed & present).difference(inputs)):
+        reason = look_at_output(output_dir / f"{name}.mp4")
+        if isinstance(reason, str):
+            reason = f"its clip cannot be used ({reason}), and no input has this name"
+            missing.append({"vid_name": name, "status": "missing", "reason": reason})
     unused = [{"vid_name": name, "status": "unused"} for name in sorted(present - needed)]
     return missing + unused
 
 
 def read_report(path: Path) -> dict[str, dict]:
-    """What earlier runs said about the clips that exist, by name."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines]
-    return {r["vid_name"]: r for r in records if r["status"] in ("done", "partial")}
+    """What earlier runs said about the clips they made, by name.
+
+    A line that is none of a report is passed over with a message: only what it said is lost.
+
+    Raises:
+        OSError: it cannot be read; a folder of that name, for one.
+    """
+    records = {}
+    if not path.exists():
+        return records
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if record["status"] in ("done", "partial"):
+                records[str(record["vid_name"])] = record
+        except (ValueError, KeyError, TypeError, RecursionError):
+            print(f"{path}:{number}: not a line of a report: passed over", file=sys.stderr)
+    return records
 
 
 def write_report(path: Path, lines: list[dict]) -> None:
-    """Write the report, one JSON object a line; it replaces the earlier one in one step."""
-    with partial_file(path) as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        publish(part, path)
+    """Write the report, one JSON object a line; it replaces the earlier one in one step.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def remove_leftovers(output_dir: Path, time_limit: float) -> None:
@@ -150,8 +204,13 @@ def remove_leftovers(output_dir: Path, time_limit: float) -> None:
                 part.unlink()
 
 
-def summarise(lines: list[dict], ignored: list[Path], report: Path) -> None:
+def summarise(lines: list[dict], ignored: list[Path]) -> None:
     """Print the counts and the first few lines of everything that is not as it should be."""
+    again = [line for line in lines if "replaced" in line]
+    for line in again[:10]:
+        print(f"made again: {line['vid_name']}.mp4: {line['replaced']}")
+    if len(again) > 10:
+        print(f"made again: {len(again) - 10} more, see the report")
     for status in ("partial", "failed", "missing", "unused"):
         listed = [line for line in lines if line["status"] == status]
         for line in listed[:10]:
@@ -164,8 +223,9 @@ def summarise(lines: list[dict], ignored: list[Path], report: Path) -> None:
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds)
         print(f"ignored, as their names are not those of videos: {kinds}")
     counts = Counter(line["status"] for line in lines)
-    print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no videos done")
-    print(f"report: {report}")
+    counted = ", ".join(f"{count} {status}" for status, count in counts.items())
+    some = f"; {len(again)} of them made again" if again else ""
+    print(f"{counted}{some}" if counted else "no videos done")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -194,21 +254,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     absent = [str(path) for path in args.inputs if not path.exists()]
     if absent:
         parser.error(f"--inputs: no such file or folder: {', '.join(absent)}")
-    if args.workers < 1 or args.time_limit <= 0:
-        parser.error("--workers and --time_limit must be above 0")
+    if args.workers < 1 or not 0 < args.time_limit <= MAX_TIME_LIMIT:
+        parser.error(f"--workers and --time_limit must be above 0 (and below {MAX_TIME_LIMIT:g})")
+    if not 0 < args.min_decoded <= 1:
+        parser.error(f"--min_decoded is a share, above 0 and at most 1: {args.min_decoded:g}")
     return args
 
 
-def run(args: argparse.Namespace, inputs: dict[str, list[Path]], lines: list[dict]) -> None:
-    """Prepare all inputs, under a progress bar; their report lines are added to `lines`."""
+def run(
+    args: argparse.Namespace,
+    inputs: dict[str, list[Path]],
+    earlier: dict[str, dict],
+    lines: list[dict],
+) -> None:
+    """Prepare all inputs, under a progress bar; their report lines are added to `lines`.
+
+    A clip that is kept has the line of the run that made it, if it is still that one.
+    """
     settings = Settings(args.authors_scale, args.min_decoded, args.time_limit)
-    earlier = read_report(args.output_dir / REPORT_NAME)
     results = prepare_all(inputs, args.output_dir, settings, args.workers)
     total = sum(map(len, inputs.values()))
     with contextlib.closing(results):
         for line in tqdm(results, total=total, unit="video", smoothing=0.05):
             known = earlier.get(line["vid_name"], {}) if line["status"] == "kept" else {}
-            lines.append(line | known)
+            same = known.get("frames") == line.get("frames")
+            lines.append(line | (known if same else {}))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,22 +291,33 @@ def main(arguments: list[str] | None = None) -> int:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(args.output_dir, args.time_limit)
         inputs, ignored = find_inputs(args.inputs, skip=args.output_dir)
+        report = args.output_dir / REPORT_NAME
+        earlier = read_report(report)
     except (AnnotationError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    interrupted = False
+    interrupted = written = False
     try:
-        run(args, inputs, lines)
+        run(args, inputs, earlier, lines)
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: what is done is kept, and the next run does the rest")
+        for line in lines:
+            earlier.pop(line["vid_name"], None)
     if args.annotations:
-        lines += compare_with_annotations(needed, args.output_dir)
-    write_report(args.output_dir / REPORT_NAME, lines)
-    summarise(lines, ignored, args.output_dir / REPORT_NAME)
+        lines += compare_with_annotations(needed, args.output_dir, inputs)
+    try:
+        # what an interrupted run did not come to is known to the next one as before
+        write_report(report, [*lines, *(earlier.values() if interrupted else ())])
+        written = True
+    except OutputError as error:
+        print(error, file=sys.stderr)
+    summarise(lines, ignored)
+    print(f"report: {report if written else 'not written'}")
     if interrupted:
         return 130
-    return int(any(line["status"] in ("failed", "missing") for line in lines))
+    failed = any(line["status"] in ("failed", "missing") for line in lines)
+    return int(failed or not written)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scripts.prepare_videos import find_inputs, main
+from utils import files
 from utils.ffmpeg import (
     Track,
     ffmpeg_program,
@@ -466,6 +468,114 @@ def test_failures_are_listed_and_change_the_exit_status(tmp_path, downloads, cap
     printed = capsys.readouterr().out
     assert "5 done, 2 failed" in printed or "2 failed, 5 done" in printed
     assert "broken.webm: cannot be read" in printed
+
+
+def spoil(clip: Path, how: str) -> None:
+    if how == "cut":
+        os.truncate(clip, clip.stat().st_size - 100)
+    elif how == "empty":
+        os.truncate(clip, 0)
+    else:
+        clip.unlink()
+        make_video(clip, 1)  # a video, but not of the prepared size
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "size"])
+def test_a_clip_that_cannot_be_used_is_made_again(tmp_path, small_video, capsys, how):
+    (tmp_path / "other.mp4").write_bytes(small_video.read_bytes())
+    inputs = [str(small_video), str(tmp_path / "other.mp4")]
+    out = tmp_path / "out"
+    command = ["--inputs", *inputs, "--output_dir", str(out), "--workers", "1"]
+    assert main(command) == 0
+    first, good = report_of(out), (out / "other.mp4").stat().st_mtime_ns
+    spoil(out / "small.mp4", how)
+    capsys.readouterr()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "2 done; 1 of them made again" in printed
+    assert "made again: small.mp4: it" in printed
+    assert len(read(out / "small.mp4")) == 3
+    assert (out / "other.mp4").stat().st_mtime_ns == good
+    (again,) = (line for line in report_of(out) if line.pop("replaced", None))
+    assert again["vid_name"] == "small"
+    by_name = {line["vid_name"]: line for line in report_of(out)}
+    by_name["small"].pop("replaced")
+    assert by_name == {line["vid_name"]: line for line in first}
+
+
+def test_a_folder_in_the_way_of_a_clip_is_a_failure(tmp_path, small_video, capsys):
+    (tmp_path / "out" / "small.mp4").mkdir(parents=True)
+    assert main(["--inputs", str(small_video), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "small.mp4 is a folder: remove" in capsys.readouterr().out
+
+
+def test_a_clip_that_replaced_another_has_no_line_of_the_old_report(tmp_path, small_video):
+    out = tmp_path / "out"
+    command = ["--inputs", str(small_video), "--output_dir", str(out)]
+    assert main(command) == 0
+    prepare(make_video(tmp_path / "longer.mp4", 2), out / "small.mp4", Settings())
+    assert main(command) == 0
+    (line,) = report_of(out)
+    assert (line["status"], line["frames"], "seconds" in line) == ("kept", 6, False)
+
+
+def test_a_needed_clip_without_an_input_is_looked_at_too(tmp_path, small_video, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    prepare(small_video, out / "good.mp4", Settings())
+    (out / "lost.mp4").write_bytes((out / "good.mp4").read_bytes()[:-100])
+    annotations = annotate(tmp_path / "a.jsonl", ["small", "lost", "good"])
+    command = ["--inputs", str(small_video), "--output_dir", str(out)]
+    assert main([*command, "--annotations", str(annotations)]) == 1
+    printed = capsys.readouterr().out
+    assert "missing: lost: its clip cannot be used (it " in printed
+    assert "1 done, 1 missing" in printed
+
+
+@pytest.mark.parametrize("text", ['{"vid_name": "small", "sta', '{"name": 3}\n[1]\n"status"\n',
+                                  "\x00\xff", "[" * 100_000])  # fmt: skip
+def test_a_report_that_is_none_costs_a_message(tmp_path, small_video, capsys, text):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "prepare_report.jsonl").write_text(text, encoding="latin-1")
+    assert main(["--inputs", str(small_video), "--output_dir", str(out)]) == 0
+    assert "prepare_report.jsonl:1: not a line of a report" in capsys.readouterr().err
+    assert [line["status"] for line in report_of(out)] == ["done"]
+
+
+def test_a_report_that_cannot_be_written_is_said_after_the_work(
+    tmp_path, small_video, capsys, monkeypatch
+):
+    (tmp_path / "a" / "prepare_report.jsonl").mkdir(parents=True)
+    command = ["--inputs", str(small_video), "--output_dir"]
+    assert main([*command, str(tmp_path / "a")]) == 2
+    assert "prepare_report.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "small.mp4").exists()
+    publish = files.publish
+
+    def full_disk(part: Path, path: Path) -> None:
+        if path.suffix == ".jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        publish(part, path)
+
+    monkeypatch.setattr(files, "publish", full_disk)
+    assert main([*command, str(tmp_path / "b")]) == 1
+    printed = capsys.readouterr()
+    assert "prepare_report.jsonl: cannot be written: No space left" in printed.err
+    assert "1 done" in printed.out and "report: not written" in printed.out
+    assert names_in(tmp_path / "b") == ["small.mp4"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--min_decoded", "50"), ("--min_decoded", "nan"), ("--workers", "0"),
+     ("--time_limit", "nan"), ("--time_limit", "inf")],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_refused(tmp_path, small_video, capsys, flags):
+    with pytest.raises(SystemExit):
+        main(["--inputs", str(small_video), "--output_dir", str(tmp_path / "out"), *flags])
+    assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def annotate(path: Path, names: list[str]) -> Path:
