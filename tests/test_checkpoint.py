@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -16,10 +17,12 @@ import torch
 from golden_model import GoldenModel
 
 from models import build_model
+from utils import checkpoint
 from utils.checkpoint import (
     Checkpoint,
     CheckpointError,
     EpochSums,
+    backbone_fingerprint,
     convert_authors_state,
     load_checkpoint,
     save_checkpoint,
@@ -328,13 +331,42 @@ def test_a_wrong_tensor_is_named(golden, tmp_path, change, message: str) -> None
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_another_backbone_is_refused(golden, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["ln_final.bias", "visual.proj"])
+def test_another_backbone_is_refused(golden, tmp_path, name: str) -> None:
     save_checkpoint(tmp_path / "c", *trained(golden), Checkpoint())
     state = golden.clip_state()
-    state["ln_final.bias"] = state["ln_final.bias"] + 1
+    state[name] = state[name] + 1
     other = build_model(state, golden.config["pyramid"], adapter_channels=48)
     with pytest.raises(CheckpointError, match="other CLIP weights"):
         load_checkpoint(tmp_path / "c", other)
+
+
+def test_the_backbone_is_digested_again_after_a_change_only(golden, monkeypatch) -> None:
+    model, digests = golden.build(), []
+    digest = checkpoint._digest
+    monkeypatch.setattr(checkpoint, "_digest", lambda t: digests.append(1) or digest(t))
+    first = backbone_fingerprint(model.clip)
+    model.clamp_logit_scale()
+    assert backbone_fingerprint(model.clip) == first and len(digests) == 1
+    with torch.no_grad():
+        model.clip.visual.proj[0, 0] += 1
+    assert backbone_fingerprint(model.clip) != first
+
+
+def test_the_earlier_fingerprint_is_compared_still(golden, tmp_path) -> None:
+    """Written by a version that digested CLIP's vectors only."""
+    model, *rest = trained(golden)
+    save_checkpoint(tmp_path / "c", model, *rest, Checkpoint())
+    earlier = hashlib.sha256()
+    for name, tensor in sorted(model.clip.state_dict().items()):
+        if tensor.dim() == 1:
+            earlier.update(name.encode() + tensor.numpy().tobytes())
+    rewrite(tmp_path / "c", lambda content: content.update(backbone=earlier.hexdigest()))
+    load_checkpoint(tmp_path / "c", model)
+    with torch.no_grad():
+        model.clip.ln_final.bias[0] += 1
+    with pytest.raises(CheckpointError, match="other CLIP weights"):
+        load_checkpoint(tmp_path / "c", model)
 
 
 class _Attack:

@@ -10,9 +10,10 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -52,6 +53,11 @@ _FIELDS = {
 
 NOT_FINITE = "has values that are not finite"
 _AUTHORS_ADAPTER = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.temp_adapter\.(.+)")
+
+
+# Begins the fingerprint of all tensors of a backbone, and what was computed last for each model.
+_ALL_TENSORS = "all:"
+_fingerprints: WeakKeyDictionary[nn.Module, tuple[list[int], str]] = WeakKeyDictionary()
 
 
 class CheckpointError(ValueError):
@@ -120,7 +126,7 @@ def save_checkpoint(
 
     Args:
         path: overwritten if it exists.
-        model: its trained tensors are saved, and a fingerprint of the frozen rest.
+        model: its trained tensors are saved, and a fingerprint of CLIP where that is frozen.
         progress: where the run stands. The states of the random number generators go with it.
 
     Raises:
@@ -132,10 +138,11 @@ def save_checkpoint(
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: not written: {name} {NOT_FINITE}")
+    trains_clip = any(name.startswith("clip.") for name in state)
     content = {
         "format": FORMAT,
         "state_dict": state,
-        "backbone": backbone_fingerprint(model.clip),
+        "backbone": "" if trains_clip else backbone_fingerprint(model.clip),
         "proposals": model.pyramid.proposals,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -251,12 +258,26 @@ def convert_authors_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def backbone_fingerprint(clip: nn.Module) -> str:
-    """sha256 over CLIP's vectors (norms, biases): cheaply tells one backbone from another."""
+    """sha256 over CLIP's tensors, by which one backbone is told from another.
+
+    The logit scale is left out: training clamps a frozen one too, and it changes no ranking. The
+    last result of a model is kept for as long as its tensors are not written to.
+    """
+    tensors = sorted(clip.state_dict().items())
+    tensors = [(name, tensor) for name, tensor in tensors if name != "logit_scale"]
+    versions = [tensor._version for _, tensor in tensors]
+    known, fingerprint = _fingerprints.get(clip, (None, ""))
+    if known != versions:
+        fingerprint = _ALL_TENSORS + _digest(tensors)
+        _fingerprints[clip] = versions, fingerprint
+    return fingerprint
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
-        if tensor.dim() == 1:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.cpu().float().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -402,7 +423,12 @@ def _check_optimizer(state: dict, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def _check_backbone(model: nn.Module, fingerprint: str) -> None:
-    if fingerprint != backbone_fingerprint(model.clip):
+    if fingerprint.startswith(_ALL_TENSORS):
+        ours = backbone_fingerprint(model.clip)
+    else:  # a file of an earlier version, which looked at vectors only
+        tensors = sorted(model.clip.state_dict().items())
+        ours = _digest((name, tensor) for name, tensor in tensors if tensor.dim() == 1)
+    if fingerprint != ours:
         raise CheckpointError(
             "trained on other CLIP weights than the model's: give the same --pretrained_clip_name "
             "and --pretrained_dir as in the run's args.json"
