@@ -29,7 +29,7 @@ from dataloaders.video import VideoError, load_every_frame
 from utils.ffmpeg import FfmpegError, read_packets
 
 FORMAT, VERSION = "propy frames", 1
-PACK = "make it with `python scripts/pack_frames.py`"
+PACK = "make it with `.venv/bin/python scripts/pack_frames.py`"
 # Chroma at full resolution: with half of it quality 90 loses 2.5 dB more, and the same loss takes
 # more bytes (measured on real clips; README, "Frame store").
 SUBSAMPLING = 0
@@ -268,7 +268,7 @@ class FrameStore(ClipSource):
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (
             f"{self.path}: {len(missing)} of {total} clips are missing from the frame store: add"
-            " them with `python scripts/pack_frames.py`"
+            " them with `.venv/bin/python scripts/pack_frames.py`"
         )
 
     def label(self, name: str) -> str:
@@ -281,7 +281,8 @@ class FrameStore(ClipSource):
         if size != self.size:
             raise VideoError(
                 f"{self.path}: its frames are {self.size}×{self.size} pixels, but the model reads"
-                f" {size}×{size}: make another with `python scripts/pack_frames.py --size {size}`"
+                f" {size}×{size}: make another with"
+                f" `.venv/bin/python scripts/pack_frames.py --size {size}`"
             )
         super().check(names, size)
 
@@ -549,7 +550,7 @@ class FrameStoreWriter:
             self._lock(file)
             if not self._journal_path.is_file():
                 store = FrameStore(self.path)
-                self._check_settings(self.path, store.size, store.quality)
+                check_settings(self.path, (store.size, store.quality), (self.size, self.quality))
                 self.clips = {clip.name: clip for clip in store.clips()}
                 self._first_byte = dict(zip(store.names, store.first_bytes(), strict=True))
                 self._write_journal()
@@ -575,7 +576,9 @@ class FrameStoreWriter:
         self.clips, self._first_byte = {}, {}
         try:
             head, *lines = map(json.loads, whole.splitlines())
-            self._check_settings(self._data_path, head["size"], head["quality"])
+            check_settings(
+                self._data_path, (head["size"], head["quality"]), (self.size, self.quality)
+            )
             for line in lines:
                 first_byte = line.pop("first_byte")
                 clip = PackedClip(**line)
@@ -591,13 +594,6 @@ class FrameStoreWriter:
                 f"{self._data_path}: shorter than {self._journal_path} says: remove both"
             )
 
-    def _check_settings(self, path: Path, size: int, quality: int) -> None:
-        if (size, quality) != (self.size, self.quality):
-            raise VideoError(
-                f"{path}: begun with --size {size} --quality {quality}, not {self.size} and"
-                f" {self.quality}: give those, or another --frame_store, or remove it"
-            )
-
     def _lock(self, file: BinaryIO) -> None:
         deadline = time.monotonic() + LOCK_PATIENCE
         while True:
@@ -607,6 +603,15 @@ class FrameStoreWriter:
                 if time.monotonic() > deadline:
                     raise VideoError(f"{self.path}: another process is packing it") from None
                 time.sleep(0.05)
+
+
+def check_settings(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Raises a VideoError if a store's size and quality are not those asked for."""
+    if found != wanted:
+        raise VideoError(
+            f"{path}: begun with --size {found[0]} --quality {found[1]}, not {wanted[0]} and"
+            f" {wanted[1]}: give those, or another --frame_store, or remove it"
+        )
 
 
 def _partial_paths(path: Path) -> tuple[Path, Path]:

@@ -1,6 +1,7 @@
 """Packs a folder of prepared clips into a frame store, one HDF5 file for main.py --frame_store.
 
-    python scripts/pack_frames.py --video_dir data/tvr/videos --frame_store data/tvr/frames.h5
+    .venv/bin/python scripts/pack_frames.py --video_dir data/tvr/videos \\
+        --frame_store data/tvr/frames.h5
 
 An interrupted run, however it ended, is continued by the next one. Later runs pack what was added
 to the folder or has changed. In the end every byte is read again and checked.
@@ -32,9 +33,10 @@ from dataloaders.frame_store import (
     FrameStore,
     FrameStoreWriter,
     PackedClip,
+    check_settings,
     pack_clip,
 )
-from dataloaders.video import VideoError
+from dataloaders.video import PREPARE, VideoError
 from utils.cores import usable_cores
 from utils.ffmpeg import PREPARED_SHORT_SIDE
 
@@ -82,7 +84,7 @@ def _pack_alone(name: str, path: Path, size: int, quality: int) -> Packed | Vide
         try:
             return pool.submit(_pack, name, path, size, quality).result()
         except BrokenProcessPool:
-            return VideoError(f"{path}: its decoder crashed: prepare it again")
+            return VideoError(f"{path}: its decoder crashed: {PREPARE}")
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -107,12 +109,17 @@ def find_clips(
 
     Raises:
         AnnotationError: an annotation file cannot be used.
+        VideoError: the folder has no clips at all.
     """
     if annotations:
         queries = [query for file in annotations for query in read_annotations(file)]
         names = [video.vid_name for video in corpus_videos(queries)]
     else:
         names = sorted(path.stem for path in video_dir.glob("*.mp4"))
+    if not any(video_dir.glob("*.mp4")):
+        raise VideoError(
+            f"{video_dir}: no .mp4 file in it: make them with `bash scripts/prepare.sh`"
+        )
     files = [(name, video_dir / f"{name}.mp4") for name in names]
     return [f for f in files if f[1].is_file()], [f[0] for f in files if not f[1].is_file()]
 
@@ -130,7 +137,9 @@ def pack(
         VideoError: the store, or what there is of it, cannot be gone on with.
     """
     if store.is_file():
-        known = {clip.name: clip for clip in FrameStore(store).clips()}
+        finished = FrameStore(store)
+        check_settings(store, (finished.size, finished.quality), (size, quality))
+        known = {clip.name: clip for clip in finished.clips()}
         if all(is_packed(known, *file) for file in files):
             return []
     failures = []
@@ -192,6 +201,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--video_dir: no such folder: {args.video_dir}")
     if not args.frame_store.parent.is_dir():
         parser.error(f"--frame_store: no such folder: {args.frame_store.parent}")
+    if args.frame_store.is_dir():
+        parser.error(f"--frame_store: this is a folder, give a file in it: {args.frame_store}")
     if not 1 <= args.quality <= 95:
         parser.error(f"--quality must be from 1 to 95: {args.quality}")
     if args.size < 1 or args.workers < 1:
@@ -204,7 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         files, missing = find_clips(args.video_dir, args.annotations)
-        failures = pack(args.frame_store, files, args.size, args.quality, args.workers)
+        failures = []
+        if files:
+            failures = pack(args.frame_store, files, args.size, args.quality, args.workers)
         if args.frame_store.is_file():
             summarise(FrameStore(args.frame_store))
     except (AnnotationError, VideoError, OSError) as error:

@@ -190,6 +190,33 @@ def test_packing_twice_gives_the_same_bytes_and_does_nothing(video_dir, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5", "b.h5"]
 
 
+@pytest.mark.parametrize("other", [("--size", "32"), ("--quality", "50")])
+def test_other_settings_than_a_finished_stores_are_refused(video_dir, tmp_path, capsys, other):
+    path = tmp_path / "f.h5"
+    flags = ["--video_dir", str(video_dir), "--frame_store", str(path), "--workers", "2"]
+    flags += ["--size", str(SIZE)]
+    assert pack_frames.main(flags) == 0
+    capsys.readouterr()
+    assert pack_frames.main([*flags, *other]) == 2
+    printed = capsys.readouterr()
+    assert "f.h5: begun with --size 64 --quality 90, not " in printed.err
+    assert "another --frame_store" in printed.err and not printed.out
+    assert [path.name for path in tmp_path.iterdir()] == ["f.h5"]
+
+
+def test_nothing_to_pack_and_a_folder_for_a_store_are_errors(video_dir, tmp_path, capsys):
+    empty, store = tmp_path / "empty", tmp_path / "store"
+    empty.mkdir()
+    store.mkdir()
+    flags = ["--video_dir", str(empty), "--frame_store", str(tmp_path / "f.h5")]
+    assert pack_frames.main(flags) == 2
+    assert "empty: no .mp4 file in it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pack_frames.main(["--video_dir", str(video_dir), "--frame_store", str(store)])
+    assert "--frame_store: this is a folder" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "store"]
+
+
 def test_a_store_is_added_to_and_changed_clips_are_packed_anew(video_dir, tmp_path):
     folder, path = tmp_path / "videos", tmp_path / "f.h5"
     folder.mkdir()
