@@ -29,10 +29,23 @@ if [ -f "$target" ]; then
 fi
 command -v curl >/dev/null || { echo "download_clip: needs curl; install it" >&2; exit 1; }
 echo "download_clip: $url" >&2
+fetch() {
+  answer=$(curl --fail --location --continue-at - --progress-bar --write-out '%{http_code}' \
+    --output "$target.part" "$url")
+}
 # a complete .part may be left where the last run was stopped before its check
-if ! matches "$target.part" && ! curl --fail --location --continue-at - --progress-bar --output "$target.part" "$url"; then
-  echo "download_clip: the download broke off; run the same command to resume it" >&2
-  exit 1
+if ! matches "$target.part"; then
+  fetch && code=0 || code=$?
+  # nothing follows what is there (status 416), or it cannot be gone on with (curl's 33 and 36)
+  if [ -s "$target.part" ] && [[ $code = 3[36] || $answer = 416 ]]; then
+    echo "download_clip: $target.part cannot be resumed; starting from zero" >&2
+    rm -f "$target.part"
+    fetch && code=0 || code=$?
+  fi
+  if [ "$code" != 0 ]; then
+    echo "download_clip: the download broke off; run the same command to resume it" >&2
+    exit 1
+  fi
 fi
 if ! matches "$target.part"; then
   rm -f "$target.part"

@@ -198,6 +198,9 @@ class _Server(http.server.SimpleHTTPRequestHandler):
         if wanted:
             self.ranges.append(wanted)
             start = int(wanted.removeprefix("bytes=").split("-")[0])
+            if start >= len(body):
+                self.send_error(416)
+                return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
             body = body[start:]
@@ -260,6 +263,27 @@ def test_download_is_checked_and_resumed(download) -> None:
     assert target.read_bytes() == download.content and not part.exists()
     assert download.ranges == ["bytes=12345-"], "it was not resumed"
     assert "is right" in download().stdout
+
+
+@pytest.mark.parametrize("longer", [b"", b"more"])
+def test_a_wrong_part_that_cannot_be_resumed_is_replaced(download, longer) -> None:
+    download.folder.mkdir()
+    wrong = bytes(len(download.content)) + longer
+    (download.folder / "ViT-B-32.pt.part").write_bytes(wrong)
+    done = download()
+    assert done.returncode == 0, done.stderr
+    assert download.ranges == [f"bytes={len(wrong)}-"], "curl did not ask"
+    assert (download.folder / "ViT-B-32.pt").read_bytes() == download.content
+
+
+def test_a_part_outlives_a_server_that_fails(download) -> None:
+    download.folder.mkdir()
+    part = download.folder / "ViT-B-32.pt.part"
+    part.write_bytes(download.content[:12345])
+    download.served.unlink()
+    done = download()
+    assert done.returncode == 1 and "broke off; run the same command to resume" in done.stderr
+    assert part.read_bytes() == download.content[:12345]
 
 
 def test_a_wrong_download_is_not_put_in_place(download) -> None:
