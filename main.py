@@ -54,6 +54,7 @@ from utils.signals import Stopped
 from utils.trainer import CHANGE_A_RUN, LESS_MEMORY_EVALUATING, Trainer, adapt
 
 TRAIN = "train"  # what records and lists call the split
+FRAMES = "frames of a video"  # what checkpoints call it
 
 
 class SettingsError(ValueError):
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         if note := left_out.note(TRAIN):
             log.warning("trained %s", note)
     if args.do_eval or args.do_plot:
-        checkpoint = load_checkpoint(best, model)
+        checkpoint = load_weights(args, best, model, log)
         log.info("using %s, %d epochs trained", best, checkpoint.epoch)
         with memory_advice(LESS_MEMORY_EVALUATING):
             embeddings = evaluation.embed(model, device)
@@ -350,7 +351,7 @@ def train(
         "training annotations": summary(queries),
         "validation annotations": summary(evaluation.queries),
         "precision in use": precision,
-        "frames of a video": str(model.pyramid.num_frames),
+        FRAMES: str(model.pyramid.num_frames),
     }
     resume = checkpoint_to_resume(args.resume, args.output_dir, log)
     progress = start(args, resume, facts, model, optimizer, scaler, log)
@@ -420,7 +421,7 @@ def start(
     """Where training starts: from nothing, from a checkpoint's weights, or where a run stopped."""
     if resume is None:
         if args.load_from_pretrained:
-            load_checkpoint(args.load_from_pretrained, model)
+            load_weights(args, args.load_from_pretrained, model, log)
             log.info("starting from the weights of %s", args.load_from_pretrained)
         return Checkpoint()
     progress = load_checkpoint(resume, model, optimizer, scaler)
@@ -440,6 +441,23 @@ def start(
     for warning in adapt(progress, settings | facts):
         log.warning("%s", warning)
     return progress
+
+
+def load_weights(
+    args: argparse.Namespace, path: Path, model: ProPy, log: logging.Logger
+) -> Checkpoint:
+    """A checkpoint's weights into the model, with a warning where they were trained to read more
+    or less of a video or a sentence than they are given now."""
+    checkpoint = load_checkpoint(path, model)
+    trained = checkpoint.args | checkpoint.facts
+    for name, now in {FRAMES: str(model.pyramid.num_frames), "max_words": args.max_words}.items():
+        if trained.get(name, now) != now:
+            log.warning(
+                "%s was trained with %s %s, but is used with %s: scores differ from those of its "
+                "training",
+                *(path, name, trained[name], now),
+            )
+    return checkpoint
 
 
 def plain(value: object) -> object:

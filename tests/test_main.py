@@ -72,6 +72,22 @@ def trained(corpus, tmp_path_factory) -> Path:
     return output
 
 
+def test_reading_more_or_less_than_in_training_is_said(corpus, trained, tmp_path) -> None:
+    """As many events of the same parts of a video, so that nothing else tells."""
+    (tmp_path / "longer.json").write_text('{"Nf": 16, "H": [[4, 4], [2, 1], [3, 1]]}')
+    best = str(trained / "ckpt.best.pth.tar")
+    done = run(
+        corpus, tmp_path / "other", "--do_eval", "1", "--resume", best,
+        "--pyr_config_path", str(tmp_path / "longer.json"), "--max_words", "16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for number in ("frames of a video 8, but is used with 16", "max_words 32, but is used with 16"):
+        assert f"{best} was trained with {number}" in done.stdout
+    start = ("--load_from_pretrained", best, "--epochs", "1")
+    words = run(corpus, tmp_path / "start", *TRAIN, *start, "--max_words", "16").stdout
+    assert f"{best} was trained with max_words 32" in words and "frames of a video 8" not in words
+
+
 def test_what_a_run_leaves(trained) -> None:
     files = {path.name for path in trained.iterdir()}
     assert {"args.json", "log.txt", "log.jsonl", "ckpt.pth.tar", "ckpt.best.pth.tar"} <= files
