@@ -1,6 +1,7 @@
 """Health report of a folder of prepared clips, against the annotations that need them.
 
-    python scripts/check_videos.py --video_dir videos --annotations annotations/charades/*.jsonl
+    .venv/bin/python scripts/check_videos.py --video_dir data/charades/videos \\
+        --annotations annotations/charades/*.jsonl
 
 Reads only the headers, unless --decode asks for every frame. A broken file costs a message, within
 a time limit.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
 from utils.cores import usable_cores
 from utils.ffmpeg import (
+    MAX_TIME_LIMIT,
     PREPARED_FPS,
     PREPARED_SHORT_SIDE,
     FfmpegError,
@@ -128,6 +131,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.video_dir.is_dir():
         parser.error(f"--video_dir: no such folder: {args.video_dir}")
+    if args.report and (args.report.is_dir() or not args.report.parent.is_dir()):
+        parser.error(f"--report: this is a folder, or in none that is there: {args.report}")
+    if args.workers < 1 or not 0 < args.time_limit <= MAX_TIME_LIMIT:
+        parser.error(f"--workers and --time_limit must be above 0 (and below {MAX_TIME_LIMIT:g})")
+    if not args.tolerance >= 0:
+        parser.error(f"--tolerance must be at least 0: {args.tolerance}")
     return args
 
 
@@ -154,19 +163,27 @@ def main(arguments: list[str] | None = None) -> int:
         return [{"vid_name": video.vid_name, **problem} for problem in found]
 
     problems: list[dict] = []
+    checked, status = 0, 0
     with ThreadPoolExecutor(args.workers) as pool:
         try:
             for found in tqdm(pool.map(check, videos), total=len(videos), unit="video"):
                 problems += found
+                checked += 1
         except KeyboardInterrupt:
+            status = 130
             pool.shutdown(wait=False, cancel_futures=True)
             kill_running()
-            return 130
     if args.report:
-        args.report.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        try:
+            args.report.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+        except OSError as error:
+            print(f"{args.report}: cannot be written: {error.strerror}", file=sys.stderr)
+            status = status or 1
     used = {video.vid_name for video in videos}
-    summarise(problems, len(videos), {path.stem for path in args.video_dir.glob("*.mp4")} - used)
-    return int(bool(problems))
+    summarise(problems, checked, {path.stem for path in args.video_dir.glob("*.mp4")} - used)
+    if checked < len(videos):
+        print(f"interrupted: this is of the first {checked} of {len(videos)} videos only")
+    return status or int(bool(problems))
 
 
 def summarise(problems: list[dict], checked: int, unused: set[str]) -> None:
@@ -186,4 +203,6 @@ def summarise(problems: list[dict], checked: int, unused: set[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())

@@ -26,12 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
 from dataloaders.container import ContainerError, read_header
 from utils.cores import usable_cores
-from utils.ffmpeg import DEFAULT_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
+from utils.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
 from utils.files import PARTIAL_PREFIX, OutputError, whole_file
 from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
 
 REPORT_NAME = "prepare_report.jsonl"
-MAX_TIME_LIMIT = 1e6  # seconds; timers overflow far above
 # What lies beside videos. Anything else is tried, as no list of video suffixes is complete.
 TEXT_SUFFIXES = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".pdf", ".log"}
 CAPTION_SUFFIXES = {".srt", ".vtt", ".ass"}

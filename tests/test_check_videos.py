@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scripts import check_videos
 from scripts.check_videos import check_size, main
 from utils.ffmpeg import write_video
 
@@ -94,6 +95,40 @@ def test_bad_annotations_are_refused(folder, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"vid_name": 3}\n')
     assert main(["--video_dir", str(folder), "--annotations", str(tmp_path / "a.jsonl")]) == 2
     assert "a.jsonl:1" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_what_is_known(folder, tmp_path, monkeypatch, capsys):
+    whole = check_videos.check_video
+
+    def interrupted(path: Path, *args, **more) -> list[dict]:
+        if path.stem == "good":
+            raise KeyboardInterrupt
+        return whole(path, *args, **more)
+
+    monkeypatch.setattr(check_videos, "check_video", interrupted)
+    annotations, report = tmp_path / "a.jsonl", tmp_path / "report.jsonl"
+    lines = ({"vid_name": n, "desc_id": n, "desc": "x", "duration": 3} for n in reversed(ALL))
+    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["--video_dir", str(folder), "--annotations", str(annotations)]
+    assert main([*command, "--report", str(report), "--workers", "1"]) == 130
+    known = {json.loads(line)["vid_name"] for line in report.read_text().splitlines()}
+    assert known == set(HEADER_FAULTS)
+    printed = capsys.readouterr().out
+    assert "8 videos checked, 6 with problems" in printed
+    assert "interrupted: this is of the first 8 of 9 videos only" in printed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--workers", "0"), ("--time_limit", "nan"), ("--time_limit", "-1"), ("--tolerance", "nan"),
+     ("--report", "."), ("--report", "nowhere/report.jsonl")],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_refused_before_any_work(folder, tmp_path, capsys, flags):
+    annotations = tmp_path / "a.jsonl"
+    annotations.write_text('{"vid_name": "good", "desc_id": 1, "desc": "x", "duration": 3}\n')
+    with pytest.raises(SystemExit):
+        main(["--video_dir", str(folder), "--annotations", str(annotations), *flags])
+    assert flags[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

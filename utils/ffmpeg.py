@@ -49,6 +49,7 @@ H264_ARGUMENTS = [
 ]
 
 DEFAULT_TIME_LIMIT = 1800.0  # seconds; an hour of 1080p decodes in less on one core
+MAX_TIME_LIMIT = 1e6  # seconds; the system's timers overflow far above
 # Address space of one ffmpeg, in bytes. 8K HEVC, the most demanding of all tried, takes 1.6 GB; a
 # header that claims absurd sizes must not take the machine down.
 MEMORY_LIMIT = 8 * 2**30
