@@ -1,6 +1,6 @@
 """Turns the public annotation files of a data set into the lines the programs read.
 
-    python scripts/convert_annotations.py activitynet ~/Downloads/captions
+    .venv/bin/python scripts/convert_annotations.py activitynet ~/Downloads/captions
 
 writes annotations/activitynet/{train,val}.jsonl. The files' names, sources, counts and checksums
 are in annotations/README.md. The order and the captions of the source are kept.
@@ -86,13 +86,18 @@ def charades_durations(folder: Path) -> dict[str, float]:
     durations = {}
     for file in sorted(folder.glob("Charades_v1_*.csv")):
         with file.open(newline="", encoding="utf-8") as table:
-            for number, row in enumerate(csv.DictReader(table), start=2):
-                try:
+            rows = csv.DictReader(table)
+            try:
+                for row in rows:
                     durations[row["id"]] = float(row["length"])
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ConversionError(
-                        f"{file}: row {number}: no number in column 'length': get the file anew"
-                    ) from error
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ConversionError(
+                    f"{file}:{rows.line_num + 1}: not CSV ({error}): get the file anew"
+                ) from error
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConversionError(
+                    f"{file}:{rows.line_num}: no number in column 'length': get the file anew"
+                ) from error
     return durations
 
 
@@ -116,7 +121,10 @@ def tvr_records(file: Path) -> Iterator[dict]:
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     # Not splitlines(): captions may hold other characters that it takes for line ends.
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{file}: not UTF-8 text ({error}): get the file anew") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{file}:{number}", line.removesuffix("\r")
@@ -125,7 +133,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 def _load_json(place: str | Path, text: str | bytes) -> dict:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{place}: not JSON ({error}): get the file anew") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{place}: not a JSON object: is this the right file?")
@@ -202,7 +210,7 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
     for record in reader(source):
         try:
             swapped, beyond = order_windows(record)
-        except (IndexError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             shown = f"query {record['desc_id']}: windows {record.get('ts')!r}"
             raise ConversionError(f"{source}: {shown}: not [start, end] in seconds") from error
         counts.update(reversed=swapped, beyond=beyond)
@@ -259,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not source.is_file():
                 raise ConversionError(f"no {source}: see annotations/README.md for its source")
             print(f"{output}: {describe(convert(source, output, READERS[args.dataset]), split)}")
-        except (ConversionError, OSError, UnicodeDecodeError) as error:
+        except (ConversionError, OSError) as error:
             print(f"{args.dataset} {name}: {error}", file=sys.stderr)
             failed = True
     return int(failed)
