@@ -96,7 +96,6 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         read_split(args.prvr_train_annos, args.datatype, "train", log) if args.do_train else []
     )
     if args.load_embeddings:
-        check_times(args, val_queries, log)
         evaluate_kept(args, val_queries, device, log)
         return
     model = build_model(
@@ -192,13 +191,19 @@ def evaluate_kept(
 ) -> None:
     """Metrics of kept embeddings: needs no videos, no CLIP, and no checkpoint but to compare."""
     kept = load_embeddings(args.load_embeddings)
+    left_out = LeftOut(args.output_dir / "missing_videos.jsonl", {VAL: queries})
+    if args.allow_missing and (lacking := kept.lacking(queries)):
+        left_out.add(VAL, dict.fromkeys(lacking, f"{args.load_embeddings}: made without it"))
+        queries = left_out.kept(VAL, queries)
+        log.warning("%s: %s", VAL, left_out.note(VAL))
+    check_times(args, queries, log)
     proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
     try:
         kept.check(queries, proposals, max_words=args.max_words, checkpoint=args.resume)
     except EmbeddingsError as error:
         raise EmbeddingsError(f"{args.load_embeddings}: {error}") from None
     log.info("using %s, of %s after epoch %d", args.load_embeddings, kept.checkpoint, kept.epoch)
-    reading = Reading(queries, proposals, **reading_settings(args))
+    reading = Reading(queries, proposals, left_out=left_out, **reading_settings(args))
     embeddings = kept.embeddings.to(device)
     rows = reading.run(embeddings, args.output_dir if args.save_predictions else None)
     report(args, reading, rows, kept.checkpoint, kept.epoch, log)

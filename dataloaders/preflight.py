@@ -20,6 +20,7 @@ from dataloaders.clips import ClipSource
 from dataloaders.video import VideoError
 from utils.ffmpeg import PREPARED_FPS
 from utils.files import append_line, whole_file
+from utils.run_log import reduced_size
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class LeftOut:
     def __init__(self, path: Path, splits: dict[str, Sequence[Query]]) -> None:
         self.path = path
         self._forget(splits)
+        self._splits = splits
         self._queries = {
             split: Counter(query.vid_name for query in queries) for split, queries in splits.items()
         }
@@ -94,35 +96,33 @@ class LeftOut:
         return [query for query in queries if query.vid_name not in self._names[split]]
 
     def numbers(self, split: str) -> dict[str, int]:
-        """For the records of a run: what is left of a split and what is not; {} if all is there.
-
-        ``<split>_videos``, ``<split>_videos_left_out``, and the same of queries.
-        """
-        videos, queries = len(self._queries[split]), sum(self._queries[split].values())
-        videos_lost = len(self._names[split])
-        queries_lost = sum(self._queries[split][name] for name in self._names[split])
-        if not videos_lost:
-            return {}
-        return {
-            f"{split}_videos": videos - videos_lost,
-            f"{split}_videos_left_out": videos_lost,
-            f"{split}_queries": queries - queries_lost,
-            f"{split}_queries_left_out": queries_lost,
-        }
+        """For the records of a run: `left_numbers` of a split."""
+        queries = self._splits[split]
+        return left_numbers(split, queries, self.kept(split, queries))
 
     def note(self, split: str) -> str | None:
         """The reduced size of a split, to stand beside its results; None if nothing is left out."""
-        left = self.numbers(split)
-        if not left:
-            return None
-        videos, queries = (
-            (left[f"{split}_{what}"], left[f"{split}_{what}"] + left[f"{split}_{what}_left_out"])
-            for what in ("videos", "queries")
-        )
-        return (
-            f"on {videos[0]:,} of the {videos[1]:,} videos and {queries[0]:,} of the "
-            f"{queries[1]:,} queries: {self.path} lists what is left out"
-        )
+        size = reduced_size(self.numbers(split), split)
+        return size and f"{size}: {self.path} lists what is left out"
+
+
+def left_numbers(split: str, queries: Sequence[Query], kept: Sequence[Query]) -> dict[str, int]:
+    """What is left of a split and what is not: {} if all is there.
+
+    ``<split>_videos``, ``<split>_videos_left_out``, and the same of queries.
+
+    Args:
+        queries: all that are annotated; kept: those whose videos are there.
+    """
+    if len(kept) == len(queries):
+        return {}
+    numbers = {}
+    for what, left, all_ in (
+        ("videos", *(len({query.vid_name for query in some}) for some in (kept, queries))),
+        ("queries", len(kept), len(queries)),
+    ):
+        numbers |= {f"{split}_{what}": left, f"{split}_{what}_left_out": all_ - left}
+    return numbers
 
 
 def find_unusable(

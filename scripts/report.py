@@ -24,6 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataloaders.annotations import AnnotationError, Query, read_annotations
+from dataloaders.preflight import left_numbers
 from utils import report_parts as parts
 from utils.attention_store import ATTENTION
 from utils.moment_report import MOMENT_COLUMNS, VIDEO_COLUMNS
@@ -42,6 +43,7 @@ from utils.run_log import (
     read_args,
     read_epochs,
     read_records,
+    reduced_size,
 )
 from utils.tables import PRVR_COLUMNS
 
@@ -60,6 +62,7 @@ ROW_NAMES = {
     "half": "ProPy, half of the windows",
     "any": "ProPy, any window",
 }
+SHOWN = 3  # evaluations, the last
 PICTURE_WIDTH = 1600  # pixels of an overview in the page
 Rows = dict[str, dict[str, float]]
 
@@ -91,6 +94,12 @@ class Run:
         return cls(folder, read_args(folder), epochs, evaluations)
 
     @property
+    def sizes(self) -> list[str]:
+        """Of every source of `result_rows` its reduced size, "" where no video was left out."""
+        best = [best_epoch(self.epochs)] if self.epochs else []
+        return [reduced_size(record) or "" for record in best + self.evaluations[-SHOWN:]]
+
+    @property
     def datatype(self) -> str:
         """One of `utils.published.DATATYPES`."""
         return self.args.get("datatype", "custom")
@@ -106,11 +115,19 @@ def result_rows(run: Run) -> dict[str, Rows]:
             if is_number(value) and name not in (*COUNTERS, *TRAINING):
                 row, _, key = name.rpartition("/")
                 rows.setdefault(row or "cosine", {})[key] = value
-        found[f"epoch {best['epoch']}"] = rows
-    for record in run.evaluations[-3:]:
+        found[_source(f"epoch {best['epoch']}", best)] = rows
+    for record in run.evaluations[-SHOWN:]:
         name = f"{Path(str(record.get('checkpoint'))).name}, epoch {record.get('epoch')}"
-        found[f"evaluated {name}"] = record.get("metrics", {})
+        source = _source(f"evaluated {name}", record)
+        found.pop(source, None)  # the newest comes last
+        found[source] = record.get("metrics", {})
     return found
+
+
+def _source(name: str, record: Mapping) -> str:
+    """Where a row comes from, with the reduced size where videos were left out."""
+    size = reduced_size(record)
+    return f"{name}, {size}" if size else name
 
 
 def results_section(run: Run) -> str:
@@ -124,17 +141,18 @@ def results_section(run: Run) -> str:
     videos |= _published(PRVR_RESULTS.get(run.datatype))
     tables = [parts.table("Video retrieval (PRVR), in %; ranks", videos, PRVR_COLUMNS, PUBLISHED)]
     newest = list(found.values())[-1] if found else {}
+    size = f", {run.sizes[-1]}" if run.sizes[-1] else ""
     for task, (title, columns) in MOMENT_TABLES.items():
         rows = {_row_name(name): newest[name] for name in newest if name.split("/")[0] == task}
         if task == "VCMR" and rows:
             rows |= _published(VCMR_RESULTS.get(run.datatype))
         if task != "VR" or len(rows) > 1:  # alone it would repeat the table above
-            tables.append(parts.table(title, rows, columns, PUBLISHED) if rows else "")
+            tables.append(parts.table(title + size, rows, columns, PUBLISHED) if rows else "")
     levels = {n.split("/")[1]: row for n, row in newest.items() if n.startswith("levels/")}
     if levels:
         columns = {key: key for key in levels["all"]}
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
-        tables.append(parts.table(title, levels, columns))
+        tables.append(parts.table(title + size, levels, columns))
     return "".join(f'<div class="card">{table}</div>' for table in tables if table)
 
 
@@ -153,6 +171,7 @@ def curves_section(run: Run) -> str:
         f"VCMR/{key}": value for key, value in VCMR_RESULTS.get(run.datatype, {}).items()
     }
     best = best_epoch(run.epochs)["epoch"]
+    size = reduced_size(run.epochs[-1])
     charts = [
         parts.line_chart(label(name), curve(run.epochs, name), best, published.get(name))
         for name in curve_names(run.epochs)
@@ -160,6 +179,7 @@ def curves_section(run: Run) -> str:
     ]
     legend = f"By epoch. The ring is the best epoch, {best}"
     legend += "; the dashed line is the published result." if published else "."
+    legend += f" Evaluated {size}." if size else ""
     return (
         f'<p class="soft">{legend}</p><div class="card"><div class="charts">{"".join(charts)}</div>'
         "</div>"
@@ -167,10 +187,10 @@ def curves_section(run: Run) -> str:
 
 
 def queries_sections(
-    run: Run, predictions: MomentPredictions, queries: Sequence[Query], thumbnails: Thumbnails,
-    count: int,
+    predictions: MomentPredictions, queries: Sequence[Query], thumbnails: Thumbnails, count: int,
+    size: str,
 ) -> dict[str, str]:  # fmt: skip
-    """Cards of the best and the worst queries."""
+    """Cards of the best and the worst queries. Args: size: what they are chosen from."""
     predictions = predictions.of(queries)
     sections = {}
     hint = (
@@ -179,11 +199,11 @@ def queries_sections(
     for title, rows, what in zip(
         ("Best queries", "Worst queries"),
         best_and_worst(predictions, count),
-        ("The right video first, by the largest lead.", "The right video furthest down the list."),
+        ("The right video first, by the largest lead", "The right video furthest down the list"),
         strict=True,
     ):
         cards = "".join(query_card(predictions, row, queries[row], thumbnails) for row in rows)
-        sections[title] = f'<p class="soft">{what}</p>{hint}{cards or "<p>None.</p>"}'
+        sections[title] = f'<p class="soft">{what}{size}.</p>{hint}{cards or "<p>None.</p>"}'
     return sections
 
 
@@ -217,6 +237,7 @@ def facts(run: Run) -> str:
         "task": run.args.get("subtask_type"),
         "epochs": len(run.epochs) or None,
         "best epoch": best_epoch(run.epochs)["epoch"] if run.epochs else None,
+        "evaluated": "; ".join(dict.fromkeys(filter(None, run.sizes))),
         "trained parameters": _millions(run.args.get("trainable")),
         "precision": run.args.get("used_precision"),
         "seed": run.args.get("seed"),
@@ -265,7 +286,12 @@ def build(
             raise AnnotationError("no annotations: name them with --annotations")
         predictions = load_predictions(run.folder / "predictions.h5")
         queries = read_annotations(annotations)
-        sections |= queries_sections(run, predictions, queries, thumbnails, count)
+        present = predictions.present(queries)
+        left, size = left_numbers("val", queries, present), ""
+        if left and any(left.items() <= record.items() for record in run.evaluations):
+            # An evaluation of this run says that it went without the others.
+            queries, size = present, f", {reduced_size(left)}"
+        sections |= queries_sections(predictions, queries, thumbnails, count, size)
     except (PredictionsError, AnnotationError) as error:
         run.notes.append(f"Queries: {error}")
     run.notes += [f"Thumbnails: {message}" for message in thumbnails.failed.values()]

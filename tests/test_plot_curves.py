@@ -56,6 +56,16 @@ def test_lines_are_what_was_logged() -> None:
     assert len(colours) == 2
 
 
+def test_the_legend_names_a_reduced_split() -> None:
+    left = {"val_videos": 1000, "val_videos_left_out": 179}
+    left |= {"val_queries": 5000, "val_queries_left_out": 895}
+    runs = {"a": [record | left for record in records(2)], "b": records(2)}
+    (legend,) = plot_curves(runs, ["R1"], {"R1": 22.4}).legends
+    size = "on 1,000 of the 1,179 videos and 5,000 of the 5,895 queries"
+    shown = [t.get_text() for t in legend.get_texts()]
+    assert shown == [f"a\n{size}", "b", "best epoch", "published"]
+
+
 def test_torn_lines_are_left_out(tmp_path, caplog) -> None:
     folder = write(tmp_path / "run", records(3), torn='{"epoch": 4, "lo')
     assert [r["epoch"] for r in read_epochs(folder)] == [1, 2, 3]

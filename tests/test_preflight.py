@@ -17,7 +17,8 @@ from dataloaders.clips import VideoFolder
 from dataloaders.datasets import evaluation_video_loader, training_loader
 from dataloaders.preflight import LeftOut, find_unusable
 from dataloaders.video import VideoError
-from scripts import mutations
+from scripts import mutations, report
+from utils import moment_metrics
 from utils.ffmpeg import run_ffmpeg, write_video
 
 SIZE, FRAMES = 64, 4
@@ -245,6 +246,44 @@ def test_a_run_goes_on_without_them_if_told_so(spoiled):
     assert ours["metrics"] == reference["metrics"]
     assert (ours["val_queries"], ours["val_queries_left_out"]) == (4, 4)
     assert "val_queries" not in reference
+
+
+def test_what_is_kept_of_a_reduced_split_can_be_used(spoiled, tmp_path, capsys):
+    """Embeddings, predictions and the report: refused as they stand, accepted and named if told."""
+    kept, size = str(tmp_path / "e.h5"), "on 2 of the 4 videos and 4 of the 8 queries"
+    shutil.rmtree(spoiled.logs / "VIS", ignore_errors=True)
+    evaluate = ("--do_eval", "1", "--subtask_type", "VCMR", "--save_predictions", "1")
+    done = spoiled.main(
+        *evaluate, "--resume", str(spoiled.logs / "ckpt.pth.tar"), "--allow_missing", "1",
+        "--save_embeddings", kept,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = spoiled.main(*evaluate, "--load_embeddings", kept)
+    assert (
+        done.returncode == 1 and "without the 2 videos it lacks: --allow_missing 1" in done.stderr
+    )
+    done = spoiled.main(*evaluate, "--load_embeddings", kept, "--allow_missing", "1")
+    assert done.returncode == 0 and size in done.stdout, done.stdout + done.stderr
+    computed, again = map(json.loads, (spoiled.logs / "eval.jsonl").read_text().splitlines()[-2:])
+    assert computed == again
+    assert {record["vid_name"] for record in missing(spoiled)} == {"clip 1", "clip 3"}
+
+    words = ["--predictions", str(spoiled.logs / "predictions.h5")]
+    words += ["--annotations", str(spoiled.corpus / "annos.jsonl")]
+    with pytest.raises(SystemExit, match="go without what the predictions lack: --allow_missing"):
+        moment_metrics.main(words)
+    moment_metrics.main([*words, "--allow_missing"])
+    printed = capsys.readouterr().out
+    row = next(line.split() for line in printed.splitlines() if line.startswith("SVMR "))
+    assert row[1:] == [f"{value:.2f}" for value in again["metrics"]["SVMR"].values()]
+    assert size in printed
+
+    report.main([str(spoiled.logs), "--annotations", str(spoiled.corpus / "annos.jsonl")])
+    assert "Queries" not in capsys.readouterr().err
+    page = (spoiled.logs / "report.html").read_text()
+    assert f"<li>evaluated <b>{size}</b></li>" in page
+    assert f'<th scope="row">evaluated ckpt.pth.tar, epoch 2, {size}</th>' in page
+    assert f"SVMR), in %, {size}<" in page and f"largest lead, {size}." in page
 
 
 def test_training_goes_on_without_them_if_told_so(spoiled):

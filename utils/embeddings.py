@@ -91,6 +91,10 @@ class KeptEmbeddings:
             epoch=epoch,
         )
 
+    def lacking(self, queries: Sequence[Query]) -> list[str]:
+        """The queries' videos that they were made without, as with --allow_missing 1."""
+        return sorted({query.vid_name for query in queries} - set(self.vid_names))
+
     def check(
         self,
         queries: Sequence[Query],
@@ -111,8 +115,11 @@ class KeptEmbeddings:
         videos = [self.vid_names[column] for column in self.target.tolist()]
         kept = list(zip(self.desc_ids, self.captions, videos, strict=True))
         if len(kept) != len(wanted):
+            lacking = len(self.lacking(queries))
             raise EmbeddingsError(
                 f"it holds {len(kept):,} queries, the annotations {len(wanted):,}: {REMEDY}"
+                + f", or go on without the {lacking:,} videos it lacks: --allow_missing 1"
+                * bool(lacking)
             )
         for row, (theirs, ours) in enumerate(zip(kept, wanted, strict=True)):
             for what, a, b in zip(("desc_id", "desc", "vid_name"), theirs, ours, strict=True):

@@ -48,6 +48,7 @@ class Reading:
         event_scores: "cosine", "dot" or "both": how texts and events are compared for PRVR.
         per_video, limit, window_rule: see `predict_moments` and `evaluate_vcmr`.
         memory_gib: for the scores of texts and videos, see `predict_moments`.
+        left_out: what the split is without, for tables and records.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Reading:
         limit: int = 1000,
         window_rule: str = "half",
         memory_gib: float = 1.0,
+        left_out: LeftOut | None = None,
     ) -> None:
         self.scoring = {"cosine": [True], "dot": [False], "both": [True, False]}[event_scores]
         self.moments = moments
         self.per_video, self.limit, self.window_rule = per_video, limit, window_rule
         self.chunk = int(memory_gib * 2**28)  # of float32
         self.proposals = proposals
-        self.left_out: LeftOut | None = None
+        self.left_out = left_out
         self._set_queries(queries)
 
     def _set_queries(self, queries: list[Query]) -> None:
@@ -165,8 +167,7 @@ class Evaluation(Reading):
         left_out: LeftOut | None = None,
         **reading: Any,
     ) -> None:
-        super().__init__(queries, proposals, **reading)
-        self.left_out = left_out
+        super().__init__(queries, proposals, left_out=left_out, **reading)
         self._unreadable: set[str] = set()
         self.max_words = max_words
         self.load_videos: Callable[..., ClipLoader] = partial(

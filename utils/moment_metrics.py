@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: metrics and exports of a predictions file."""
     # These import this module's functions.
     from dataloaders.annotations import AnnotationError, read_annotations
+    from dataloaders.preflight import left_numbers
     from utils.moment_report import (
         level_report,
         level_table,
@@ -159,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         times_missing,
     )
     from utils.predictions import PredictionsError, export_all, load_predictions
+    from utils.run_log import reduced_size
 
     # fmt: off
     parser = argparse.ArgumentParser(
@@ -170,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="what main.py --subtask_type VCMR --save_predictions 1 wrote")
     add("--annotations", type=Path, required=True, metavar="JSONL",
         help="the annotations that it predicted for")
+    add("--allow_missing", action="store_true",
+        help="go without the annotated videos that the predictions are without, and their queries, "
+        "as main.py --allow_missing 1 did that made them; the reduced size is said")
     add("--window_rule", choices=WINDOW_RULES, default="half",
         help="of a query with several windows a prediction must reach half, rounded down but at "
         "least one (the published rule), or any; the other rule is shown beside (default half)")
@@ -179,13 +184,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         predictions = load_predictions(args.predictions)
-        queries = read_annotations(args.annotations)
+        annotated = read_annotations(args.annotations)
+        present = predictions.present(annotated)
+        queries = present if args.allow_missing else annotated
         try:
             predictions = predictions.of(queries)
         except PredictionsError as error:
-            raise PredictionsError(f"{args.predictions}, {args.annotations}: {error}") from None
+            hint = ", or go without what the predictions lack: --allow_missing"
+            raise PredictionsError(
+                f"{args.predictions}, {args.annotations}: {error}{hint * (queries != present)}"
+            ) from None
     except (AnnotationError, PredictionsError) as error:
         sys.exit(f"error: {error}")
+    if size := reduced_size(left_numbers("val", annotated, queries)):
+        print(f"{size}\n")
     missing = times_missing(queries)
     if missing:
         print(f"{args.annotations}: {missing}\n")

@@ -112,6 +112,11 @@ class MomentPredictions:
                 )
         return result
 
+    def present(self, queries: Sequence[Query]) -> list[Query]:
+        """Those of the queries whose videos are in the corpus, as it was with --allow_missing 1."""
+        corpus = set(self.vid_names)
+        return [query for query in queries if query.vid_name in corpus]
+
     def rows(self, rows: Tensor) -> MomentPredictions:
         """The predictions for some of the queries, int64 [T'] or bool [T]."""
         positions = torch.arange(len(self.desc_ids))[rows].tolist()

@@ -117,6 +117,21 @@ def best_epoch(epochs: list[dict]) -> dict:
     return next((record for record in epochs if record["epoch"] == best), epochs[-1])
 
 
+def reduced_size(record: Mapping, split: str = "val") -> str | None:
+    """What numbers were computed on, if the record says that videos were left out, else None.
+
+    Args:
+        record: with `dataloaders.preflight.LeftOut.numbers` in it, or without.
+    """
+    parts = []
+    for what in ("videos", "queries"):
+        left, lost = (record.get(f"{split}_{what}{end}") for end in ("", "_left_out"))
+        if not (isinstance(left, int) and isinstance(lost, int) and lost):
+            return None
+        parts.append(f"{left:,} of the {left + lost:,} {what}")
+    return "on " + " and ".join(parts)
+
+
 def is_number(value: object) -> bool:
     """True for finite numbers, which True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

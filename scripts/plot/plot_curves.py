@@ -31,6 +31,7 @@ from utils.run_log import (
     label,
     read_args,
     read_epochs,
+    reduced_size,
 )
 
 # Okabe and Ito's colours without yellow; with the line styles no two of 28 runs look the same.
@@ -57,11 +58,19 @@ def plot_curves(runs: Mapping[str, list[dict]], names: Sequence[str], published:
     for panel, name in zip(panels, names, strict=False):
         handles |= _draw_panel(panel, runs, name, published.get(name))
     handles = {run: handles[run] for run in runs if run in handles} | handles  # runs first
+    labels = [
+        f"{name}\n{size}" if (size := _size(runs.get(name, ()))) else name for name in handles
+    ]
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center",
+        handles.values(), labels, loc="outside lower center",
         ncols=min(len(handles), COLUMNS), frameon=False,
     )  # fmt: skip
     return figure
+
+
+def _size(epochs: Sequence[dict]) -> str | None:
+    """What the newest of these was evaluated on, if videos were left out."""
+    return reduced_size(epochs[-1]) if epochs else None
 
 
 def _draw_panel(
