@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time every stage of the program beside a plain reference that gives the same numbers.
 
-    python scripts/benchmark.py encode_video train_step
-    python scripts/benchmark.py all --device cuda --precision amp --videos 24 --json gpu.json
-    python scripts/benchmark.py encode_video --frames 16 32 64 --plot cost.png
+    .venv/bin/python scripts/benchmark.py encode_video train_step
+    .venv/bin/python scripts/benchmark.py all --device cuda --precision amp --json gpu.json
+    .venv/bin/python scripts/benchmark.py encode_video --frames 16 32 64 --plot cost.png
 
 Weights are random and of the true size, inputs are drawn: nothing has to be downloaded. The two
 sides run in turns, A B A B …; the ratio of their minima is what other programs on the machine
@@ -83,7 +83,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="save every measured number")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios, with the aims as marks")
     # fmt: on
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for frames in args.frames:
+        if frames < 2 or frames & (frames - 1):
+            parser.error(f"--frames must be a power of two, at least 2: {frames}")
+    for name in ("videos", "texts", "words", "threads", "repeats"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1: {value}")
+    for name in ("json", "plot"):
+        file = getattr(args, name)
+        if file and (file.is_dir() or not file.parent.is_dir()):
+            parser.error(f"--{name}: this is a folder, or in none that is there: {file}")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

@@ -67,13 +67,14 @@ ADAPTER_CHANNELS = 64
 PICTURE_FOLDER = ROOT / "VIS" / "demo"
 PICTURES, PICTURE_BATCH = 16_000, 128
 IMAGE_STEPS, TEXT_STEPS = 600, 400
+BATCH = 12  # videos of a training step
 MAX_WORDS = 16  # tokens; the longest caption has 14
 QUERY_TYPES = ("appearance", "motion")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Each step says what it does; what an earlier run has made with the same settings is kept."""
-    args = parse_args()
+    args = parse_args(arguments)
     started = time.perf_counter()
     folder, run = ROOT / "demo", ROOT / "logs" / "demo"
     settings = {
@@ -204,7 +205,7 @@ def run_main(folder: Path, run: Path, args: argparse.Namespace) -> None:
         "do_train": 1,
         "prvr_train_annos": folder / "train.jsonl",
         "epochs": args.epochs,
-        "batch_size": 12,
+        "batch_size": BATCH,
         "lr": 2e-2,
         "max_words": MAX_WORDS,
     }
@@ -320,13 +321,23 @@ def normalize(images: Tensor) -> Tensor:
     return (images / 255 - mean) / std
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
-    parser.add_argument("--train_videos", type=int, default=600, help="even (default 600)")
+    parser.add_argument("--train_videos", type=int, default=600,
+        help=f"even, at least {BATCH} (default 600)")  # fmt: skip
     parser.add_argument("--test_videos", type=int, default=100, help="even (default 100)")
     parser.add_argument("--epochs", type=int, default=18, help="of ProPy (default 18)")
-    return parser.parse_args()
+    args = parser.parse_args(arguments)
+    for name, least in (("train_videos", BATCH), ("test_videos", 2)):
+        count = getattr(args, name)
+        if count < least or count % 2:  # clips come in pairs
+            parser.error(f"--{name} must be even and at least {least}: {count}")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1: {args.epochs}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
+    return args
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains for a while on a small made-up corpus and watches memory and open files.
 
-    python scripts/soak.py --steps 400 --workers 4
+    .venv/bin/python scripts/soak.py --steps 400 --workers 4
 
 Every second the processes of the run are counted: proportional set size (memory shared between them
 once) and open file descriptors. Leaves soak.csv and soak.png in the output folder, and ends with
@@ -222,7 +222,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="loader processes (default: %(default)s)")
     add("--output_dir", type=Path, default=ROOT / "logs/soak", metavar="DIR",
         help="(default: logs/soak)")  # fmt: skip
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.steps < 1 or args.epochs < 1 or args.workers < 0:
+        parser.error("--steps and --epochs must be at least 1, --workers at least 0")
+    return args
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import benchmark
 from scripts.benchmarks import harness, model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,3 +73,14 @@ def test_counted_flop_are_the_formulas() -> None:
     with harness.FlopCounter() as counter:
         out.sum().backward()
     assert counter.total == 10 * 2 * 3 * 5 * 7 * 64
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--frames", "8", "7"), ("--frames", "1"), ("--repeats", "0"), ("--videos", "-1"),
+     ("--json", "nowhere/b.json")],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_refused(flags, capsys) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["encode_video", *flags])
+    assert f"error: {flags[0]}" in capsys.readouterr().err
