@@ -123,7 +123,8 @@ class TrainingLoader(ClipLoader):
     def _refuse_empty(self, unreadable: list[Unreadable]) -> None:
         raise VideoError(
             "no clip of a training batch can be read: check the video folder with"
-            f" `python scripts/check_videos.py --decode`; the first: {unreadable[0].error}"
+            " `.venv/bin/python scripts/check_videos.py --decode`; the first:"
+            f" {unreadable[0].error}"
         )
 
 

@@ -3,6 +3,6 @@
 # render videos, train a small CLIP on single frames, train ProPy on it, evaluate, compare.
 #   bash scripts/demo.sh --help     what can be changed
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh
 exec .venv/bin/python scripts/demo.py "$@"

@@ -2,9 +2,10 @@
 # Fetch OpenAI's CLIP weights, checked, into CLIP_weights:
 #   bash scripts/download_clip.sh              ViT-B/32, which the paper uses
 #   bash scripts/download_clip.sh ViT-L/14     or ViT-B/16
-# A download that broke off is resumed. pretrained_dir=... chooses another folder.
+# A download that broke off is resumed. pretrained_dir=... chooses another folder;
+# a relative one counts from the checkout.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 name=${1:-ViT-B/32}
 folder=${pretrained_dir:-CLIP_weights}

@@ -1,7 +1,7 @@
 """Feeds spoiled files to the program's readers and reports every answer that is not an answer.
 
-    python scripts/fuzz.py --seconds 3600                      # exit status 1 if anything was found
-    python scripts/fuzz.py --replay logs/fuzz/video_0_123.mp4  # what a finding does now
+    .venv/bin/python scripts/fuzz.py --seconds 3600       # exit status 1 if anything was found
+    .venv/bin/python scripts/fuzz.py --replay logs/fuzz/video_0_123.mp4   # a finding, once more
 
 A reader may return its result, or raise its own error with the file's name. Anything else is a
 finding: another exception, a crash, more than 10 seconds, more than 1 GiB of memory.

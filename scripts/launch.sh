@@ -1,10 +1,12 @@
 # The one launcher behind scripts/prvr_<split>.sh and scripts/vcmr_<split>.sh, which set a split's
-# variables and source it. Every variable can be set from outside:
+# variables and source it. Every variable can be set from outside, and so can every flag of main.py,
+# as a variable of its name (plot_ids, a list, only as a flag) or behind the script's name:
 #   do_train=0 do_eval=1 resume=logs/prvr_tvr/ckpt.best.pth.tar bash scripts/prvr_tvr.sh
-# and further flags are passed on to main.py (python main.py --help explains them all):
-#   bash scripts/prvr_tvr.sh --precision bf16
+#   precision=bf16 bash scripts/prvr_tvr.sh --gradient_accumulation_steps 2
+# Relative paths count from the checkout, wherever you stand. `.venv/bin/python main.py --help`
+# explains the flags.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh
 
 subtask_type=${subtask_type:-PRVR}
@@ -45,4 +47,12 @@ else
 fi
 [ "$do_train" = 0 ] || flags+=(--prvr_train_annos "$train_annos")
 [ -z "$resume" ] || flags+=(--resume "$resume")
+# the other flags, where they are set
+for name in prvr_train_annos prvr_val_annos skip_check allow_missing num_thread_reader gpu_decode \
+  load_from_pretrained trust_clip_archive freeze_clip coef_lr wd warmup_proportion clip_grad_norm \
+  gradient_accumulation_steps checkpoint_activations compile precision profile n_display \
+  save_every_steps event_scores window_rule eval_memory_gib save_embeddings load_embeddings \
+  save_predictions plot_dir plot_limit plot_layer plot_head plot_style plot_format; do
+  [ -z "${!name:-}" ] || flags+=("--$name" "${!name}")
+done
 exec .venv/bin/python main.py "${flags[@]}" "$@"

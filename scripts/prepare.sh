@@ -2,12 +2,16 @@
 # Videos as downloaded -> 3 fps clips that the programs read, one <vid_name>.mp4 each.
 # The variables may be set from outside; further arguments go to scripts/prepare_videos.py (--help):
 #   input_dir=~/Charades_v1 video_dir=data/charades/videos bash scripts/prepare.sh --workers 8
+# Relative paths count from the checkout, wherever you stand. Clips that are there are kept, those
+# that cannot be used are made again.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 input_dir=${input_dir:-}        # the downloaded videos, or folders of frames
 video_dir=${video_dir:-}        # where the clips go
-annotations=${annotations:-}    # annotation files, separated by spaces: report which of their videos are missing
+# annotation files, separated by spaces: report which of their videos are missing. Files with spaces
+# in their names are given as flags instead: bash scripts/prepare.sh --annotations "my train.jsonl"
+annotations=${annotations:-}
 
 if [ -z "$input_dir" ] || [ -z "$video_dir" ]; then
   echo "prepare: set input_dir and video_dir, for example" >&2

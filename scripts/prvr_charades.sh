@@ -15,4 +15,4 @@ max_words=${max_words:-32}
 temp_kernel_sz=${temp_kernel_sz:-3}
 
 datatype=charades
-source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One page about a run: settings, results, curves, best and worst queries. Needs no network.
 
-    python scripts/report.py logs/prvr_tvr
+    .venv/bin/python scripts/report.py logs/prvr_tvr
 
 The queries come from predictions.h5, which main.py --do_eval 1 --save_predictions 1 leaves in the
 run's folder; pictures of attention from the folder of main.py --do_plot 1.

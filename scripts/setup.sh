@@ -4,7 +4,7 @@
 #   bash scripts/setup.sh --dev    and what its tests need
 # PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 files=(requirements.txt)
 [ "${1:-}" = --dev ] && files+=(requirements-dev.txt)

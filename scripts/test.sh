@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests: bash scripts/test.sh [pytest arguments]. `-m slow` runs the slow ones.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh --dev
 exec .venv/bin/python -m pytest "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -213,22 +214,24 @@ def test_a_run_does_not_go_on_with_another_task(corpus, trained_vcmr, tmp_path) 
     assert "resume with --subtask_type VCMR" in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("split", ["tvr", "activitynet", "charades", "qvhighlights_val"])
-def test_moment_scripts_are_the_video_scripts_with_another_task(split: str, tmp_path) -> None:
-    """Both scripts of a split, with a Python that only prints what it is called with."""
+@pytest.fixture
+def stubbed_scripts(tmp_path) -> Path:
+    """A copy of scripts/, with a Python that only prints what it is called with."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "scripts/setup.sh").write_text("")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
+    return tmp_path / "scripts"
+
+
+@pytest.mark.parametrize("split", ["tvr", "activitynet", "charades", "qvhighlights_val"])
+def test_moment_scripts_are_the_video_scripts_with_another_task(split, stubbed_scripts) -> None:
     flags = {}
     for task in ("PRVR", "VCMR"):
-        script = tmp_path / f"scripts/{task.lower()}_{split}.sh"
-        done = subprocess.run(
-            ["bash", str(script), "--n_display", "7"], capture_output=True, text=True, check=True
-        )
-        program, *words = done.stdout.splitlines()
+        script = stubbed_scripts / f"{task.lower()}_{split}.sh"
+        program, *words = words_of(script, "--n_display", "7")
         assert program == "main.py"
         flags[task] = dict(zip(words[::2], words[1::2], strict=True))
         assert flags[task].pop("--subtask_type") == task
@@ -283,10 +286,42 @@ def test_every_flag_is_read_and_explained() -> None:
     assert all(f"--{flag}" in shown for flag in flags)
 
 
-def test_the_launcher_passes_only_flags_that_exist() -> None:
+def test_the_launcher_passes_every_flag_and_no_other() -> None:
     flags = set(re.findall(r'add\("--(\w+)"', (ROOT / "utils/arguments.py").read_text()))
-    used = set(re.findall(r"--(\w+) \"\$", (ROOT / "scripts/launch.sh").read_text()))
-    assert used and used <= flags, used - flags
+    launcher = (ROOT / "scripts/launch.sh").read_text()
+    used = set(re.findall(r"--(\w+) \"\$", launcher))
+    used |= set(re.search(r"\nfor name in ([\w\s\\]+); do", launcher)[1].split()) - {"\\"}
+    assert used == flags - {"plot_ids"}, used ^ flags
+
+
+def words_of(script: Path, *flags: str, **variables: str) -> list[str]:
+    """The program that a script of `stubbed_scripts` calls in the end, and its arguments."""
+    command = ["bash", str(script), *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | variables, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_flags_can_be_set_as_variables(stubbed_scripts) -> None:
+    variables = {"precision": "bf16", "allow_missing": "1", "prvr_val_annos": "a b.jsonl"}
+    script = stubbed_scripts / "prvr_tvr.sh"
+    _, *words = words_of(script, "--precision", "fp32", **variables)
+    flags = dict(zip(words[::2], words[1::2], strict=True))  # the last of a name counts
+    assert flags["--precision"] == "fp32"
+    assert (flags["--allow_missing"], flags["--prvr_val_annos"]) == ("1", "a b.jsonl")
+    assert "--wd" not in flags
+
+
+@pytest.mark.parametrize("name", ["prvr_tvr", "vcmr_tvr", "plot/plot_tvr", "prepare", "demo"])
+def test_scripts_find_the_checkout_behind_a_link(name: str, stubbed_scripts, tmp_path) -> None:
+    link = tmp_path / "bin/link"
+    link.parent.mkdir()
+    link.symlink_to(stubbed_scripts / f"{name}.sh")
+    called, *_ = words_of(link, input_dir="a", video_dir="b")
+    own = {"prepare": "scripts/prepare_videos.py", "demo": "scripts/demo.py"}
+    assert called == own.get(name, "main.py")
 
 
 @pytest.mark.parametrize("folder", ["models", "modules", "dataloaders", "utils"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("bash", "cat", "chmod", "cmp", "cp", "dirname", "flock", "mkdir", "sleep")
+TOOLS = ("bash", "cat", "chmod", "cmp", "cp", "dirname", "flock", "mkdir", "readlink", "sleep")
 # Answers the version question, makes a .venv that holds itself, and counts what pip is asked for.
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in

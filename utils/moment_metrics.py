@@ -3,7 +3,7 @@
 A prediction is right if its video is right and its temporal IoU with the true window reaches the
 threshold, both in float32. Every metric is a recall of the rank of the first right prediction.
 
-    python -m utils.moment_metrics --predictions … --annotations …
+    .venv/bin/python -m utils.moment_metrics --predictions … --annotations …
 
 recomputes the metrics of a predictions file, without a model, and exports it to other formats.
 """

@@ -8,4 +8,4 @@
 do_train=0
 do_plot=1
 resume=${resume:-logs/prvr_activitynet/ckpt.best.pth.tar}
-source "$(dirname "${BASH_SOURCE[0]}")/../prvr_activitynet.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../prvr_activitynet.sh"

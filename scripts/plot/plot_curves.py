@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Loss, learning rate and every metric by epoch, of one or several runs over each other.
 
-python scripts/plot/plot_curves.py logs/prvr_tvr
-python scripts/plot/plot_curves.py logs/a logs/b --select loss SumR 'VCMR/0.5*' --output ab.pdf
+.venv/bin/python scripts/plot/plot_curves.py logs/prvr_tvr
+.venv/bin/python scripts/plot/plot_curves.py logs/a logs/b --select loss 'VCMR/0.5*' --output ab.pdf
 """
 
 from __future__ import annotations

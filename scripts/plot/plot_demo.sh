@@ -5,7 +5,7 @@
 # Flags are passed on to main.py: --plot_ids, --plot_limit, --plot_layer, --plot_head, --plot_style,
 # --plot_format.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.."
 bash scripts/setup.sh
 
 run=${run:-logs/demo}
@@ -13,25 +13,19 @@ if [ ! -f "$run/args.json" ]; then
   echo "error: $run/args.json: no such file: run bash scripts/demo.sh first" >&2
   exit 1
 fi
-# args.json as shell variables, those that scripts/launch.sh reads, and as further flags
+# args.json as shell variables that scripts/launch.sh reads
 eval "$(.venv/bin/python - "$run/args.json" <<'PYTHON'
 import json, shlex, sys
 names = (
     "datatype video_dir frame_store pretrained_clip_name pretrained_dir pyr_config_path Nvp "
-    "adapter_channels num_adapter_layers temp_kernel_sz max_words batch_size_val lr seed"
+    "adapter_channels num_adapter_layers temp_kernel_sz max_words batch_size_val lr seed "
+    "event_scores trust_clip_archive"
 )
 args = json.load(open(sys.argv[1], encoding="utf-8"))
 for name in names.split():
     value = args.get(name)  # of video_dir and frame_store a run has one
     print(f"{name}={shlex.quote('' if value is None else str(value))}")
 print(f"val_annos={shlex.quote(str(args['prvr_val_annos']))}")
-others = [
-    word
-    for name in ("event_scores", "trust_clip_archive")
-    if name in args
-    for word in (f"--{name}", str(args[name]))
-]
-print(f"others=({shlex.join(others)})")
 PYTHON
 )"
 
@@ -40,5 +34,5 @@ do_eval=0
 do_plot=1
 resume=${resume:-$run/ckpt.best.pth.tar}
 output_dir=$run
-set -- --plot_dir "${plot_dir:-VIS/demo}" "${others[@]}" "$@"
+plot_dir=${plot_dir:-VIS/demo}
 source scripts/launch.sh

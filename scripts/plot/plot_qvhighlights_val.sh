@@ -7,4 +7,4 @@
 do_train=0
 do_plot=1
 resume=${resume:-logs/prvr_qvhighlights_val/ckpt.best.pth.tar}
-source "$(dirname "${BASH_SOURCE[0]}")/../prvr_qvhighlights_val.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../prvr_qvhighlights_val.sh"
