@@ -96,8 +96,8 @@ class ClipLoader:
             clips = ", ".join(self._dataset.clips_in_hand()) or "none"
             raise VideoError(
                 f"a loader worker died ({error}); files being read: {clips}. If memory ran out,"
-                " lower num_thread_reader or the batch size; otherwise prepare these files again"
-                " with `bash scripts/prepare.sh`"
+                " lower num_thread_reader or the batch size; otherwise remove these files and"
+                " prepare them again with `bash scripts/prepare.sh`"
             ) from error
 
     def _refuse_empty(self, unreadable: list[Unreadable]) -> None:
