@@ -31,11 +31,12 @@ from models import ProPy, build_model
 from models.clip import WeightsError, weights_path
 from modules.pyramid import PromptPyramid, PyramidError
 from utils.arguments import AUTO, parse_args
-from utils.checkpoint import LATEST, Checkpoint, CheckpointError, load_checkpoint
+from utils.attention_store import ATTENTION, HITS, SCORES
+from utils.checkpoint import BEST, LATEST, Checkpoint, CheckpointError, load_checkpoint
 from utils.embeddings import EmbeddingsError, KeptEmbeddings, load_embeddings, save_embeddings
 from utils.engine import TrainingError
 from utils.evaluation import VAL, Evaluation, Reading
-from utils.files import OutputError, locked_folder, whole_file
+from utils.files import OutputError, check_outputs, locked_folder, whole_file, writing
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import (
     OutOfMemoryError,
@@ -48,6 +49,7 @@ from utils.misc import (
 from utils.moment_report import times_missing
 from utils.optim import build_optimizer, learning_rate
 from utils.plots import PlotError, PlotSettings, check_request
+from utils.predictions import EXPORTS, SAVED
 from utils.profiling import traced_steps
 from utils.published import split_size_warning
 from utils.signals import Stopped
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     precision = args.precision or ("amp" if device.type == "cuda" else "fp32")
     log.info("device %s, precision %s; float32 is computed as such, TF32 is off", device, precision)
 
+    check_outputs(outputs(args))
     val_queries = read_split(args.prvr_val_annos, args.datatype, "val", log)
     train_queries = (
         read_split(args.prvr_train_annos, args.datatype, "train", log) if args.do_train else []
@@ -184,6 +187,25 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
             f"{hits:,} of {len(evaluation.queries):,}",
             plots.folder / "attention",
         )
+
+
+def outputs(args: argparse.Namespace) -> list[Path]:
+    """The files that a run with these flags writes, as far as they have fixed names."""
+    names = ["missing_videos.jsonl"]
+    if args.do_train:
+        names += ["args.json", "log.jsonl", LATEST, BEST]
+    if args.do_eval:
+        names += ["eval.jsonl"]
+    if args.save_predictions:
+        names += [SAVED, *EXPORTS]
+    files = [args.output_dir / name for name in names]
+    if args.save_embeddings:
+        files.append(args.save_embeddings)
+    if args.do_plot:
+        with writing(args.plot_dir):
+            args.plot_dir.mkdir(parents=True, exist_ok=True)
+        files += [args.plot_dir / name for name in (ATTENTION, SCORES, HITS)]
+    return files
 
 
 def evaluate_kept(

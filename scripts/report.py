@@ -28,7 +28,7 @@ from dataloaders.preflight import left_numbers
 from utils import report_parts as parts
 from utils.attention_store import ATTENTION
 from utils.moment_report import MOMENT_COLUMNS, VIDEO_COLUMNS
-from utils.predictions import MomentPredictions, PredictionsError, load_predictions
+from utils.predictions import SAVED, MomentPredictions, PredictionsError, load_predictions
 from utils.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.report_queries import Thumbnails, best_and_worst, query_card
 from utils.run_log import (
@@ -284,7 +284,7 @@ def build(
     try:
         if annotations is None:
             raise AnnotationError("no annotations: name them with --annotations")
-        predictions = load_predictions(run.folder / "predictions.h5")
+        predictions = load_predictions(run.folder / SAVED)
         queries = read_annotations(annotations)
         present = predictions.present(queries)
         left, size = left_numbers("val", queries, present), ""

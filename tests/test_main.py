@@ -271,6 +271,29 @@ def test_mistakes_end_with_a_message(corpus, tmp_path, flags, message: str) -> N
     assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("folder", "flags"),
+    [
+        ("log.txt", ()),
+        ("missing_videos.jsonl", ()),
+        ("predictions.h5", ("--save_predictions", "1")),
+        ("kept.h5", ("--save_embeddings", "kept.h5")),
+        ("file/pictures", ("--do_plot", "1", "--plot_dir", "file/pictures")),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is_computed(
+    corpus, tmp_path, folder, flags
+) -> None:
+    (tmp_path / "file").write_text("")
+    if not folder.startswith("file"):
+        (tmp_path / folder).mkdir()
+    flags = [str(tmp_path / flag) if flag in ("kept.h5", folder) else flag for flag in flags]
+    untouched = ("--resume", "clip.pt", "--pretrained_clip_name", "not_read.pt")
+    done = run(corpus, tmp_path, "--do_eval", "1", *flags, *untouched)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path / folder}: cannot be written: " in done.stderr
+
+
 def test_every_flag_is_read_and_explained() -> None:
     flags = set(re.findall(r'add\("--(\w+)"', (ROOT / "utils/arguments.py").read_text()))
     tree = ast.parse((ROOT / "main.py").read_text())

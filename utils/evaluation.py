@@ -30,7 +30,7 @@ from utils.engine import (
 from utils.moment_metrics import RECALL_RANKS, selection_score
 from utils.moment_report import level_table, report_tables
 from utils.plots import PlotSettings, choose_queries, plot_queries, score_queries
-from utils.predictions import export_all, save_predictions
+from utils.predictions import SAVED, export_all, save_predictions
 from utils.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.tables import PRVR_COLUMNS, metrics_table
 
@@ -101,7 +101,7 @@ class Reading:
             if self.moments:
                 rows = evaluate_vcmr(predictions, self.queries, self.window_rule)
             if predictions_dir:
-                save_predictions(predictions_dir / "predictions.h5", predictions)
+                save_predictions(predictions_dir / SAVED, predictions)
                 export_all(predictions_dir, predictions, self.queries)
         for normalize in self.scoring:
             name = "cosine" if normalize else "dot"

@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
@@ -69,6 +69,18 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _output_error(path, error) from error
+
+
+def check_outputs(files: Iterable[Path]) -> None:
+    """Before hours are spent on what goes into these files: can they be written?
+
+    Raises:
+        OutputError: one is a folder, or its folder cannot be written to.
+    """
+    for path in files:
+        with writing(path), partial_file(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 def append_line(path: Path, line: str) -> None:
@@ -148,7 +160,7 @@ def _output_error(path: Path, error: OSError) -> OutputError:
         return error
     return OutputError(
         f"{path}: cannot be written: {error.strerror or error}. Make room, or mend what is wrong "
-        "there, or give another --output_dir"
+        "there, or write elsewhere"
     )
 
 

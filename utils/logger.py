@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.files import OutputError, append_line
+from utils.files import OutputError, append_line, writing
 from utils.run_log import read_records
 
 # Numbers of an epoch that differ from one time to the next.
@@ -22,16 +22,18 @@ def setup_logging(folder: Path) -> logging.Logger:
     """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``.
 
     Warnings of libraries and of the other parts of the program go the same way.
+
+    Raises:
+        OutputError: log.txt cannot be opened.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / "log.txt"):
+        folder.mkdir(parents=True, exist_ok=True)
+        log_file = _LogFile(folder / "log.txt", encoding="utf-8")
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s  %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
-        handlers=[
-            logging.StreamHandler(sys.stdout),
-            _LogFile(folder / "log.txt", encoding="utf-8"),
-        ],
+        handlers=[logging.StreamHandler(sys.stdout), log_file],
         force=True,
     )
     log = logging.getLogger("propy")

@@ -21,6 +21,7 @@ from utils.files import whole_file, writing
 from utils.hdf5 import Hdf5Writer
 
 FORMAT = "ProPy moment predictions, version 1"
+SAVED, EXPORTS = "predictions.h5", ("predictions_tvr.json", "predictions_qvhighlights.jsonl")
 EXPORTED = 100  # predictions of a query in exports: as many as the public evaluations read
 DATASETS = {
     "desc_ids": h5py.string_dtype(), "vid_names": h5py.string_dtype(),
@@ -210,7 +211,7 @@ def export_all(
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "predictions_tvr.json", folder / "predictions_qvhighlights.jsonl"]
+    paths = [folder / name for name in EXPORTS]
     for export, path in zip((export_tvr, export_qvhighlights), paths, strict=True):
         export(path, predictions, queries)
     return paths
