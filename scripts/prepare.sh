@@ -2,8 +2,8 @@
 # Videos as downloaded -> 3 fps clips that the programs read, one <vid_name>.mp4 each.
 # The variables may be set from outside; further arguments go to scripts/prepare_videos.py (--help):
 #   input_dir=~/Charades_v1 video_dir=data/charades/videos bash scripts/prepare.sh --workers 8
-# Relative paths count from the checkout, wherever you stand. Clips that are there are kept, those
-# that cannot be used are made again.
+# Relative paths count from the checkout, wherever you stand. Clips that are there are kept, damaged
+# ones are made again.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 

@@ -28,7 +28,7 @@ from dataloaders.container import ContainerError, read_header
 from utils.cores import usable_cores
 from utils.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
 from utils.files import PARTIAL_PREFIX, OutputError, whole_file
-from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
+from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, PrepareError, Settings, prepare
 
 REPORT_NAME = "prepare_report.jsonl"
 # What lies beside videos. Anything else is tried, as no list of video suffixes is complete.
@@ -105,28 +105,41 @@ def prepare_all(
 
 
 def prepare_if_needed(source: Path, output: Path, settings: Settings) -> dict:
-    """Prepare one input, unless a usable clip is there; `replaced` says why an old one was not."""
-    if output.is_dir():
-        return {"status": "failed", "reason": f"{output} is a folder: remove or rename it"}
+    """Prepare one input, unless a usable clip is there; `replaced` says why an old one was not.
+
+    Only what is damaged is replaced: a sound video of another size may be somebody's original.
+    """
     if not output.exists():
         return prepare(source, output, settings)
-    clip = look_at_output(output)
-    if isinstance(clip, dict):
-        return {"status": "kept", **clip}
-    result = prepare(source, output, settings)
-    return result if result["status"] == "failed" else {**result, "replaced": clip}
+    try:
+        return {"status": "kept", **look_at_output(output)}
+    except ContainerError as error:
+        if output.samefile(source):
+            reason = f"{error}; it is input and output at once: give another --output_dir"
+            return {"status": "failed", "reason": reason}
+        result = prepare(source, output, settings)
+        replaced = {} if result["status"] == "failed" else {"replaced": str(error)}
+        return result | replaced
+    except PrepareError as error:
+        return {"status": "failed", "reason": str(error)}
 
 
-def look_at_output(clip: Path) -> dict | str:
-    """What the header of a clip says, frames, width and height; a reason if it is unusable."""
+def look_at_output(clip: Path) -> dict:
+    """What the header of a clip says: frames, width and height.
+
+    Raises:
+        ContainerError: it is damaged.
+        PrepareError: it is no clip, but something else that is in the way.
+    """
     try:
         header = read_header(clip)
     except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    except ContainerError as error:
-        return str(error)
+        raise PrepareError(f"{clip}: {error.strerror}: remove or rename it") from error
     if PREPARED_SHORT_SIDE not in (header.width, header.height):
-        return f"it has {header.width}x{header.height} pixels"
+        raise PrepareError(
+            f"{clip} has {header.width}x{header.height} pixels, so it is no prepared clip: remove "
+            "it, or give another --output_dir"
+        )
     return {"frames": header.num_frames, "width": header.width, "height": header.height}
 
 
@@ -155,9 +168,10 @@ def compare_with_annotations(
     present = {path.stem for path in output_dir.glob("*.mp4")}
     missing = [{"vid_name": name, "status": "missing"} for name in sorted(needed - present)]
     for name in sorted((needed & present).difference(inputs)):
-        reason = look_at_output(output_dir / f"{name}.mp4")
-        if isinstance(reason, str):
-            reason = f"its clip cannot be used ({reason}), and no input has this name"
+        try:
+            look_at_output(output_dir / f"{name}.mp4")
+        except (ContainerError, PrepareError) as error:
+            reason = f"its clip cannot be used ({error}), and no input has this name"
             missing.append({"vid_name": name, "status": "missing", "reason": reason})
     unused = [{"vid_name": name, "status": "unused"} for name in sorted(present - needed)]
     return missing + unused
@@ -179,6 +193,7 @@ def read_report(path: Path) -> dict[str, dict]:
         try:
             record = json.loads(line)
             if record["status"] in ("done", "partial"):
+                record.pop("replaced", None)  # by that run
                 records[str(record["vid_name"])] = record
         except (ValueError, KeyError, TypeError, RecursionError):
             print(f"{path}:{number}: not a line of a report: passed over", file=sys.stderr)

@@ -470,25 +470,15 @@ def test_failures_are_listed_and_change_the_exit_status(tmp_path, downloads, cap
     assert "broken.webm: cannot be read" in printed
 
 
-def spoil(clip: Path, how: str) -> None:
-    if how == "cut":
-        os.truncate(clip, clip.stat().st_size - 100)
-    elif how == "empty":
-        os.truncate(clip, 0)
-    else:
-        clip.unlink()
-        make_video(clip, 1)  # a video, but not of the prepared size
-
-
-@pytest.mark.parametrize("how", ["cut", "empty", "size"])
-def test_a_clip_that_cannot_be_used_is_made_again(tmp_path, small_video, capsys, how):
+@pytest.mark.parametrize("left", [0, 0.9])
+def test_a_clip_that_cannot_be_used_is_made_again(tmp_path, small_video, capsys, left):
     (tmp_path / "other.mp4").write_bytes(small_video.read_bytes())
     inputs = [str(small_video), str(tmp_path / "other.mp4")]
     out = tmp_path / "out"
     command = ["--inputs", *inputs, "--output_dir", str(out), "--workers", "1"]
     assert main(command) == 0
     first, good = report_of(out), (out / "other.mp4").stat().st_mtime_ns
-    spoil(out / "small.mp4", how)
+    truncate(out / "small.mp4", left)
     capsys.readouterr()
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -501,12 +491,25 @@ def test_a_clip_that_cannot_be_used_is_made_again(tmp_path, small_video, capsys,
     by_name = {line["vid_name"]: line for line in report_of(out)}
     by_name["small"].pop("replaced")
     assert by_name == {line["vid_name"]: line for line in first}
+    assert main(command) == 0
+    assert "again" not in capsys.readouterr().out
 
 
-def test_a_folder_in_the_way_of_a_clip_is_a_failure(tmp_path, small_video, capsys):
-    (tmp_path / "out" / "small.mp4").mkdir(parents=True)
-    assert main(["--inputs", str(small_video), "--output_dir", str(tmp_path / "out")]) == 1
-    assert "small.mp4 is a folder: remove" in capsys.readouterr().out
+def test_what_may_be_an_original_is_never_replaced(tmp_path, small_video, capsys):
+    out = tmp_path / "out"
+    (out / "folder.mp4").mkdir(parents=True)
+    original = small_video.read_bytes()
+    (out / "small.mp4").write_bytes(original)  # a sound video in the way of its clip
+    (out / "cut.mp4").write_bytes(original[:-100])  # input and output
+    (tmp_path / "folder.mp4").write_bytes(original)
+    inputs = [small_video, tmp_path / "folder.mp4", out / "cut.mp4"]
+    assert main(["--inputs", *map(str, inputs), "--output_dir", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "small.mp4 has 96x64 pixels, so it is no prepared clip: remove it" in printed
+    assert "folder.mp4: Is a directory: remove or rename it" in printed
+    assert "it is input and output at once" in printed
+    assert (out / "small.mp4").read_bytes() == original
+    assert (out / "cut.mp4").read_bytes() == original[:-100]
 
 
 def test_a_clip_that_replaced_another_has_no_line_of_the_old_report(tmp_path, small_video):
