@@ -2,7 +2,7 @@
 
 Run it through scripts/prepare.sh. A clip appears only when it is complete and verified, so a run
 may be interrupted at any time and the next one does what is missing. Clips that are there already
-are kept if their headers show nothing wrong, and made again otherwise.
+are kept if their headers show nothing wrong, and made again if these are damaged.
 """
 
 from __future__ import annotations
