@@ -6,12 +6,15 @@ alone, never on the number of workers or on where a resumed epoch starts.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +24,11 @@ from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import ClipSource
 from dataloaders.frame_store import EncodedClips
 from dataloaders.tokenizer import tokenize
-from dataloaders.video import VideoError
+from dataloaders.video import DECODE_TIME_LIMIT, VideoError
+
+# Seconds within which a worker at work has another clip in hand than before, whatever the size of
+# its batch: it gives up a clip after DECODE_TIME_LIMIT.
+WORKER_TIME_LIMIT = 2 * DECODE_TIME_LIMIT
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Unreadable:
     error: VideoError
 
 
+TIMED_OUT = "DataLoader timed out"  # begins the message of its error
+
 # Called with the name of a video that a run goes without, and the reason.
 LeaveOut = Callable[[str, str], None]
 
@@ -41,8 +50,8 @@ class ClipLoader:
 
     A clip that cannot be read raises its VideoError here, without the worker's traceback; or, with
     `leave_out`, is reported to that and missing from its batch, to which nothing else is added. A
-    worker that dies (killed, out of memory, crashed in a decoder) raises a VideoError that names
-    the clips which were being read.
+    worker that dies (killed, out of memory, crashed in a decoder) or hangs (storage that does not
+    answer any more) raises a VideoError that names the clips which were being read.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class ClipLoader:
             num_workers=num_workers,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            timeout=WORKER_TIME_LIMIT if num_workers else 0,
             worker_init_fn=_leave_signals_to_the_main_process,
             # DataLoader draws a seed for its workers that nothing here uses; drawn from a generator
             # of its own it leaves torch's global state alone, which resuming restores.
@@ -75,30 +85,51 @@ class ClipLoader:
 
     def __iter__(self) -> Iterator[dict]:
         """The workers start reading now, not when the first batch is asked for."""
-        return self._checked(iter(self._loader))
-
-    def _checked(self, batches: Iterator[dict]) -> Iterator[dict]:
         try:
-            for batch, unreadable in batches:
-                for item in unreadable:
-                    if self._leave_out is None:
-                        raise item.error
-                    self._leave_out(item.vid_name, str(item.error))
-                if batch is not None:
-                    if isinstance(batch["frames"], EncodedClips):
-                        batch["frames"] = batch["frames"].decode(self._dataset.clips.decode_on)
-                    yield batch
-                else:
-                    self._refuse_empty(unreadable)
+            return self._checked(iter(self._loader))
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            clips = ", ".join(self._dataset.clips_in_hand()) or "none"
+            self._raise_named(error)
+
+    def _checked(self, batches: Iterator) -> Iterator[dict]:
+        while (read := self._next(batches)) is not None:
+            batch, unreadable = read
+            for item in unreadable:
+                if self._leave_out is None:
+                    raise item.error
+                self._leave_out(item.vid_name, str(item.error))
+            if batch is not None:
+                if isinstance(batch["frames"], EncodedClips):
+                    batch["frames"] = batch["frames"].decode(self._dataset.clips.decode_on)
+                yield batch
+            else:
+                self._refuse_empty(unreadable)
+
+    def _next(self, batches: Iterator) -> tuple[dict | None, list[Unreadable]] | None:
+        """What is next, None at the end; waits for as long as the workers go on reading."""
+        in_hand = None
+        while True:
+            try:
+                return next(batches, None)
+            except RuntimeError as error:
+                before, in_hand = in_hand, self._dataset.clips_in_hand()
+                if TIMED_OUT not in str(error) or before == in_hand:
+                    self._raise_named(error)
+
+    def _raise_named(self, error: RuntimeError) -> NoReturn:
+        """An error of DataLoader's about its workers, with the clips that they were reading."""
+        clips = ", ".join(self._dataset.clips_in_hand()) or "none"
+        if TIMED_OUT in str(error):
+            raise VideoError(
+                f"a loader worker hangs: nothing new for {WORKER_TIME_LIMIT:g} seconds; files being"
+                f" read: {clips}. Does their storage still answer?"
+            ) from error
+        if "DataLoader worker" in str(error):
             raise VideoError(
                 f"a loader worker died ({error}); files being read: {clips}. If memory ran out,"
                 " lower num_thread_reader or the batch size; otherwise remove these files and"
                 " prepare them again with `bash scripts/prepare.sh`"
             ) from error
+        raise error
 
     def _refuse_empty(self, unreadable: list[Unreadable]) -> None:
         """A batch of which no clip could be read: an evaluation can do without it."""
@@ -312,6 +343,15 @@ def _end_with_the_main_process() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+@atexit.register
+def _end_workers_that_hang() -> None:
+    """multiprocessing waits for its processes at the program's end; one that hangs hears SIGKILL
+    only."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _collate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import clips, video
+from dataloaders import clips, datasets, video
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import VideoFolder
 from dataloaders.datasets import (
@@ -283,6 +284,38 @@ def test_a_worker_that_dies_names_the_files_in_hand(video_dir, monkeypatch):
         list(loader)
     assert "worker died" in str(raised.value)
     assert str(video_dir / "v5.mp4") in str(raised.value)
+
+
+def test_a_worker_that_hangs_names_the_files_in_hand(video_dir, monkeypatch):
+    """Stopped as by storage that does not answer: nothing in the worker itself runs any more."""
+
+    def stop_at_v5(path, *rest):
+        if path.name == "v5.mp4":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return load_clip(path, *rest)
+
+    monkeypatch.setattr(clips, "load_clip", stop_at_v5)
+    monkeypatch.setattr(datasets, "WORKER_TIME_LIMIT", 2)
+    loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=1)
+    try:
+        with pytest.raises(VideoError, match=r"a loader worker hangs: .*v5\.mp4"):
+            list(loader)
+    finally:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGCONT)
+
+
+def test_a_worker_that_goes_on_reading_is_waited_for(video_dir, monkeypatch):
+    """For a batch that takes many times as long as one clip may."""
+
+    def slowly(*arguments):
+        time.sleep(0.4)
+        return load_clip(*arguments)
+
+    monkeypatch.setattr(clips, "load_clip", slowly)
+    monkeypatch.setattr(datasets, "WORKER_TIME_LIMIT", 1)
+    loader = make_training_loader(video_dir, num_workers=1, batch_size=11)
+    assert [len(batch["vid_names"]) for batch in loader] == [11]
 
 
 def test_workers_may_be_forked_after_decoding_in_the_main_process(video_dir):

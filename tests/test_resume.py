@@ -289,6 +289,34 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert_same_run(tmp_path, whole)
 
 
+def test_a_signal_ends_waiting_for_a_worker_that_hangs(program, whole, tmp_path) -> None:
+    """Stopped at the video that comes fourth, so that one step was done."""
+    patch = f"""
+import os, signal
+from pathlib import Path
+import dataloaders.clips as clips
+real, read = clips.load_clip, 0
+def load_clip(*arguments):
+    global read
+    read += 1
+    if read == 2 * {BATCH}:
+        Path({str(tmp_path)!r}, "hangs").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(*arguments)
+clips.load_clip = load_clip
+"""
+    run = program.start(*flags(tmp_path, workers=1), patch=patch)
+    while not (tmp_path / "hangs").exists():
+        time.sleep(0.01)
+    time.sleep(2 * program.seconds / EPOCHS)  # the step is done, and it waits for the next one
+    os.kill(run, signal.SIGTERM)
+    assert program.wait() == 128 + signal.SIGTERM
+    assert stands(tmp_path) == (0, 1)
+    assert program.run(*flags(tmp_path)) == 0
+    (tmp_path / "hangs").unlink()
+    assert_same_run(tmp_path, whole)
+
+
 def test_a_second_signal_ends_at_once(program, tmp_path) -> None:
     act = "[(os.kill(os.getpid(), signal.SIGTERM), time.sleep(1.1)) for _ in range(2)]"
     patch = AT.format(when=3, act=act)

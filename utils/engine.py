@@ -130,11 +130,12 @@ def _backward_in_parts(
 
 def train_one_epoch(
     model: nn.Module,
-    loader: Iterable[dict],
+    batches: Iterable[dict],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     sums: EpochSums,
     *,
+    num_steps: int,
     learning_rate: Callable[[int], float],
     first_step: int,
     device: torch.device,
@@ -148,8 +149,9 @@ def train_one_epoch(
     """The batches of one epoch, from where `sums` says that it stands.
 
     Args:
-        loader: the batches that are left, as ``dataloaders.datasets.training_loader`` makes them.
+        batches: those that are left, as ``dataloaders.datasets.training_loader`` makes them.
         sums: of the epoch so far; every step is added.
+        num_steps: of the whole epoch, for the progress bar.
         learning_rate: the rate before a step, by its number counted from 0 over the whole run.
         first_step: number of the epoch's first step.
         display_every: log a line every so many steps of the epoch.
@@ -161,7 +163,7 @@ def train_one_epoch(
     model.train()
     started = time.perf_counter()
     with tqdm(
-        loader, "train", len(loader), initial=sums.steps, unit="step", dynamic_ncols=True,
+        batches, "train", num_steps, initial=sums.steps, unit="step", dynamic_ncols=True,
         leave=False,
     ) as progress:  # fmt: skip
         for batch in progress:

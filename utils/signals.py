@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # `timeout` and some schedulers send a signal to a process and to its group: one wish, not two.
 SAME_WISH = 1.0  # seconds
+
+T = TypeVar("T")
 
 
 class Stopped(BaseException):
@@ -55,6 +58,18 @@ class StopSignals:
             yield
         finally:
             self._at_once = False
+
+    def at_once_between(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; waiting for the next one is such a block."""
+        end = object()
+        with self.at_once():
+            iterator = iter(items)
+        while True:
+            with self.at_once():
+                item = next(iterator, end)
+            if item is end:
+                return
+            yield item
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.received is None:

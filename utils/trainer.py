@@ -32,7 +32,7 @@ from utils.evaluation import Evaluation
 from utils.files import OutputError
 from utils.logger import EpochLog
 from utils.misc import OutOfMemoryError, memory_advice, peak_memory_gib
-from utils.signals import StopSignals
+from utils.signals import Stopped, StopSignals
 
 # Settings with which another run would come out. The model's own are compared with its weights.
 CHANGE_A_RUN = (
@@ -151,13 +151,14 @@ class Trainer:
     def _train(self) -> None:
         progress = self.progress
         self.loader.set_epoch(progress.epoch, progress.sums.steps)
-        with memory_advice(LESS_MEMORY):
+        with memory_advice(LESS_MEMORY), self._saved_if_stopped():
             train_one_epoch(
                 self.model,
-                self.loader,
+                self.signals.at_once_between(self.loader),
                 self.optimizer,
                 self.scaler,
                 progress.sums,
+                num_steps=len(self.loader),
                 learning_rate=self.learning_rate,
                 first_step=progress.epoch * len(self.loader),
                 device=self.device,
@@ -178,15 +179,23 @@ class Trainer:
         if steps % self.display_every == 0:
             numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
             self.epoch_log.write_step(progress.global_step, numbers)
-        stopping = self.signals.received is not None
-        due = self.save_every and steps % self.save_every == 0 and steps < len(self.loader)
-        if stopping or due:
-            self._save()
-            self.log.info(
-                "epoch %d, step %d of %d: saved", progress.epoch + 1, steps, len(self.loader)
-            )
-        if stopping:  # not if it came just now: this step was not saved then
-            self.signals.check()
+        self.signals.check()
+        if self.save_every and steps % self.save_every == 0 and steps < len(self.loader):
+            self._save_within_epoch()
+
+    @contextlib.contextmanager
+    def _saved_if_stopped(self) -> Iterator[None]:
+        """A signal ends training between two steps only, where all that was done can be saved."""
+        try:
+            yield
+        except Stopped:
+            self._save_within_epoch()
+            raise
+
+    def _save_within_epoch(self) -> None:
+        self._save()
+        epoch, steps = self.progress.epoch + 1, self.progress.sums.steps
+        self.log.info("epoch %d, step %d of %d: saved", epoch, steps, len(self.loader))
 
     def _evaluate(self) -> None:
         progress = self.progress
