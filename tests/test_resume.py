@@ -344,15 +344,16 @@ def test_a_second_run_in_the_folder_is_refused(program, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_torn_line_of_the_log(program, whole, tmp_path) -> None:
-    """Killed in the middle of the second epoch's line."""
-    patch = """
+@pytest.mark.parametrize("torn", ['{"epoch": 2, "lo', 400 * "\0"])
+def test_a_torn_line_of_the_log(program, whole, tmp_path, torn: str) -> None:
+    """Killed in the middle of the second epoch's line; by a power cut, which may leave zeros."""
+    patch = f"""
 import os, signal
 import utils.logger as logger
 real = logger.append_line
 def append_line(path, line):
     if '"epoch": 2' in line:
-        path.open("a").write(line[:40])
+        path.open("a").write({torn!r})
         os.kill(os.getpid(), signal.SIGKILL)
     real(path, line)
 logger.append_line = append_line
@@ -360,7 +361,7 @@ logger.append_line = append_line
     assert program.run(*flags(tmp_path), patch=patch) == -signal.SIGKILL
     program.told()
     assert program.run(*flags(tmp_path)) == 0
-    assert "log.jsonl: incomplete lines left out: 1 (line 2)" in program.told()
+    assert "log.jsonl: unreadable lines left out: 1 (line 2)" in program.told()
     log = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(log) == EPOCHS + 1
     (tmp_path / "log.jsonl").write_text("".join(line + "\n" for line in log if line[-1] == "}"))

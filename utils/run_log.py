@@ -49,33 +49,30 @@ def read_args(folder: Path) -> dict:
 def read_records(path: Path) -> list[dict]:
     """The lines of a .jsonl file, each an object.
 
-    Lines that were torn off, as when a run is killed while it writes, are left out with a warning.
-    They begin like a record; the run that went on began a new line.
+    Other lines are left out with a warning: one was torn off if the run was killed while it wrote
+    (the run that went on began a new line), and may be anything if the power failed.
 
     Raises:
-        RunLogError: no such file, or a line that is something else.
+        RunLogError: no such file.
     """
     if not path.is_file():
         raise RunLogError(f"{path}: no such file: give the folder of a run, such as logs/prvr_tvr")
-    records, torn = [], []
+    records, unreadable = [], []
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
-            if line.startswith("{"):
-                torn.append(str(number))
-                continue
-            raise RunLogError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise RunLogError(f"{path}:{number}: not an object")
-        records.append(record)
-    if torn:
-        logger.warning(
-            "%s: incomplete lines left out: %d (line %s)", path, len(torn), ", ".join(torn)
-        )
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            unreadable.append(str(number))
+    if unreadable:
+        first = ", ".join(unreadable[:10]) + (", …" if len(unreadable) > 10 else "")
+        logger.warning("%s: unreadable lines left out: %d (line %s)", path, len(unreadable), first)
     return records
 
 
@@ -83,7 +80,7 @@ def read_epochs(folder: Path) -> list[dict]:
     """log.jsonl by epoch, in order; of an epoch that was run again after resuming, the last.
 
     Raises:
-        RunLogError: there is no log.jsonl, it holds no epoch, or it is damaged.
+        RunLogError: there is no log.jsonl, or it holds no epoch.
     """
     path = folder / "log.jsonl"
     records = [record for record in read_records(path) if isinstance(record.get("epoch"), int)]
