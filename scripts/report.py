@@ -27,6 +27,7 @@ from dataloaders.annotations import AnnotationError, Query, read_annotations
 from dataloaders.preflight import left_numbers
 from utils import report_parts as parts
 from utils.attention_store import ATTENTION
+from utils.files import OutputError, whole_file, writing
 from utils.moment_report import MOMENT_COLUMNS, VIDEO_COLUMNS
 from utils.predictions import SAVED, MomentPredictions, PredictionsError, load_predictions
 from utils.published import PRVR_RESULTS, VCMR_RESULTS
@@ -38,6 +39,7 @@ from utils.run_log import (
     best_epoch,
     curve,
     curve_names,
+    datatype,
     is_number,
     label,
     read_args,
@@ -101,8 +103,8 @@ class Run:
 
     @property
     def datatype(self) -> str:
-        """One of `utils.published.DATATYPES`."""
-        return self.args.get("datatype", "custom")
+        """See `utils.run_log.datatype`."""
+        return datatype(self.args)
 
 
 def result_rows(run: Run) -> dict[str, Rows]:
@@ -120,8 +122,18 @@ def result_rows(run: Run) -> dict[str, Rows]:
         name = f"{Path(str(record.get('checkpoint'))).name}, epoch {record.get('epoch')}"
         source = _source(f"evaluated {name}", record)
         found.pop(source, None)  # the newest comes last
-        found[source] = record.get("metrics", {})
+        found[source] = _rows(run.folder, record.get("metrics", {}))
     return found
+
+
+def _rows(folder: Path, metrics: object) -> Rows:
+    """The metrics of eval.jsonl; what is no finite number is a dash in the tables."""
+    if not isinstance(metrics, dict) or not all(isinstance(row, dict) for row in metrics.values()):
+        raise RunLogError(f"{folder / 'eval.jsonl'}: its metrics are not rows of numbers")
+    return {
+        name: {key: value for key, value in row.items() if is_number(value)}
+        for name, row in metrics.items()
+    }
 
 
 def _source(name: str, record: Mapping) -> str:
@@ -150,7 +162,7 @@ def results_section(run: Run) -> str:
             tables.append(parts.table(title + size, rows, columns, PUBLISHED) if rows else "")
     levels = {n.split("/")[1]: row for n, row in newest.items() if n.startswith("levels/")}
     if levels:
-        columns = {key: key for key in levels["all"]}
+        columns = {key: key for row in levels.values() for key in row}
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
         tables.append(parts.table(title + size, levels, columns))
     return "".join(f'<div class="card">{table}</div>' for table in tables if table)
@@ -207,25 +219,39 @@ def queries_sections(
     return sections
 
 
-def attention_section(folder: Path, limit: int) -> str:
+def attention_section(run: Run, folder: Path, limit: int) -> str:
     """Overviews of the queries that main.py --do_plot 1 drew last."""
-    with h5py.File(folder / ATTENTION) as file:
-        drawn = [folder / "attention" / name for name in file]
+    drawn = (folder / "attention" / name for name in drawn_queries(folder)[1])
     pictures = [path for path in drawn if (path / "overview.png").is_file()]
-    return "".join(_overview(path) for path in pictures[:limit])
+    return "".join(_overview(run, path) for path in pictures[:limit])
 
 
-def _overview(folder: Path) -> str:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    with Image.open(folder / "overview.png") as image:
-        source = parts.data_uri(image, PICTURE_WIDTH)
+def drawn_queries(folder: Path) -> tuple[Path, list[str]]:
+    """Of a folder of pictures: the checkpoint, and the queries' folders. RunLogError: spoiled."""
+    path = folder / ATTENTION
+    try:
+        with h5py.File(path) as file:
+            return Path(str(file.attrs["model"])), list(file)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise RunLogError(f"{path}: {error}: draw again with main.py --do_plot 1") from error
+
+
+def _overview(run: Run, folder: Path) -> str:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        event, video, caption = (meta[key] for key in ("event", "video", "text"))
+        with Image.open(folder / "overview.png") as image:
+            source = parts.data_uri(image, PICTURE_WIDTH)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        run.notes.append(f"Attention: {folder}: its picture or meta.json is spoiled: {error}")
+        return ""
     alt = (
-        f"What event {meta['event']} of video {meta['video']} attends to: "
+        f"What event {event} of video {video} attends to: "
         "frames, attention over them, moments, pyramid and scores on one time axis"
     )
     return (
         '<figure class="card wide"><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{parts.text(meta["text"])}"><img class="picture" src="{source}" '
+        f'aria-label="{parts.text(caption)}"><img class="picture" src="{source}" '
         f'alt="{parts.text(alt)}"></div></figure>'
     )
 
@@ -277,7 +303,7 @@ def build(
     if run.epochs:
         sections["Curves"] = curves_section(run)
     if plots:
-        sections["Attention"] = attention_section(plots, count)
+        sections["Attention"] = attention_section(run, plots, count)
     thumbnails = Thumbnails(video_dir if video_dir and video_dir.is_dir() else None)
     if thumbnails.video_dir is None:
         run.notes.append(f"Thumbnails: no video folder {video_dir or ''} (--video_dir)")
@@ -323,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="best, worst and drawn queries to show, N of each (default 6)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.queries < 0:
+        parser.error(f"--queries must be at least 0: {args.queries}")
     logging.basicConfig(format="%(message)s")
     run = Run.read(args.folder)
     page = build(
@@ -333,8 +361,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.queries,
     )
     output = args.output or args.folder / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as part:
+        part.write_text(page, encoding="utf-8")
     for note in run.notes:
         print(f"left out: {note}", file=sys.stderr)
     print(output)
@@ -344,6 +374,8 @@ def checked_plots(folder: Path | None) -> Path | None:
     """RunLogError: the folder is not one of --do_plot 1."""
     if folder is not None and not (folder / ATTENTION).is_file():
         raise RunLogError(f"{folder}: no {ATTENTION} in it: name the folder of main.py --do_plot 1")
+    if folder is not None:
+        drawn_queries(folder)
     return folder
 
 
@@ -352,18 +384,25 @@ def own_plots(run: Run) -> Path | None:
     folder = _path(run.args.get("plot_dir")) or ROOT / "VIS" / run.datatype
     if not (folder / ATTENTION).is_file():
         return None
-    with h5py.File(folder / ATTENTION) as file:
-        model = Path(file.attrs["model"])
-    return folder if model.parent.resolve() == run.folder.resolve() else None
+    try:
+        model, _ = drawn_queries(folder)
+    except RunLogError as error:
+        run.notes.append(f"Attention: {error}")
+        return None
+    beside = {(start / model.parent).resolve() for start in (Path.cwd(), ROOT)}
+    return folder if run.folder.resolve() in beside else None
 
 
 def _path(value: object) -> Path | None:
-    """A path of args.json; relative ones start at the checkout, where the scripts run."""
-    return ROOT / str(value) if value else None
+    """A path of args.json. A relative one starts where main.py ran: here, or in the checkout."""
+    if not value:
+        return None
+    path = Path(str(value))
+    return path if path.exists() else ROOT / path
 
 
 if __name__ == "__main__":
     try:
         main()
-    except RunLogError as error:
+    except (RunLogError, OutputError) as error:
         sys.exit(f"error: {error}")

@@ -94,6 +94,10 @@ def test_another_checkpoint_of_that_name_is_refused(kept, checkpoint):
         (lambda path: rewrite(path, "events", torch.full((2, 3, 4), torch.nan)), "not finite"),
         (lambda path: rewrite(path, "target", torch.tensor([0, 2, 0])), "one of the 2 videos"),
         (lambda path: rewrite(path, "captions", None), "captions"),
+        (lambda path: rewrite(path, "captions", torch.arange(3)), "captions is no list of texts"),
+        (lambda path: rewrite(path, "events", torch.ones(2, 3, 4).int()), "events holds int32"),
+        (lambda path: set_attribute(path, "epoch", "seven"), "'seven'"),
+        (lambda path: set_attribute(path, "format", [1, 2]), "not a file of"),
     ],
 )
 def test_an_unusable_file_is_refused(file, damage, message):
@@ -101,6 +105,11 @@ def test_an_unusable_file_is_refused(file, damage, message):
     with pytest.raises(EmbeddingsError, match=message) as caught:
         load_embeddings(file)
     assert str(file) in str(caught.value)
+
+
+def set_attribute(path: Path, name: str, value: object) -> None:
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
 
 
 def rewrite(path: Path, name: str, tensor: torch.Tensor | None) -> None:

@@ -127,6 +127,32 @@ def test_run_names_tell_runs_apart() -> None:
     assert run_names([Path("x/logs"), Path("y/logs")]) == ["x/logs", "y/logs"]
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("curves.xyz", "its ending is to be .png, .svg or .pdf"),
+        ("curves", "its ending is to be .png, .svg or .pdf"),
+        ("folder.png", "folder.png: cannot be written: Is a directory"),
+        ("run/log.jsonl/a.png", "log.jsonl/a.png: cannot be written: File exists"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(tmp_path, output: str, message: str) -> None:
+    folder = write(tmp_path / "run", records(2), datatype=["tvr"])
+    (tmp_path / "folder.png").mkdir()
+    command = [sys.executable, str(PLOT_CURVES), str(folder), "--output", str(tmp_path / output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert message in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "folder.png"}
+
+
+def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path) -> None:
+    lines = [*records(2), {"epoch": 10**400, "loss": 1}, {"epoch": 3, "loss": 10**400, "R1": 1}]
+    folder = write(tmp_path / "run", lines, datatype={})
+    main([str(folder)])
+    assert curve(read_epochs(folder), "loss") == [(1, 1.0), (2, 0.5)]
+
+
 def test_the_program(tmp_path, capsys, caplog) -> None:
     a = write(tmp_path / "a", records(4), datatype="tvr", torn='{"epo')
     b = write(tmp_path / "b", records(2), datatype="tvr")

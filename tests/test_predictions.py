@@ -290,9 +290,32 @@ def damage_missing(file):
     del file["scores"]
 
 
+def damage_ids(file):
+    del file["desc_ids"]
+    file["desc_ids"] = [10, 11, 12, 13, 14, 15]
+
+
+def damage_encoding(file):
+    del file["desc_ids"]
+    file.create_dataset("desc_ids", data=[b"\xff"] * 6, dtype=h5py.string_dtype())
+
+
+def damage_attribute(file):
+    file.attrs["per_video"] = "many"
+
+
+def damage_kind(file):
+    del file["target"]
+    file["target"] = [0.0] * 6
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (damage_ids, "desc_ids is no list of texts"),
+        (damage_encoding, "invalid start byte"),
+        (damage_attribute, "'many'"),
+        (damage_kind, "target holds float64, expected int32"),
         (damage_format, "not a file of 'ProPy moment predictions"),
         (damage_shape, r"events is \[1, 2\], expected \[6, 12\]"),
         (damage_index, "videos holds an index that is not one of the 4"),
@@ -328,6 +351,13 @@ def test_command_line(tmp_path, capsys, predictions, queries, annotations):
         row = next(line.split() for line in lines if line.split()[:1] == [name])
         assert row[1:] == [f"{value:.2f}" for value in report[name].values()]
     assert len(list((tmp_path / "exports").iterdir())) == 2
+
+
+def test_exports_below_a_file_are_refused(tmp_path, predictions, annotations):
+    save_predictions(tmp_path / "p.h5", predictions)
+    words = ["--predictions", f"{tmp_path / 'p.h5'}", "--annotations", f"{annotations}"]
+    with pytest.raises(SystemExit, match=r"p\.h5: cannot be written: File exists"):
+        moment_metrics.main([*words, "--export", f"{tmp_path / 'p.h5'}"])
 
 
 @pytest.mark.parametrize("which", ["predictions", "annotations", "both"])

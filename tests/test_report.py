@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
+import h5py
 import numpy as np
 import pytest
 import report
@@ -20,8 +21,9 @@ import torch
 from tiny_run import CAPTIONS, ROOT, TinyRun, make_run
 
 from dataloaders.annotations import read_annotations
+from utils.files import OutputError
 from utils.predictions import MomentPredictions, load_predictions
-from utils.report_parts import legend, line_chart, pyramid, table
+from utils.report_parts import lane, legend, line_chart, pyramid, table
 from utils.report_queries import best_and_worst, retrieved
 from utils.run_log import RunLogError
 
@@ -166,6 +168,57 @@ def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> No
     (tmp_path / "log.jsonl").unlink()
     with pytest.raises(RunLogError, match=r"neither log\.jsonl nor eval\.jsonl"):
         report.main(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("plots/attn.hdf5", b"\x89HDF", "Attention: plots/attn.hdf5: "),
+        ("plots/attention/7/meta.json", None, "Attention: plots/attention/7: "),
+        ("plots/attention/7/meta.json", b"[]", "Attention: plots/attention/7: "),
+        ("plots/attention/7/overview.png", b"PNG", "Attention: plots/attention/7: "),
+        ("logs/predictions.h5", b"\x89HDF", "Queries: logs/predictions.h5: "),
+        ("logs/eval.jsonl", b'{"metrics": 1}', "logs/eval.jsonl: its metrics are not rows"),
+        ("logs/eval.jsonl", b'{"metrics": {"cosine": {"R1": "x"}, "levels/a": {"b": 1}}}', ""),
+        ("logs/args.json", b'{"datatype": [1], "plot_dir": "plots"}', "Queries: no annotations"),
+    ],
+)
+def test_a_spoiled_file_is_named_and_the_rest_is_shown(
+    tiny_run, tmp_path, monkeypatch, capsys, name, content, said
+) -> None:
+    """In the folder where main.py ran, whose relative paths args.json has."""
+    for folder in ("logs", "plots"):
+        shutil.copytree(tiny_run.corpus / folder, tmp_path / folder)
+    for part in ("annos.jsonl", "videos"):
+        (tmp_path / part).symlink_to(tiny_run.corpus / part)
+    settings = json.loads((tmp_path / "logs/args.json").read_text()) | {"plot_dir": "plots"}
+    (tmp_path / "logs/args.json").write_text(json.dumps(settings))
+    with h5py.File(tmp_path / "plots/attn.hdf5", "r+") as file:
+        file.attrs["model"] = "logs/ckpt.best.pth.tar"
+    monkeypatch.chdir(tmp_path)
+    report.main(["logs"])
+    whole = capsys.readouterr()
+    assert whole.err == "" and Path("logs/report.html").read_text().count("attends to:") == 3
+    Path(name).unlink()
+    if content is not None:
+        Path(name).write_bytes(content)
+    try:
+        report.main(["logs"])
+        assert said in capsys.readouterr().err
+    except RunLogError as error:
+        assert said and said in str(error)
+
+
+def test_a_page_that_cannot_be_written(tiny_run, tmp_path) -> None:
+    with pytest.raises(OutputError, match="cannot be written: Is a directory"):
+        report.main([str(tiny_run.logs), "--queries", "0", "--output", str(tmp_path)])
+
+
+def test_a_video_without_length() -> None:
+    """As float32, the shortest durations that annotations can have are 0."""
+    proposals = np.array([[0, 1], [0, 0.5]], np.float32)
+    read(pyramid(proposals, np.array([0.1, 0.4]), 1, 0.0, "cosine"))
+    read(lane(0.0, [(0.0, 0.0, "chosen")], "moment"))
 
 
 # ---------------------------------------------------------------- parts

@@ -19,7 +19,7 @@ from torch import Tensor
 from dataloaders.annotations import Query, corpus_videos
 from utils.engine import Embeddings
 from utils.files import whole_file
-from utils.hdf5 import Hdf5Writer
+from utils.hdf5 import Hdf5Error, Hdf5Writer, read_hdf5
 
 FORMAT = "ProPy embeddings, version 1"
 TEXTS = ("desc_ids", "captions", "vid_names")
@@ -27,6 +27,7 @@ NUMBERS = {
     "events": np.float32, "texts": np.float32, "target": np.int32, "durations": np.float32,
     "proposals": np.float32,
 }  # fmt: skip
+ATTRIBUTES = {"max_words": int, "checkpoint": str, "sha256": str, "epoch": int}
 REMEDY = "make the file again with main.py --save_embeddings"
 
 
@@ -154,7 +155,7 @@ def save_embeddings(path: Path, kept: KeptEmbeddings) -> None:
     with whole_file(path) as part, Hdf5Writer(part, path) as writer:
         file = writer.file
         file.attrs["format"] = FORMAT
-        for name in ("max_words", "checkpoint", "sha256", "epoch"):
+        for name in ATTRIBUTES:
             file.attrs[name] = getattr(kept, name)
         for name in TEXTS:
             file.create_dataset(name, data=getattr(kept, name), dtype=h5py.string_dtype())
@@ -171,21 +172,10 @@ def load_embeddings(path: Path) -> KeptEmbeddings:
     if not path.is_file():
         raise EmbeddingsError(f"{path}: no such file: main.py --save_embeddings makes one")
     try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("format") != FORMAT:
-                raise EmbeddingsError(f"{path}: not a file of {FORMAT!r}: {REMEDY}")
-            numbers = {name: torch.from_numpy(file[name][()]) for name in NUMBERS}
-            kept = KeptEmbeddings(
-                Embeddings(numbers.pop("events"), numbers.pop("texts")),
-                **{name: file[name].asstr()[()].tolist() for name in TEXTS},
-                **numbers,
-                max_words=int(file.attrs["max_words"]),
-                checkpoint=str(file.attrs["checkpoint"]),
-                sha256=str(file.attrs["sha256"]),
-                epoch=int(file.attrs["epoch"]),
-            )
-    except (OSError, KeyError, TypeError) as error:
-        raise EmbeddingsError(f"{path}: {error.args[0]}: {REMEDY}") from error
+        found = read_hdf5(path, FORMAT, TEXTS, NUMBERS, ATTRIBUTES)
+    except Hdf5Error as error:
+        raise EmbeddingsError(f"{path}: {error}: {REMEDY}") from error
+    kept = KeptEmbeddings(Embeddings(found.pop("events"), found.pop("texts")), **found)
     wrong = _contradiction(kept)
     if wrong:
         raise EmbeddingsError(f"{path}: {wrong}: {REMEDY}")

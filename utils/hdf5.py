@@ -1,4 +1,4 @@
-"""HDF5 files whose write errors are seen, as on a full disk.
+"""HDF5 files whose write errors are seen, as on a full disk, and whose contents are looked at.
 
 HDF5's own file drivers lose them: closing a file that could not be written may end the process by a
 segmentation fault, or leave a file of wrong numbers behind. So HDF5 writes through a Python file
@@ -8,9 +8,12 @@ that takes everything, and remembers what the system did not.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import h5py
+import numpy as np
+import torch
 
 from utils.files import writing
 
@@ -70,3 +73,61 @@ class Hdf5Writer:
                 self.file.close()
         finally:  # it may have stumbled over what it could not read again: this is the reason
             self.check()
+
+
+class Hdf5Error(ValueError):
+    """A file that is not what it should be; says why, not which."""
+
+
+def read_hdf5(
+    path: Path,
+    format_name: str,
+    texts: Sequence[str],
+    numbers: Mapping[str, type],
+    attributes: Mapping[str, type],
+) -> dict:
+    """The contents of a small file of one of this program's formats, by name.
+
+    Args:
+        format_name: what its attribute "format" has to say.
+        texts: data sets [N], read as lists of str.
+        numbers: data sets, read as tensors, and their NumPy types, of which the size may differ.
+        attributes: and their types, int or str.
+
+    Raises:
+        Hdf5Error: it cannot be read, or something in it is missing or of another kind.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("format")
+            if not isinstance(found, str) or found != format_name:
+                raise Hdf5Error(f"not a file of {format_name!r}")
+            contents = {name: _texts(file, name) for name in texts}
+            contents |= {name: _numbers(file, name, kind) for name, kind in numbers.items()}
+            return contents | {name: kind(file.attrs[name]) for name, kind in attributes.items()}
+    except Hdf5Error:
+        raise
+    except KeyError as error:
+        raise Hdf5Error(error.args[0]) from error
+    except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise Hdf5Error(str(error)) from error
+
+
+def _texts(file: h5py.File, name: str) -> list[str]:
+    data = file[name]
+    if (
+        not isinstance(data, h5py.Dataset)
+        or data.ndim != 1
+        or not h5py.check_string_dtype(data.dtype)
+    ):
+        raise Hdf5Error(f"{name} is no list of texts")
+    return data.asstr()[()].tolist()
+
+
+def _numbers(file: h5py.File, name: str, kind: type) -> torch.Tensor:
+    data = file[name]
+    if not isinstance(data, h5py.Dataset) or data.shape in (None, ()):
+        raise Hdf5Error(f"{name} is no array")
+    if data.dtype.kind != np.dtype(kind).kind:
+        raise Hdf5Error(f"{name} holds {data.dtype}, expected {np.dtype(kind)}")
+    return torch.from_numpy(data[()])

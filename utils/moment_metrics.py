@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # These import this module's functions.
     from dataloaders.annotations import AnnotationError, read_annotations
     from dataloaders.preflight import left_numbers
+    from utils.files import OutputError
     from utils.moment_report import (
         level_report,
         level_table,
@@ -204,8 +205,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(report_tables(moment_report(predictions, queries, args.window_rule)))
     if any(query.windows for query in queries):
         print(f"\n{level_table(level_report(predictions, queries))}")
-    for path in export_all(args.export, predictions, queries) if args.export else ():
-        print(f"wrote {path}")
+    try:
+        for path in export_all(args.export, predictions, queries) if args.export else ():
+            print(f"wrote {path}")
+    except OutputError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

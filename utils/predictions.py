@@ -18,13 +18,13 @@ from torch import Tensor
 
 from dataloaders.annotations import Query
 from utils.files import whole_file, writing
-from utils.hdf5 import Hdf5Writer
+from utils.hdf5 import Hdf5Error, Hdf5Writer, read_hdf5
 
 FORMAT = "ProPy moment predictions, version 1"
 SAVED, EXPORTS = "predictions.h5", ("predictions_tvr.json", "predictions_qvhighlights.jsonl")
 EXPORTED = 100  # predictions of a query in exports: as many as the public evaluations read
-DATASETS = {
-    "desc_ids": h5py.string_dtype(), "vid_names": h5py.string_dtype(),
+TEXTS = ("desc_ids", "vid_names")
+NUMBERS = {
     "durations": np.float32, "proposals": np.float32,
     "videos": np.int32, "events": np.int16, "scores": np.float32,
     "target": np.int32, "target_rank": np.int32, "target_scores": np.float32,
@@ -148,9 +148,12 @@ def save_predictions(path: Path, predictions: MomentPredictions) -> None:
     with whole_file(path) as part, Hdf5Writer(part, path) as writer:
         writer.file.attrs["format"] = FORMAT
         writer.file.attrs["per_video"] = predictions.per_video
-        for name, dtype in DATASETS.items():
+        for name in TEXTS:
+            texts = getattr(predictions, name)
+            writer.file.create_dataset(name, data=texts, dtype=h5py.string_dtype())
+        for name, dtype in NUMBERS.items():
             values = getattr(predictions, name)
-            packed = PACKED if np.ndim(values) == 2 else {}
+            packed = PACKED if values.ndim == 2 else {}
             writer.file.create_dataset(name, data=values, dtype=dtype, **packed)
 
 
@@ -164,19 +167,10 @@ def load_predictions(path: Path) -> MomentPredictions:
         raise PredictionsError(f"{path}: no such file: main.py --save_predictions 1 writes one")
     remedy = "write it again with main.py --save_predictions 1"
     try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("format") != FORMAT:
-                raise PredictionsError(f"{path}: not a file of {FORMAT!r}: {remedy}")
-            values = {name: file[name][()] for name in DATASETS}
-            values["per_video"] = int(file.attrs["per_video"])
-    except (OSError, KeyError) as error:
-        raise PredictionsError(f"{path}: {error.args[0]}: {remedy}") from error
-    for name in DATASETS:
-        if name in ("desc_ids", "vid_names"):
-            values[name] = [text.decode() for text in values[name]]
-        else:
-            values[name] = torch.from_numpy(values[name])
-    predictions = MomentPredictions(**values)
+        found = read_hdf5(path, FORMAT, TEXTS, NUMBERS, {"per_video": int})
+    except Hdf5Error as error:
+        raise PredictionsError(f"{path}: {error}: {remedy}") from error
+    predictions = MomentPredictions(**found)
     wrong = _contradiction(predictions)
     if wrong:
         raise PredictionsError(f"{path}: {wrong}: {remedy}")
@@ -198,6 +192,8 @@ def _contradiction(p: MomentPredictions) -> str | None:
         values = getattr(p, name)
         if values.numel() and not 0 <= values.min() <= values.max() < size:
             return f"{name} holds an index that is not one of the {size}"
+    if not (p.durations.isfinite() & (p.durations >= 0)).all():
+        return "durations holds what is no length of a video"
     return None
 
 

@@ -212,7 +212,7 @@ def seconds(start: float, end: float) -> str:
 
 
 def _extent(start: float, end: float, whole: float) -> str:
-    start, end = (min(max(time / whole, 0), 1) for time in (start, end))
+    start, end = (min(max(time / whole, 0), 1) if whole else 0 for time in (start, end))
     return f"left:{100 * start:.3f}%;width:{100 * max(end - start, 0):.3f}%"
 
 

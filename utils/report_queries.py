@@ -162,7 +162,8 @@ def _found_list(
         name = predictions.vid_names[found.video]
         duration = float(predictions.durations[found.video])
         right = name == query.vid_name
-        frame = thumbnails.at(name, (found.start + found.end) / 2 / duration)
+        middle = (found.start + found.end) / 2 / duration if duration else 0.0
+        frame = thumbnails.at(name, middle)
         picture = (
             '<span class="blank"></span>' if frame is None
             else f'<img src="{parts.data_uri(frame)}" alt="" loading="lazy">'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +45,11 @@ def read_args(folder: Path) -> dict:
     return dict(args)
 
 
+def datatype(args: Mapping) -> str:
+    """The data set that args.json names, as a rule one of `utils.published.DATATYPES`."""
+    return str(args.get("datatype") or "custom")
+
+
 def read_records(path: Path) -> list[dict]:
     """The lines of a .jsonl file, each an object.
 
@@ -83,7 +87,7 @@ def read_epochs(folder: Path) -> list[dict]:
         RunLogError: there is no log.jsonl, or it holds no epoch.
     """
     path = folder / "log.jsonl"
-    records = [record for record in read_records(path) if isinstance(record.get("epoch"), int)]
+    records = [record for record in read_records(path) if _is_epoch(record.get("epoch"))]
     if not records:
         raise RunLogError(f"{path}: no finished epoch in it")
     return sorted({record["epoch"]: record for record in records}.values(), key=_epoch)
@@ -130,8 +134,12 @@ def reduced_size(record: Mapping, split: str = "val") -> str | None:
 
 
 def is_number(value: object) -> bool:
-    """True for finite numbers, which True and False are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True for finite numbers, which True and False are not, of a size that can be drawn."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+def _is_epoch(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
 def _epoch(record: dict) -> int:

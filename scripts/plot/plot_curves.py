@@ -22,12 +22,14 @@ from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from utils.files import OutputError, whole_file, writing
 from utils.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.run_log import (
     RunLogError,
     best_epoch,
     curve,
     curve_names,
+    datatype,
     label,
     read_args,
     read_epochs,
@@ -118,9 +120,9 @@ def published_values(datatypes: set[str]) -> dict[str, float]:
     """Published results under the names of the log, if all runs are of one data set."""
     if len(datatypes) != 1:
         return {}
-    (datatype,) = datatypes
-    moments = {f"VCMR/{key}": value for key, value in VCMR_RESULTS.get(datatype, {}).items()}
-    return PRVR_RESULTS.get(datatype, {}) | moments
+    (name,) = datatypes
+    moments = {f"VCMR/{key}": value for key, value in VCMR_RESULTS.get(name, {}).items()}
+    return PRVR_RESULTS.get(name, {}) | moments
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -146,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "query type, level and baseline)",
     )  # fmt: skip
     args = parser.parse_args(argv)
+    if args.output and args.output.suffix.lower() not in (".png", ".svg", ".pdf"):
+        parser.error(f"--output {args.output}: its ending is to be .png, .svg or .pdf")
     logging.basicConfig(format="%(message)s")
     runs = {
         name: read_epochs(folder)
@@ -155,15 +159,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = choose_names(found, args.select)
     if not names:
         raise RunLogError(f"nothing fits {' '.join(args.select)}; there is: {', '.join(found)}")
-    datatypes = {read_args(folder).get("datatype", "custom") for folder in args.folders}
+    datatypes = {datatype(read_args(folder)) for folder in args.folders}
+    figure = plot_curves(runs, names, published_values(datatypes))
     output = args.output or args.folders[0] / "curves.png"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    plot_curves(runs, names, published_values(datatypes)).savefig(output, dpi=130)
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as part:
+        figure.savefig(part, dpi=130, format=output.suffix[1:].lower())
     print(output)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except RunLogError as error:
+    except (RunLogError, OutputError) as error:
         sys.exit(f"error: {error}")
