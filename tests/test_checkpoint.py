@@ -27,7 +27,7 @@ from utils.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from utils.optim import build_optimizer
+from utils.optim import ADAM_BETAS, build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def test_resuming_keeps_to_the_flags_of_now(
     """Moments come from the file, weight decay and learning rates do not."""
     model, optimizer, scaler = trained(golden, 0, freeze_clip)
     save_checkpoint(tmp_path / "c", model, optimizer, scaler, Checkpoint(1, 3))
+    rewrite(tmp_path / "c", lambda c: c["optimizer"]["param_groups"][0].update(betas=None))
     resumed = build_optimizer(model, 1e-3, coef_lr, weight_decay)
     before = [(group["lr_scale"], group["weight_decay"]) for group in resumed.param_groups]
     assert {scale for scale, _ in before} == ({1.0} if freeze_clip else {1.0, coef_lr})
@@ -92,6 +93,7 @@ def test_resuming_keeps_to_the_flags_of_now(
     load_checkpoint(tmp_path / "c", model, resumed, scaler)
     after = [(group["lr_scale"], group["weight_decay"]) for group in resumed.param_groups]
     assert after == before
+    assert all(group["betas"] == ADAM_BETAS for group in resumed.param_groups)
     for parameter, state in optimizer.state.items():
         assert torch.equal(resumed.state[parameter]["exp_avg"], state["exp_avg"])
 
@@ -157,7 +159,14 @@ def test_all_of_a_runs_state_comes_back(golden, tmp_path) -> None:
     model, optimizer, scaler = trained(golden)
     sums = EpochSums(7, 1, 0.1 + 0.2, 1 / 3, 5.5, 6.5)
     progress = Checkpoint(
-        1, 17, None, None, {}, sums, last_record={"loss": 0.1}, facts={"precision in use": "amp"}
+        1,
+        17,
+        None,
+        None,
+        {},
+        sums,
+        last_record={"epoch": 1, "global_step": 14, "loss": 0.1},
+        facts={"precision in use": "amp"},
     )
     seeded = [random.seed, np.random.seed, torch.manual_seed]
     draws = [random.random, np.random.rand, lambda: torch.rand(3).tolist(), np.random.randn]
@@ -207,7 +216,22 @@ NO_TENSOR = r"clip\.visual\.proj is no tensor"
     ("change", "message"),
     [
         (lambda c: c.pop("epoch"), "its field 'epoch' is missing"),
+        (lambda c: c.update(epoch=-3), "its field 'epoch' is missing or damaged"),
+        (lambda c: c.update(global_step=True), "its field 'global_step' is missing or damaged"),
         (lambda c: c.update(sums={"stops": 1}), "its field 'sums' is missing or damaged"),
+        (lambda c: c["sums"].update(loss="x"), "its field 'sums' is missing or damaged"),
+        (lambda c: c["sums"].update(steps=-1), "its field 'sums' is missing or damaged"),
+        (lambda c: c.update(last_record={"epoch": 1}), "its field 'last_record' is missing"),
+        (lambda c: c.update(last_record={"epoch": 0, "global_step": 0, "R1": torch.ones(1)}),
+         "its field 'last_record' is missing or damaged"),
+        (lambda c: c.update(args={"lr": torch.ones(1)}), "its field 'args' is missing or damaged"),
+        (lambda c: c.update(best_score=float("nan"), best_epoch=0), "its field 'best_score' is"),
+        (lambda c: c.update(best_score=1.0, best_epoch=1), "'best_epoch', .* disagree"),
+        (lambda c: c.update(best_score=1.0), "'best_epoch', .* disagree"),
+        (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "does not fit: KeyError"),
+        (lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
+         r"the optimizer's step of \S+ is -1"),
+        (lambda c: c.update(scaler={"scale": "x"}), "its loss scaler is damaged"),
         (lambda c: c["optimizer"]["state"].clear() or c["optimizer"].pop("param_groups"),
          "optimizer, scaler or rng does not fit: KeyError"),
         (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), "its optimizer has"),

@@ -7,12 +7,14 @@ all of CLIP too, under their names. Nothing in a file is executed.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,9 +24,10 @@ from torch import Tensor, nn
 from modules.torch_files import TorchFileError, is_plain, load_tensors
 from utils.files import whole_file
 from utils.misc import rng_state, set_rng_state
+from utils.run_log import is_number
 
-FORMAT = "propy-2"
 LATEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"  # their names in the folder of a run
+FORMAT = "propy-2"
 EARLIER_FORMAT = "propy-1"  # written after whole epochs, without random states
 
 # The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
@@ -37,24 +40,8 @@ _NUMPY_SCALAR = [
     type(np.dtype(np.float32)),
 ]
 
-# What else a checkpoint of this program holds, and of which type.
-_EARLIER_FIELDS = {
-    "backbone": str,
-    "epoch": int,
-    "global_step": int,
-    "best_score": float | int | None,
-    "best_epoch": int | None,
-    "args": dict,
-}
-_FIELDS = {
-    EARLIER_FORMAT: _EARLIER_FIELDS,
-    FORMAT: _EARLIER_FIELDS | {"sums": dict, "last_record": dict | None, "facts": dict},
-}
-
 NOT_FINITE = "has values that are not finite"
 _AUTHORS_ADAPTER = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.temp_adapter\.(.+)")
-
-
 # Begins the fingerprint of all tensors of a backbone, and what was computed last for each model.
 _ALL_TENSORS = "all:"
 _fingerprints: WeakKeyDictionary[nn.Module, tuple[list[int], str]] = WeakKeyDictionary()
@@ -204,7 +191,7 @@ def load_checkpoint(
     path = Path(path)
     content = _read(path)
     state = {key.removeprefix("module."): value for key, value in content["state_dict"].items()}
-    from_authors = content.get("format") not in (FORMAT, EARLIER_FORMAT)
+    from_authors = _is_from_authors(content)
     if from_authors:
         state = convert_authors_state(state)
     try:
@@ -300,7 +287,7 @@ def _read(path: Path) -> dict:
 
 
 def _check_content(path: Path, content: dict) -> None:
-    """Types only: that names are names, weights plain tensors, and the run's fields as saved."""
+    """That names are names, weights plain tensors, and the run's fields such as are saved."""
     for name, tensor in content["state_dict"].items():
         if not isinstance(name, str):
             raise CheckpointError(f"{path}: {str(name)[:60]!r} is no name of a tensor")
@@ -309,12 +296,71 @@ def _check_content(path: Path, content: dict) -> None:
         if not is_plain(tensor):
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise CheckpointError(f"{path}: {name} is {kind}, not a plain tensor of floats")
-    theirs = {"epoch": int} if "epoch" in content else {}
-    for key, kind in _FIELDS.get(str(content.get("format")), theirs).items():
-        if key not in content or not isinstance(content[key], kind):
+    theirs = {"epoch": _is_count} if "epoch" in content else {}
+    for key, is_right in _FIELDS.get(str(content.get("format")), theirs).items():
+        if key not in content or not is_right(content[key]):
             raise CheckpointError(f"{path}: its field '{key}' is missing or damaged")
-    if not content.get("sums", {}).keys() <= EpochSums().__dict__.keys():
-        raise CheckpointError(f"{path}: its field 'sums' is missing or damaged")
+    best = content.get("best_epoch")
+    if not _is_from_authors(content) and (
+        (best is None) != (content["best_score"] is None) or (best or 0) > content["epoch"]
+    ):
+        raise CheckpointError(f"{path}: its fields 'best_epoch', 'best_score' and 'epoch' disagree")
+
+
+def _is_from_authors(content: dict) -> bool:
+    return str(content.get("format")) not in _FIELDS
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_record(value: object) -> bool:
+    """An object that log.jsonl and args.json can hold."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict)
+
+
+def _is_last_record(value: object) -> bool:
+    return (
+        _is_record(value) and _is_count(value.get("epoch")) and _is_count(value.get("global_step"))
+    )
+
+
+def _is_sums(value: object) -> bool:
+    try:
+        sums = EpochSums(**value)
+    except TypeError:
+        return False
+    return (
+        all(isinstance(number, float | int) for number in vars(sums).values())
+        and _is_count(sums.steps)
+        and _is_count(sums.skipped_steps)
+        and sums.skipped_steps <= sums.steps
+    )
+
+
+# What else a checkpoint of this program holds, and whether a value of it can be right.
+_EARLIER_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "backbone": lambda value: isinstance(value, str),
+    "epoch": _is_count,
+    "global_step": _is_count,
+    "best_score": lambda value: value is None or is_number(value),
+    "best_epoch": lambda value: value is None or (_is_count(value) and value > 0),
+    "args": _is_record,
+}
+_FIELDS = {
+    EARLIER_FORMAT: _EARLIER_FIELDS,
+    FORMAT: _EARLIER_FIELDS
+    | {
+        "sums": _is_sums,
+        "last_record": lambda value: value is None or _is_last_record(value),
+        "facts": _is_record,
+    },
+}
 
 
 def _progress(content: dict) -> Checkpoint:
@@ -384,12 +430,14 @@ def _resume(
     try:
         _check_optimizer(content["optimizer"], model, optimizer)
         settings = [
-            {name: group[name] for name in ("lr_scale", "weight_decay")}
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in optimizer.param_groups
         ]
         optimizer.load_state_dict(content["optimizer"])
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)  # the file's were those of the flags it was made with
+        if not all(is_number(value) for value in content["scaler"].values()):
+            raise CheckpointError("the state of its loss scaler is damaged")
         if scaler is not None and content["scaler"]:  # empty: it was made without float16
             scaler.load_state_dict(content["scaler"])
         if content["format"] != EARLIER_FORMAT:
@@ -413,11 +461,15 @@ def _check_optimizer(state: dict, model: nn.Module, optimizer: torch.optim.Optim
         )
     problems = []
     for index, parameter in zip(theirs, ours, strict=True):
+        moments = state["state"].get(index)
+        if not moments:  # no gradient has come there yet
+            continue
+        name = names[id(parameter)]
         for moment in ("exp_avg", "exp_avg_sq"):
-            value = state["state"].get(index, {}).get(moment)
-            name = f"the optimizer's {moment} of {names[id(parameter)]}"
-            if value is not None:
-                problems += _tensor_problems(name, value, parameter)
+            title = f"the optimizer's {moment} of {name}"
+            problems += _tensor_problems(title, moments[moment], parameter)
+        if not 0 <= float(moments["step"]) < math.inf:
+            problems.append(f"the optimizer's step of {name} is {float(moments['step'])}")
     if problems:
         raise CheckpointError("; ".join(problems[:5]))
 
