@@ -396,7 +396,7 @@ def test_plot_scripts_use_the_settings_of_training(split: str, flags_of) -> None
     assert plot == train
 
 
-def test_plotting_a_run_takes_its_settings(tiny_run, flags_of) -> None:
+def test_plotting_a_run_takes_its_settings(tiny_run, flags_of, tmp_path) -> None:
     flags = flags_of("plot/plot_demo.sh", run=str(tiny_run.logs), plot_dir="VIS/a b")
     assert flags["--resume"] == str(tiny_run.logs / "ckpt.best.pth.tar")
     assert (flags["--do_plot"], flags["--plot_dir"]) == ("1", "VIS/a b")
@@ -405,3 +405,17 @@ def test_plotting_a_run_takes_its_settings(tiny_run, flags_of) -> None:
                  "adapter_channels", "temp_kernel_sz", "max_words", "datatype"):  # fmt: skip
         assert flags[f"--{name}"] == str(args[name]), name
     assert flags["--event_scores"] == args["event_scores"]
+    reduced = args | {"allow_missing": 1}
+    (tmp_path / "args.json").write_text(json.dumps(reduced))
+    assert flags_of("plot/plot_demo.sh", run=str(tmp_path))["--allow_missing"] == "1"
+
+
+@pytest.mark.parametrize("content", ["{", '"text"', "[1]", '{"lr": 1}', "5", "\xff"])
+def test_plotting_a_run_whose_settings_are_spoiled(content: str, flags_of, tmp_path) -> None:
+    (tmp_path / "args.json").write_bytes(content.encode("latin-1"))
+    command = ["bash", str(tmp_path / "scripts/plot/plot_demo.sh")]
+    env = os.environ | {"run": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and done.stdout == ""
+    message = f"error: {tmp_path / 'args.json'}: not the settings of a run"
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr

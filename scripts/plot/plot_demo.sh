@@ -14,20 +14,29 @@ if [ ! -f "$run/args.json" ]; then
   exit 1
 fi
 # args.json as shell variables that scripts/launch.sh reads
-eval "$(.venv/bin/python - "$run/args.json" <<'PYTHON'
+settings=$(.venv/bin/python - "$run/args.json" <<'PYTHON'
 import json, shlex, sys
 names = (
     "datatype video_dir frame_store pretrained_clip_name pretrained_dir pyr_config_path Nvp "
     "adapter_channels num_adapter_layers temp_kernel_sz max_words batch_size_val lr seed "
-    "event_scores trust_clip_archive"
+    "event_scores trust_clip_archive allow_missing skip_check"
 )
-args = json.load(open(sys.argv[1], encoding="utf-8"))
+path = sys.argv[1]
+try:
+    with open(path, encoding="utf-8") as file:
+        args = json.load(file)
+    lacking = {"datatype", "prvr_val_annos", "temp_kernel_sz", "max_words", "lr"} - set(args)
+except (OSError, ValueError, TypeError) as error:
+    sys.exit(f"error: {path}: not the settings of a run: {error}")
+if lacking or not isinstance(args, dict):
+    sys.exit(f"error: {path}: not the settings of a run, it lacks {', '.join(sorted(lacking))}")
 for name in names.split():
     value = args.get(name)  # of video_dir and frame_store a run has one
     print(f"{name}={shlex.quote('' if value is None else str(value))}")
 print(f"val_annos={shlex.quote(str(args['prvr_val_annos']))}")
 PYTHON
-)"
+)
+eval "$settings"
 
 do_train=0
 do_eval=0
