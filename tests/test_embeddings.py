@@ -63,6 +63,7 @@ def test_what_is_kept_is_read(file, kept, checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"queries": []}, "none of the annotated videos is in it"),
         ({"queries": QUERIES[:2]}, "3 queries, the annotations 2"),
         ({"queries": [QUERIES[0], QUERIES[2], QUERIES[1]]}, "desc_id of query 2 is '2'"),
         ({"queries": [*QUERIES[:2], replace(QUERIES[2], desc="vier")]}, "'drei', in the .* 'vier'"),

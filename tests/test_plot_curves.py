@@ -158,7 +158,7 @@ def test_the_program(tmp_path, capsys, caplog) -> None:
     b = write(tmp_path / "b", records(2), datatype="tvr")
     output = str(tmp_path / "new" / "ab.svg")
     main([str(a), str(b), "--output", output, "--select", "SumR", "loss"])
-    assert "incomplete" in caplog.text and capsys.readouterr().out.strip() == output
+    assert "unreadable" in caplog.text and capsys.readouterr().out.strip() == output
     assert Path(output).read_text().startswith("<?xml")
     with pytest.raises(RunLogError, match="there is: loss, lr, R1"):
         main([str(a), "--select", "nothing"])

@@ -112,6 +112,8 @@ class KeptEmbeddings:
         Raises:
             EmbeddingsError: they are of something else; says of what.
         """
+        if not queries:
+            raise EmbeddingsError(f"none of the annotated videos is in it: {REMEDY}")
         wanted = [(str(query.desc_id), query.desc, query.vid_name) for query in queries]
         videos = [self.vid_names[column] for column in self.target.tolist()]
         kept = list(zip(self.desc_ids, self.captions, videos, strict=True))
