@@ -60,10 +60,15 @@ def test_the_legend_names_a_reduced_split() -> None:
     left = {"val_videos": 1000, "val_videos_left_out": 179}
     left |= {"val_queries": 5000, "val_queries_left_out": 895}
     runs = {"a": [record | left for record in records(2)], "b": records(2)}
-    (legend,) = plot_curves(runs, ["R1"], {"R1": 22.4}).legends
+    figure = plot_curves(runs, ["R1"], {"R1": 22.4})
+    (legend,) = figure.legends
+    shown = [" ".join(t.get_text().split()) for t in legend.get_texts()]
     size = "on 1,000 of the 1,179 videos and 5,000 of the 5,895 queries"
-    shown = [t.get_text() for t in legend.get_texts()]
-    assert shown == [f"a\n{size}", "b", "best epoch", "published"]
+    assert shown == [f"a {size}", "b", "best epoch", "published"]
+    figure.draw_without_rendering()
+    left, bottom, right, top = legend.get_window_extent().extents
+    assert min(left, bottom) >= 0
+    assert right <= figure.bbox.width and top < figure.bbox.height / 2
 
 
 def test_torn_and_damaged_lines_are_left_out(tmp_path, caplog) -> None:

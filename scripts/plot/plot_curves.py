@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,6 +41,7 @@ from utils.run_log import (
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 DASHES = ("-", "--", "-.", ":")
 COLUMNS = 4
+WRAP = 32  # letters of a line under a run's name
 
 
 def plot_curves(runs: Mapping[str, list[dict]], names: Sequence[str], published: Mapping) -> Figure:
@@ -60,19 +62,13 @@ def plot_curves(runs: Mapping[str, list[dict]], names: Sequence[str], published:
     for panel, name in zip(panels, names, strict=False):
         handles |= _draw_panel(panel, runs, name, published.get(name))
     handles = {run: handles[run] for run in runs if run in handles} | handles  # runs first
-    labels = [
-        f"{name}\n{size}" if (size := _size(runs.get(name, ()))) else name for name in handles
-    ]
+    sizes = {run: size for run, epochs in runs.items() if (size := reduced_size(epochs[-1]))}
+    labels = [f"{run}\n{fill(sizes[run], WRAP)}" if run in sizes else run for run in handles]
     figure.legend(
         handles.values(), labels, loc="outside lower center",
-        ncols=min(len(handles), COLUMNS), frameon=False,
+        ncols=min(len(handles), columns if sizes else COLUMNS), frameon=False,
     )  # fmt: skip
     return figure
-
-
-def _size(epochs: Sequence[dict]) -> str | None:
-    """What the newest of these was evaluated on, if videos were left out."""
-    return reduced_size(epochs[-1]) if epochs else None
 
 
 def _draw_panel(
