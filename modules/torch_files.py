@@ -53,8 +53,11 @@ def check_sums(path: Path) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Numbers that can be looked at and copied: not sparse, quantized, or without values (meta)."""
-    return tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
+    """Numbers that can be looked at and copied: not sparse, quantized, or without values (meta);
+    nor more of them than the file has, as a damaged shape may claim."""
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _first_line(error: Exception) -> str:

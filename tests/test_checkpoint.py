@@ -119,6 +119,10 @@ def test_another_pyramid_of_as_many_events_is_refused(golden, tmp_path) -> None:
     load_checkpoint(tmp_path / "c", model)
     with pytest.raises(CheckpointError, match="c: trained with another pyramid"):
         load_checkpoint(tmp_path / "c", other)
+    endless = torch.zeros(1).expand(2**40)
+    rewrite(tmp_path / "c", lambda content: content.update(proposals=endless))
+    with pytest.raises(CheckpointError, match="c: trained with another pyramid"):
+        load_checkpoint(tmp_path / "c", model)
     rewrite(tmp_path / "c", lambda content: content.pop("proposals"))
     load_checkpoint(tmp_path / "c", other)  # an earlier version's, which cannot be told apart
 

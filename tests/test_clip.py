@@ -134,6 +134,7 @@ def test_sizes_are_read_off_the_tensors(files) -> None:
             "'visual.proj' has values that are not",
         ),
         (lambda s: s.update({"visual.proj": s["visual.proj"].to_sparse()}), "not a plain tensor"),
+        (lambda s: s.update({"visual.proj": torch.zeros(1).expand(2**45)}), "not a plain tensor"),
     ],
 )
 def test_every_key_and_shape_is_accounted_for(files, tmp_path, change, message: str) -> None:
