@@ -16,7 +16,8 @@ from utils.attention_store import ATTENTION, SCORES, AttentionStore, read_attent
 from utils.embeddings import KeptEmbeddings, load_embeddings, save_embeddings
 from utils.engine import Embeddings, predict_moments
 from utils.evaluation import Reading
-from utils.files import OutputError
+from utils.files import OutputError, whole_file
+from utils.hdf5 import Hdf5Writer
 from utils.predictions import load_predictions, save_predictions
 
 QUERIES = [Query(f"q{i}", f"text {i}", f"v{i % 20}", 9.0, None) for i in range(60)]
@@ -48,11 +49,27 @@ def attention(folder: Path) -> bool:
     return all(np.array_equal(read_attention(folder, f"q{i}"), a) for i, a in enumerate(ATTENDED))
 
 
-@pytest.mark.parametrize("write", [embeddings, predictions, attention], ids=lambda f: f.__name__)
+def rereading(folder: Path) -> bool:
+    """HDF5 reads back what it has written: where it gets something else, it crashes at random."""
+    values, path = np.arange(20_000), folder / "r.h5"
+    with whole_file(path) as part, Hdf5Writer(part, path) as writer:
+        for name in "ab":
+            writer.file[name] = values
+        writer.file["a"][::7] = -1
+        values = values.copy()
+        values[::7] = -1
+        if not np.array_equal(writer.file["a"], values):
+            os._exit(3)
+    return True
+
+
+@pytest.mark.parametrize(
+    "write", [embeddings, predictions, attention, rereading], ids=lambda f: f.__name__
+)
 def test_a_full_disk_is_named_and_leaves_no_file(write: Callable, tmp_path) -> None:
     """At whatever byte it is full; files of the system end there as a disk does."""
     ends = set()
-    for room in range(0, 160_000, 4_000):
+    for room in range(0, 400_000, 8_000):
         folder = tmp_path / str(room)
         folder.mkdir()
         ends.add(end := in_a_child_with(room, write, folder))
@@ -69,7 +86,7 @@ def in_a_child_with(room: int, write: Callable, folder: Path) -> str:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
             end = 0 if write(folder) else 3
         except OutputError as error:
-            named = any(name in str(error) for name in ("e.h5", "p.h5", ATTENTION, SCORES))
+            named = any(name in str(error) for name in ("e.h5", "p.h5", "r.h5", ATTENTION, SCORES))
             end = 1 if named and "File too large" in str(error) else 4
         finally:
             os._exit(end)

@@ -19,18 +19,35 @@ from utils.files import writing
 
 
 class _Taker(io.FileIO):
-    """A file that takes every write; after the first that fails, none reaches the disk."""
+    """A file that takes every write. What comes after the first that fails stays in memory, to be
+    read again: HDF5 would follow whatever it finds instead."""
 
-    failed: OSError | None = None
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.failed: OSError | None = None
+        self._lost: list[tuple[int, bytes]] = []  # where to, in the order of writing
 
     def write(self, data: memoryview) -> int:
-        rest = memoryview(data)
+        at, rest = self.tell(), memoryview(data)
         try:
             while rest and not self.failed:
-                rest = rest[super().write(rest) :]
+                written = super().write(rest)
+                at, rest = at + written, rest[written:]
         except OSError as error:
             self.failed = error
+        if rest:
+            self._lost.append((at, bytes(rest)))
         return len(data)
+
+    def readinto(self, buffer: memoryview) -> int:
+        start, view = self.tell(), memoryview(buffer)
+        found = super().readinto(view)
+        view[found:] = bytes(len(view) - found)
+        for at, data in self._lost:
+            low, high = max(at, start), min(at + len(data), start + len(view))
+            if low < high:
+                view[low - start : high - start] = data[low - at : high - at]
+        return len(view)
 
     def truncate(self, size: int) -> int:
         try:
@@ -55,7 +72,7 @@ class Hdf5Writer:
 
     def __init__(self, part: Path, path: Path) -> None:
         self.path = path
-        self._taker = _Taker(part, "w+")
+        self._taker = _Taker(part)
         self.file = h5py.File(self._taker, "w")
 
     def check(self) -> None:
