@@ -7,6 +7,7 @@ alone, never on the number of workers or on where a resumed epoch starts.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,7 @@ class ClipLoader:
         self._dataset = dataset
         self._batches = batches
         self._leave_out = leave_out
+        self._has_workers = False  # they are started by the first iteration
         self._loader = DataLoader(
             dataset,
             batch_sampler=batches,
@@ -86,7 +88,11 @@ class ClipLoader:
     def __iter__(self) -> Iterator[dict]:
         """The workers start reading now, not when the first batch is asked for."""
         try:
-            return self._checked(iter(self._loader))
+            if self._has_workers:
+                return self._checked(iter(self._loader))
+            self._has_workers = True
+            with _blocked_signals():
+                return self._checked(iter(self._loader))
         except RuntimeError as error:
             self._raise_named(error)
 
@@ -329,6 +335,16 @@ class _ShuffledBatches(Sampler):
         whole = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
         for items in whole[self.first_batch :].tolist():
             yield [(self.epoch, item) for item in items]
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """They come afterwards. A process that is forked within never runs this one's handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:

@@ -305,6 +305,20 @@ def test_a_worker_that_hangs_names_the_files_in_hand(video_dir, monkeypatch):
             os.kill(worker.pid, signal.SIGCONT)
 
 
+def test_a_signal_does_not_end_workers_that_are_starting(video_dir, monkeypatch):
+    """They are copies of the main process, whose handler may raise."""
+    prepare = datasets._leave_signals_to_the_main_process
+
+    def after_a_signal(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        prepare(worker)
+
+    monkeypatch.setattr(datasets, "_leave_signals_to_the_main_process", after_a_signal)
+    videos = corpus_videos(make_queries())
+    assert len(list(make_evaluation_loader(video_dir, videos, num_workers=1))) == 3
+
+
 def test_a_worker_that_goes_on_reading_is_waited_for(video_dir, monkeypatch):
     """For a batch that takes many times as long as one clip may."""
 

@@ -290,25 +290,31 @@ def test_a_signal_saves_and_says_how_to_go_on(
 
 
 def test_a_signal_ends_waiting_for_a_worker_that_hangs(program, whole, tmp_path) -> None:
-    """Stopped at the video that comes fourth, so that one step was done."""
+    """Stopped at the video that comes fourth, once a step was done with those before."""
     patch = f"""
-import os, signal
+import os, signal, time
 from pathlib import Path
-import dataloaders.clips as clips
-real, read = clips.load_clip, 0
+import dataloaders.clips as clips, utils.engine as engine
+real, real_step, read = clips.load_clip, engine.train_step, 0
+stepped, hangs = Path({str(tmp_path)!r}, "stepped"), Path({str(tmp_path)!r}, "hangs")
+def train_step(*arguments, **settings):
+    result = real_step(*arguments, **settings)
+    stepped.touch()
+    return result
 def load_clip(*arguments):
     global read
     read += 1
     if read == 2 * {BATCH}:
-        Path({str(tmp_path)!r}, "hangs").touch()
+        while not stepped.exists(): time.sleep(0.01)
+        hangs.touch()
         os.kill(os.getpid(), signal.SIGSTOP)
     return real(*arguments)
-clips.load_clip = load_clip
+clips.load_clip, engine.train_step = load_clip, train_step
 """
     run = program.start(*flags(tmp_path, workers=1), patch=patch)
     while not (tmp_path / "hangs").exists():
         time.sleep(0.01)
-    time.sleep(2 * program.seconds / EPOCHS)  # the step is done, and it waits for the next one
+    time.sleep(1)  # what follows the step is done, and the next batch is waited for
     os.kill(run, signal.SIGTERM)
     assert program.wait() == 128 + signal.SIGTERM
     assert stands(tmp_path) == (0, 1)
