@@ -87,12 +87,22 @@ class ClipLoader:
 
     def __iter__(self) -> Iterator[dict]:
         """The workers start reading now, not when the first batch is asked for."""
-        try:
+        with self.worker_errors():
             if self._has_workers:
                 return self._checked(iter(self._loader))
             self._has_workers = True
             with _blocked_signals():
                 return self._checked(iter(self._loader))
+
+    @contextlib.contextmanager
+    def worker_errors(self) -> Iterator[None]:
+        """For work with the batches: torch says that a worker died wherever the program is then.
+
+        Raises:
+            VideoError: names the clips that were being read.
+        """
+        try:
+            yield
         except RuntimeError as error:
             self._raise_named(error)
 

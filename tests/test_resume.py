@@ -479,3 +479,15 @@ video._decode = decode
     assert program.run(*flags(tmp_path, workers=1), patch=patch) == 1
     told = program.told()
     assert message in told and "3.mp4" in told and "Traceback" not in told, told
+
+
+@pytest.mark.parametrize("when", [2, "evaluation"])
+def test_a_worker_that_dies_while_nobody_waits_for_it(program, tmp_path, when) -> None:
+    """torch raises its error in whatever the program does then."""
+    kill = "import multiprocessing; [w.kill() for w in multiprocessing.active_children()]"
+    program.told()
+    patch = AT.format(when=when, act=f"{kill}; time.sleep(5)")
+    assert program.run(*flags(tmp_path, workers=1), patch=patch) == 1
+    told = program.told()
+    assert "a loader worker died" in told and "Traceback" not in told, told
+    assert "The last good checkpoint" in told or "No checkpoint was written yet" in told

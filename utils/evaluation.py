@@ -193,7 +193,8 @@ class Evaluation(Reading):
         Raises:
             VideoError: a video cannot be read, and nobody said that it may be left out.
         """
-        embeddings = embed_corpus(model, self.loader, self.texts, device)
+        with self.loader.worker_errors():
+            embeddings = embed_corpus(model, self.loader, self.texts, device)
         if not self._unreadable:
             return embeddings
         kept = [i for i, q in enumerate(self.queries) if q.vid_name not in self._unreadable]

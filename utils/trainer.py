@@ -151,7 +151,7 @@ class Trainer:
     def _train(self) -> None:
         progress = self.progress
         self.loader.set_epoch(progress.epoch, progress.sums.steps)
-        with memory_advice(LESS_MEMORY), self._saved_if_stopped():
+        with memory_advice(LESS_MEMORY), self.loader.worker_errors(), self._saved_if_stopped():
             train_one_epoch(
                 self.model,
                 self.signals.at_once_between(self.loader),
