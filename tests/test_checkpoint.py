@@ -369,6 +369,17 @@ def test_another_backbone_is_refused(golden, tmp_path, name: str) -> None:
         load_checkpoint(tmp_path / "c", other)
 
 
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode_is_compared_too(golden, tmp_path) -> None:
+    with torch.inference_mode(mode=False):
+        save_checkpoint(tmp_path / "c", *trained(golden), Checkpoint())
+    pyramid, state = golden.config["pyramid"], golden.clip_state()
+    load_checkpoint(tmp_path / "c", build_model(state, pyramid, adapter_channels=48))
+    state["visual.proj"] = state["visual.proj"] + 1
+    with pytest.raises(CheckpointError, match="other CLIP weights"):
+        load_checkpoint(tmp_path / "c", build_model(state, pyramid, adapter_channels=48))
+
+
 def test_the_backbone_is_digested_again_after_a_change_only(golden, monkeypatch) -> None:
     model, digests = golden.build(), []
     digest = checkpoint._digest

@@ -252,6 +252,8 @@ def backbone_fingerprint(clip: nn.Module) -> str:
     """
     tensors = sorted(clip.state_dict().items())
     tensors = [(name, tensor) for name, tensor in tensors if name != "logit_scale"]
+    if any(tensor.is_inference() for _, tensor in tensors):  # made in inference mode: no versions
+        return _ALL_TENSORS + _digest(tensors)
     versions = [tensor._version for _, tensor in tensors]
     known, fingerprint = _fingerprints.get(clip, (None, ""))
     if known != versions:
