@@ -1,10 +1,39 @@
-"""The demo and the soak test: flags that make no sense end before anything is removed or made."""
+"""The demo, end to end at a small size; flags that make no sense, of it and of the soak test."""
 
 from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from scripts import demo, soak
+
+SMALL = """
+from scripts import demo
+demo.PICTURES, demo.PICTURE_BATCH, demo.IMAGE_STEPS, demo.TEXT_STEPS = 64, 32, 2, 2
+demo.main(["--train_videos", "12", "--test_videos", "4", "--epochs", "1"])
+"""
+
+
+def test_the_demo_from_its_first_step_to_its_table(tmp_path) -> None:
+    """In a copy, since it writes into the checkout that it is of."""
+    shutil.copy(demo.ROOT / "main.py", tmp_path)
+    for folder in ("models", "modules", "dataloaders", "utils", "scripts"):
+        shutil.copytree(demo.ROOT / folder, tmp_path / folder)
+    for _ in ("made", "kept from the first time"):
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "videos and CLIP of an earlier run" in done.stdout
+    table = done.stdout.split("[4/4]")[1]
+    for row in ("chance", "zero-shot CLIP, best frame", "ProPy"):
+        assert re.search(rf"^\s*{row}(  +\d+\.\d\d)+", table, re.MULTILINE), table
+    assert (tmp_path / "logs/demo/report.html").is_file()
+    assert list((tmp_path / "VIS/demo/attention").glob("*/overview.png"))
 
 
 @pytest.mark.parametrize(
