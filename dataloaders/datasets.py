@@ -373,11 +373,12 @@ def _end_with_the_main_process() -> None:
 
 @atexit.register
 def _end_workers_that_hang() -> None:
-    """multiprocessing waits for its processes at the program's end; one that hangs hears SIGKILL
-    only."""
+    """multiprocessing ends daemons, as loader workers are, by SIGTERM and waits for them; one that
+    hangs hears SIGKILL only. Other processes are their starter's business."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _collate(

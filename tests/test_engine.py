@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dataloaders.annotations import Query, Video
 from utils.engine import Embeddings, embed_corpus, predict_moments, rank_videos
+from utils.evaluation import Reading
 
 T, V, N_e, D = 300, 200, 8, 16
 
@@ -129,3 +130,12 @@ def test_moments_keep_to_their_memory(corpus, chunk):
     inputs = embeddings.texts.nbytes + 2 * embeddings.events.nbytes
     one_text = 4 * V * N_e
     assert memory.peak <= 4 * chunk + inputs + 2 * result + 3 * one_text
+
+
+def test_equal_sums_of_recalls_tie_however_they_are_rounded():
+    """So that of such epochs the later one is the best."""
+    queries = [Query(0, "", "v", 1.0, None)]
+    reading = Reading(queries, torch.tensor([[0.0, 1.0]]), moments=False)
+    scores = [reading.score({"cosine": {"SumR": s}}) for s in (178.6451612903226, 178.6451612903225)]
+    assert scores[0] == scores[1]
+    assert reading.score({"cosine": {"SumR": 178.6452}}) > scores[0]

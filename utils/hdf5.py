@@ -1,6 +1,6 @@
-"""HDF5 files whose write errors are seen, as on a full disk, and whose contents are looked at.
+"""HDF5 files whose write errors are seen, as on a full disk, and whose contents are checked.
 
-HDF5's own file drivers lose them: closing a file that could not be written may end the process by a
+HDF5's own file drivers lose write errors: closing a file that could not be written may end the process by a
 segmentation fault, or leave a file of wrong numbers behind. So HDF5 writes through a Python file
 that takes everything, and remembers what the system did not.
 """
@@ -103,7 +103,7 @@ def read_hdf5(
     numbers: Mapping[str, type],
     attributes: Mapping[str, type],
 ) -> dict:
-    """The contents of a small file of one of this program's formats, by name.
+    """All contents of a file of one of this program's formats, by name, in memory.
 
     Args:
         format_name: what its attribute "format" has to say.
