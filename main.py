@@ -21,61 +21,54 @@ from pathlib import Path
 
 import torch
 
-from dataloaders.annotations import AnnotationError, Query, corpus_videos, read_annotations, summary
+from dataloaders import DataError
+from dataloaders.annotations import Query, corpus_videos, read_annotations, summary
 from dataloaders.clips import ClipSource, VideoFolder, listed
-from dataloaders.datasets import LeaveOut, TrainingLoader, training_loader
+from dataloaders.datasets import training_loader
 from dataloaders.frame_store import FrameStore, gpu_decoder_problem
-from dataloaders.preflight import LeftOut, find_unusable
-from dataloaders.video import VideoError
+from dataloaders.loader import LeaveOut, TrainingLoader
+from dataloaders.preflight import find_unusable
 from models import ProPy, build_model
-from models.clip import WeightsError, weights_path
-from modules.pyramid import PromptPyramid, PyramidError
+from models.clip_weights import weights_path
+from modules import ModelError
+from modules.pyramid import PromptPyramid
+from utils import OutputError, RunError
 from utils.arguments import AUTO, parse_args
-from utils.attention_store import ATTENTION, HITS, SCORES
-from utils.checkpoint import BEST, LATEST, Checkpoint, CheckpointError, load_checkpoint
-from utils.embeddings import EmbeddingsError, KeptEmbeddings, load_embeddings, save_embeddings
-from utils.engine import TrainingError
-from utils.evaluation import VAL, Evaluation, Reading
-from utils.files import OutputError, check_outputs, locked_folder, whole_file, writing
+from utils.evaluation.embeddings import KeptEmbeddings, load_embeddings, save_embeddings
+from utils.evaluation.evaluator import VAL, Evaluation, Reading
+from utils.evaluation.moment_tables import times_missing
+from utils.evaluation.predictions import EXPORTS, SAVED
+from utils.evaluation.published import split_size_warning
+from utils.files import check_outputs, locked_folder, whole_file, writing
 from utils.logger import append_json, log_to_file, setup_logging
-from utils.misc import (
-    OutOfMemoryError,
-    git_revision,
-    memory_advice,
-    parameter_report,
-    pick_device,
-    set_seed,
-)
-from utils.moment_report import times_missing
-from utils.optim import build_optimizer, learning_rate
-from utils.plots import PlotError, PlotSettings, check_request
-from utils.predictions import EXPORTS, SAVED
-from utils.profiling import traced_steps
-from utils.published import split_size_warning
-from utils.signals import Stopped
-from utils.trainer import CHANGE_A_RUN, LESS_MEMORY_EVALUATING, Trainer, adapt
+from utils.misc import git_revision, memory_advice, parameter_report, pick_device, set_seed
+from utils.missing_videos import LeftOut
+from utils.pictures.attention_store import ATTENTION, HITS, SCORES
+from utils.pictures.plots import PlotSettings, check_request
+from utils.training.checkpoint import BEST, LATEST, load_checkpoint
+from utils.training.optim import build_optimizer, learning_rate
+from utils.training.profiling import traced_steps
+from utils.training.progress import Checkpoint
+from utils.training.signals import Stopped
+from utils.training.trainer import CHANGE_A_RUN, LESS_MEMORY_EVALUATING, Trainer, adapt
 
 TRAIN = "train"  # what records and lists call the split
 FRAMES = "frames of a video"  # what checkpoints call it
 
 
-class SettingsError(ValueError):
-    """Flags that do not fit the data or the weights."""
-
-
 # What a user can mend; everything else is a bug and keeps its traceback.
 USER_ERRORS = (
-    AnnotationError,
-    CheckpointError,
-    EmbeddingsError,
-    OutOfMemoryError,
+    DataError,
+    RunError,
+    RunError,
+    RunError,
     OutputError,
-    PlotError,
-    PyramidError,
-    SettingsError,
-    TrainingError,
-    VideoError,
-    WeightsError,
+    RunError,
+    ModelError,
+    RunError,
+    RunError,
+    DataError,
+    ModelError,
 )
 
 
@@ -222,8 +215,8 @@ def evaluate_kept(
     proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
     try:
         kept.check(queries, proposals, max_words=args.max_words, checkpoint=args.resume)
-    except EmbeddingsError as error:
-        raise EmbeddingsError(f"{args.load_embeddings}: {error}") from None
+    except RunError as error:
+        raise RunError(f"{args.load_embeddings}: {error}") from None
     log.info("using %s, of %s after epoch %d", args.load_embeddings, kept.checkpoint, kept.epoch)
     reading = Reading(queries, proposals, left_out=left_out, **reading_settings(args))
     embeddings = kept.embeddings.to(device)
@@ -232,7 +225,7 @@ def evaluate_kept(
 
 
 def reading_settings(args: argparse.Namespace) -> dict:
-    """The flags that say how metrics are read off embeddings, see `utils.evaluation.Reading`."""
+    """The flags that say how metrics are read off embeddings, see `Reading`."""
     return {
         "moments": args.subtask_type == "VCMR",
         "event_scores": args.event_scores,
@@ -287,14 +280,14 @@ def check_videos(
         if unusable and args.allow_missing:
             log.warning("%s: %s", split, left_out.note(split))
         if args.allow_missing and not left_out.kept(split, queries):
-            raise VideoError(f"no video of the {split} split can be used: {left_out.path} says why")
+            raise DataError(f"no video of the {split} split can be used: {left_out.path} says why")
     if reasons and not args.allow_missing:
         reasons = list(dict.fromkeys(reasons))  # a video may be in both splits
-        raise VideoError(
+        raise DataError(
             f"{len(reasons)} videos are missing or unreadable:\n{listed(reasons)}\n"
             f"{left_out.path} has the whole list. Set --video_dir, make them with `bash "
-            "scripts/prepare.sh` (a frame store's with scripts/pack_frames.py), or go on without "
-            "them: --allow_missing 1"
+            "scripts/prepare.sh` (a frame store's with scripts/data/pack_frames.py), or go on "
+            "without them: --allow_missing 1"
         )
 
 
@@ -311,10 +304,10 @@ def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Q
     """What could only be said once weights and annotations were read."""
     context = model.clip.sizes.context_length
     if args.max_words > context:
-        raise SettingsError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")
+        raise RunError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")
     videos = len(corpus_videos(train_queries))
     if args.do_train and videos < args.batch_size:
-        raise SettingsError(
+        raise RunError(
             f"--batch_size {args.batch_size}: {args.prvr_train_annos} has only {videos} videos"
         )
 
@@ -329,7 +322,7 @@ def check_times(args: argparse.Namespace, queries: list[Query], log: logging.Log
         return
     missing = times_missing(queries)
     if missing and args.do_train and not any(query.windows for query in queries):
-        raise SettingsError(
+        raise RunError(
             f"{args.prvr_val_annos}: {missing}, so no best epoch can be chosen: train with "
             "--subtask_type PRVR, or give validation annotations with times"
         )
@@ -453,13 +446,13 @@ def start(
         return Checkpoint()
     progress = load_checkpoint(resume, model, optimizer, scaler)
     if not progress.has_optimizer:
-        raise CheckpointError(
+        raise RunError(
             f"{resume}: training cannot go on from it, it holds no optimizer state of this "
             "program. To start a new training from its weights: --load_from_pretrained"
         )
     task = progress.args.get("subtask_type", args.subtask_type)
     if task != args.subtask_type:
-        raise CheckpointError(
+        raise RunError(
             f"{resume}: its best epoch was chosen by {task}, which does not compare with "
             f"{args.subtask_type}: resume with --subtask_type {task}"
         )

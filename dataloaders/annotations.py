@@ -13,15 +13,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataloaders import DataError
+
 logger = logging.getLogger(__name__)
 
 MAX_REPORTED = 20  # problems spelled out; the rest is counted
 MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer text is a mistake
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
-
-
-class AnnotationError(Exception):
-    """An annotation file that cannot be used; the message lists the problems with their lines."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def read_annotations(path: str | Path) -> list[Query]:
     are a few in the public training files, but a warning lists them: no prediction can hit it.
 
     Raises:
-        AnnotationError: the file cannot be read, or lines are wrong: all problems, up to a limit,
+        DataError: the file cannot be read, or lines are wrong: all problems, up to a limit,
             as ``file:line: field: what: remedy``.
     """
     path = Path(path)
@@ -85,9 +83,9 @@ def read_annotations(path: str | Path) -> list[Query]:
             queries.append(query)
         problems += [f"{path}:{number}: {what}" for what in wrong]
     if problems:
-        raise AnnotationError(_shorten(problems))
+        raise DataError(_shorten(problems))
     if not queries:
-        raise AnnotationError(f"{path}: no annotations in it: one JSON object a line is expected")
+        raise DataError(f"{path}: no annotations in it: one JSON object a line is expected")
     if reversed_windows:
         count = len(reversed_windows)
         logger.warning(
@@ -115,11 +113,11 @@ def summary(queries: Sequence[Query]) -> str:
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         remedy = "see annotations/README.md for where it comes from"
-        raise AnnotationError(f"{path}: no such annotation file: {remedy}")
+        raise DataError(f"{path}: no such annotation file: {remedy}")
     try:
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _parse_line(line: bytes) -> tuple[Query | None, list[str]]:

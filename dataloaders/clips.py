@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders.video import VideoError, load_clip, look_at_clip
+from dataloaders import DataError
+from dataloaders.video import load_clip, look_at_clip
 
 MAX_LISTED = 20  # clips spelled out in a message; the rest is counted
 
@@ -33,7 +34,7 @@ class ClipSource(ABC):
         Cheap: no clip is opened.
 
         Raises:
-            VideoError: the source itself is not there or unusable.
+            DataError: the source itself is not there or unusable.
         """
 
     @abstractmethod
@@ -54,7 +55,7 @@ class ClipSource(ABC):
             generator: draws the training frames; None takes the evaluation frames.
 
         Raises:
-            VideoError: the clip is missing or cannot be used; the message names it.
+            DataError: the clip is missing or cannot be used; the message names it.
         """
 
     @abstractmethod
@@ -68,7 +69,7 @@ class ClipSource(ABC):
             The number of its frames, if that is known.
 
         Raises:
-            VideoError: the clip cannot be used, as far as can be seen.
+            DataError: the clip cannot be used, as far as can be seen.
         """
 
     @abstractmethod
@@ -76,13 +77,13 @@ class ClipSource(ABC):
         """One line: how many of ``total`` clips are missing, and the remedy."""
 
     def check(self, names: Sequence[str], size: int) -> None:
-        """Raises a VideoError that lists the clips which are not there, or do not fit ``size``.
+        """Raises a DataError that lists the clips which are not there, or do not fit ``size``.
 
         Cheap too: a folder's clips are only looked at when they are loaded.
         """
         missing = self.missing(names)
         if missing:
-            raise VideoError(f"{self.missing_message(missing, len(names))}:\n{listed(missing)}")
+            raise DataError(f"{self.missing_message(missing, len(names))}:\n{listed(missing)}")
 
 
 class VideoFolder(ClipSource):
@@ -96,7 +97,7 @@ class VideoFolder(ClipSource):
 
     def missing(self, names: Sequence[str]) -> list[str]:
         if not self.folder.is_dir():
-            raise VideoError(f"{self.folder}: no such video folder: set video_dir")
+            raise DataError(f"{self.folder}: no such video folder: set video_dir")
         present = {path.name for path in self.folder.iterdir()}  # one look, however many names
         return [name for name in names if self.path(name).name not in present]
 

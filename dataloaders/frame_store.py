@@ -23,13 +23,14 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from dataloaders import DataError
 from dataloaders.clips import ClipSource
+from dataloaders.ffmpeg import FfmpegError, read_packets
 from dataloaders.sampling import eval_indices, train_indices
-from dataloaders.video import VideoError, load_every_frame
-from utils.ffmpeg import FfmpegError, read_packets
+from dataloaders.video import load_every_frame
 
 FORMAT, VERSION = "propy frames", 1
-PACK = "make it with `.venv/bin/python scripts/pack_frames.py`"
+PACK = "make it with `.venv/bin/python -m scripts.data.pack_frames`"
 # Chroma at full resolution: with half of it quality 90 loses 2.5 dB more, and the same loss takes
 # more bytes (measured on real clips; README, "Frame store").
 SUBSAMPLING = 0
@@ -75,7 +76,7 @@ def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedCli
     """Decode a prepared clip, crop every frame to the model's square, and encode it as JPEG.
 
     Raises:
-        VideoError: the clip cannot be used.
+        DataError: the clip cannot be used.
     """
     stat = path.stat()
     frames = load_every_frame(path, size)
@@ -99,7 +100,7 @@ def frame_rate(path: Path) -> float:
     try:
         start, end = read_packets(path, limit=2).times[0]
     except (FfmpegError, IndexError) as error:
-        raise VideoError(f"{path}: its frame rate cannot be read ({error})") from error
+        raise DataError(f"{path}: its frame rate cannot be read ({error})") from error
     return float(1 / (end - start)) if end > start else float("nan")
 
 
@@ -166,14 +167,14 @@ class EncodedClips:
         """uint8 [B, N_f, 3, size, size], RGB, on the device.
 
         Raises:
-            VideoError: there is a JPEG which is none, or has another size.
+            DataError: there is a JPEG which is none, or has another size.
         """
         try:
             frames = decode_frames(self.jpegs.split(self.lengths), device)
         except RuntimeError as error:
-            raise VideoError(f"{self.label}: cannot be decoded ({error}): {PACK}") from error
+            raise DataError(f"{self.label}: cannot be decoded ({error}): {PACK}") from error
         if frames.shape[1:] != (3, self.size, self.size):
-            raise VideoError(f"{self.label}: frames of shape {list(frames.shape[1:])}: {PACK}")
+            raise DataError(f"{self.label}: frames of shape {list(frames.shape[1:])}: {PACK}")
         if len(frames) == self.positions.numel():  # none is sampled twice: no copy is needed
             return frames.unflatten(0, self.positions.shape)
         return frames[self.positions.to(device)]
@@ -219,7 +220,7 @@ class FrameStore(ClipSource):
             the loader does before it hands the batch out.
 
     Raises:
-        VideoError: no such file, no frame store, a damaged one, or one of another version.
+        DataError: no such file, no frame store, a damaged one, or one of another version.
     """
 
     def __init__(self, path: str | Path, decode_on: torch.device | None = None):
@@ -228,15 +229,15 @@ class FrameStore(ClipSource):
         if not self.path.is_file():
             unfinished = any(part.is_file() for part in _partial_paths(self.path))
             state = "is not finished" if unfinished else "no such frame store"
-            raise VideoError(f"{self.path}: {state}: {PACK}")
+            raise DataError(f"{self.path}: {state}: {PACK}")
         try:
             with h5py.File(self.path, "r", locking=False) as file:
                 self._read_index(file)
-        except VideoError:
+        except DataError:
             raise
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[-200:]
-            raise VideoError(
+            raise DataError(
                 f"{self.path}: no readable frame store ({reason}): remove it and {PACK}"
             ) from error
         self._identity = file_identity(self.path.stat())
@@ -244,7 +245,7 @@ class FrameStore(ClipSource):
     def _read_index(self, file: h5py.File) -> None:
         found = file.attrs.get("format"), int(file.attrs.get("version", 0))
         if found != (FORMAT, VERSION):
-            raise VideoError(
+            raise DataError(
                 f"{self.path}: format and version are {found}, but this program reads"
                 f" {(FORMAT, VERSION)}: {PACK}"
             )
@@ -268,7 +269,7 @@ class FrameStore(ClipSource):
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (
             f"{self.path}: {len(missing)} of {total} clips are missing from the frame store: add"
-            " them with `.venv/bin/python scripts/pack_frames.py`"
+            " them with `.venv/bin/python -m scripts.data.pack_frames`"
         )
 
     def label(self, name: str) -> str:
@@ -279,10 +280,10 @@ class FrameStore(ClipSource):
 
     def check(self, names: Sequence[str], size: int) -> None:
         if size != self.size:
-            raise VideoError(
+            raise DataError(
                 f"{self.path}: its frames are {self.size}×{self.size} pixels, but the model reads"
                 f" {size}×{size}: make another with"
-                f" `.venv/bin/python scripts/pack_frames.py --size {size}`"
+                f" `.venv/bin/python -m scripts.data.pack_frames --size {size}`"
             )
         super().check(names, size)
 
@@ -323,7 +324,7 @@ class FrameStore(ClipSource):
             frames: int64, ascending positions in the clip.
 
         Raises:
-            VideoError: the file is cut short, damaged, or was replaced since it was opened.
+            DataError: the file is cut short, damaged, or was replaced since it was opened.
         """
         row = self._row[name]
         in_clip = self._frames_of(row)
@@ -334,7 +335,7 @@ class FrameStore(ClipSource):
             frames, found, self._frame_crc32[in_clip][frames], strict=True
         ):
             if zlib.crc32(jpeg) != expected:
-                raise VideoError(
+                raise DataError(
                     f"{self.label(name)}: frame {frame} is damaged (its checksum differs): remove"
                     f" the file and {PACK}"
                 )
@@ -355,7 +356,7 @@ class FrameStore(ClipSource):
         """Reads everything, clip by clip: the name of each that is as it was packed.
 
         Raises:
-            VideoError: the first that is not.
+            DataError: the first that is not.
         """
         for name in self.names:
             self.jpegs(name, np.arange(self.num_frames(name)))
@@ -392,7 +393,7 @@ def read_ranges(
         identity: what `file_identity` said of the file.
 
     Raises:
-        VideoError: it cannot be read, or is another file by now.
+        DataError: it cannot be read, or is another file by now.
     """
     ends = starts + lengths
     groups = np.split(
@@ -402,7 +403,7 @@ def read_ranges(
     try:
         with path.open("rb", buffering=0) as file:
             if file_identity(os.fstat(file.fileno())) != identity:
-                raise VideoError(f"{path}: was replaced while it was in use: start again")
+                raise DataError(f"{path}: was replaced while it was in use: start again")
             for group in groups:
                 _announce(file, int(starts[group[0]]), int(ends[group[-1]] - starts[group[0]]))
             for group in groups:
@@ -410,7 +411,7 @@ def read_ranges(
                 data = os.pread(file.fileno(), int(ends[group[-1]]) - start, start)
                 found += [data[starts[i] - start : ends[i] - start] for i in group]
     except OSError as error:
-        raise VideoError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     return found
 
 
@@ -440,7 +441,7 @@ class FrameStoreWriter:
         clips: what is packed already, by name.
 
     Raises:
-        VideoError: what is there has another size or quality, or cannot be read; or another
+        DataError: what is there has another size or quality, or cannot be read; or another
             process is packing it.
     """
 
@@ -488,10 +489,10 @@ class FrameStoreWriter:
         """Give the complete store its name; nothing can be added any more.
 
         Raises:
-            VideoError: no clip was added.
+            DataError: no clip was added.
         """
         if not self.clips:
-            raise VideoError(f"{self.path}: not one clip to pack")
+            raise DataError(f"{self.path}: not one clip to pack")
         length = max(self._end - HEAD, HEAD)  # HDF5 does not align what is smaller
         head = self._data_path.with_name(self._data_path.name + ".head")
         try:
@@ -585,12 +586,12 @@ class FrameStoreWriter:
                 self.clips[clip.name], self._first_byte[clip.name] = clip, first_byte
                 self._end = max(self._end, first_byte + sum(clip.lengths))
         except (ValueError, KeyError, TypeError) as error:
-            raise VideoError(
+            raise DataError(
                 f"{self._journal_path}: cannot be gone on with ({error}): remove it and"
                 f" {self._data_path}"
             ) from error
         if self._data_path.stat().st_size < self._end:
-            raise VideoError(
+            raise DataError(
                 f"{self._data_path}: shorter than {self._journal_path} says: remove both"
             )
 
@@ -601,14 +602,14 @@ class FrameStoreWriter:
                 return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise VideoError(f"{self.path}: another process is packing it") from None
+                    raise DataError(f"{self.path}: another process is packing it") from None
                 time.sleep(0.05)
 
 
 def check_settings(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """Raises a VideoError if a store's size and quality are not those asked for."""
+    """Raises a DataError if a store's size and quality are not those asked for."""
     if found != wanted:
-        raise VideoError(
+        raise DataError(
             f"{path}: begun with --size {found[0]} --quality {found[1]}, not {wanted[0]} and"
             f" {wanted[1]}: give those, or another --frame_store, or remove it"
         )

@@ -1,6 +1,6 @@
 """Reads the sampled frames of one prepared clip with decord: uint8, cropped to the model's square.
 
-A clip gives the frames that were asked for or a VideoError. decord by itself repeats a neighbour
+A clip gives the frames that were asked for or a DataError. decord by itself repeats a neighbour
 where a frame does not come out, and miscounts where an edit list hides frames: both are caught.
 """
 
@@ -17,9 +17,10 @@ import decord
 import numpy as np
 import torch
 
-from dataloaders.container import ContainerError, Header, read_header
+from dataloaders import DataError
+from dataloaders.ffmpeg import FfmpegError, count_frames, decode_chosen
+from dataloaders.mp4 import ContainerError, Header, read_header
 from dataloaders.sampling import eval_indices, train_indices
-from utils.ffmpeg import FfmpegError, count_frames, decode_chosen
 
 DECODE_TIME_LIMIT = 60.0  # seconds for one clip; a prepared one takes a fraction of a second
 # decord raises when more than this share of the frames had to be replaced by neighbours: any at all
@@ -32,10 +33,6 @@ PREPARE = "remove it and prepare it again with `bash scripts/prepare.sh`"
 decord.logging.set_level(decord.logging.QUIET)  # broken files are reported here, once, by name
 
 T = TypeVar("T")
-
-
-class VideoError(Exception):
-    """A clip that cannot be used; the message names the file, what is wrong and the remedy."""
 
 
 def load_clip(
@@ -60,7 +57,7 @@ def load_clip(
         uint8 [N_f, 3, size, size], RGB.
 
     Raises:
-        VideoError: no such file, nothing that decodes, damage, another size than prepared, or the
+        DataError: no such file, nothing that decodes, damage, another size than prepared, or the
             decoder did not finish within DECODE_TIME_LIMIT.
     """
     path = Path(path).absolute()  # so that no name is taken for a protocol such as "concat:"
@@ -84,7 +81,7 @@ def look_at_clip(path: str | Path, size: int) -> int | None:
         Number of frames that its header lists; None for a file without an index.
 
     Raises:
-        VideoError: as `load_clip`, for everything but damage to the frames themselves.
+        DataError: as `load_clip`, for everything but damage to the frames themselves.
     """
     path = Path(path).absolute()
     header = _check_file(path)
@@ -92,7 +89,7 @@ def look_at_clip(path: str | Path, size: int) -> int | None:
         try:
             track = count_frames(path, DECODE_TIME_LIMIT, limit=1)
         except FfmpegError as error:
-            raise VideoError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
+            raise DataError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
         _check_size(path, track.height, track.width, size)
         return None
     if size not in (header.width, header.height):  # which is which depends on the rotation
@@ -104,7 +101,7 @@ def load_every_frame(path: str | Path, size: int) -> torch.Tensor:
     """All frames that `load_clip` samples from: uint8 [n, 3, size, size].
 
     Raises:
-        VideoError: as `load_clip`.
+        DataError: as `load_clip`.
     """
     path = Path(path).absolute()
     frames = _within_time_limit(path, lambda: _decode(path, size, np.arange, None))
@@ -156,23 +153,23 @@ def _check_file(path: Path) -> Header | None:
     try:
         if not path.is_file():
             remedy = "see video_dir and `bash scripts/prepare.sh`"
-            raise VideoError(f"{path}: no such video file: {remedy}")
+            raise DataError(f"{path}: no such video file: {remedy}")
         with path.open("rb") as file:
             start = file.read(8)
         header = read_header(path) if start[4:] == b"ftyp" else None
     except OSError as error:
-        raise VideoError(f"{path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ContainerError as error:
-        raise VideoError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
+        raise DataError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
     if start[4:] != b"ftyp" and start[:4] != b"\x1a\x45\xdf\xa3":
         what = "empty" if not start else "neither an MP4 nor a Matroska file"
-        raise VideoError(f"{path}: {what}: {PREPARE}")
+        raise DataError(f"{path}: {what}: {PREPARE}")
     return None if header is None or header.fragmented else header
 
 
 def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
     # A thread, because a signal does not interrupt decord's C++ code. One that hangs is left behind
-    # as a daemon: it cannot be stopped, and the VideoError is about to end the run.
+    # as a daemon: it cannot be stopped, and the DataError is about to end the run.
     result: list[T] = []
     errors: list[BaseException] = []
 
@@ -186,7 +183,7 @@ def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
     thread.start()
     thread.join(DECODE_TIME_LIMIT)
     if thread.is_alive():
-        raise VideoError(f"{path}: not decoded within {DECODE_TIME_LIMIT:g} seconds: {PREPARE}")
+        raise DataError(f"{path}: not decoded within {DECODE_TIME_LIMIT:g} seconds: {PREPARE}")
     if errors:
         _release(errors[0])
         raise errors[0]
@@ -222,10 +219,10 @@ def _decode(
                 generator.set_state(state)
             frames = _read_in_order(path, choose)
         return frames
-    except VideoError:
+    except DataError:
         raise
     except Exception as error:  # decord raises DECORDError, RuntimeError, StopIteration, …
-        raise VideoError(f"{path}: cannot be decoded ({_reason(error)}): {PREPARE}") from error
+        raise DataError(f"{path}: cannot be decoded ({_reason(error)}): {PREPARE}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -244,7 +241,7 @@ def _check_size(path: Path, height: int, width: int, size: int) -> None:
     if min(height, width) == size or squashed_portrait:
         return
     wanted = f"the short side has to be {size}"
-    raise VideoError(f"{path}: {width}×{height} pixels, but {wanted}: {PREPARE}")
+    raise DataError(f"{path}: {width}×{height} pixels, but {wanted}: {PREPARE}")
 
 
 def _read_by_index(
@@ -290,7 +287,7 @@ def _read_with_ffmpeg(path: Path, size: int, choose: Callable[[int], np.ndarray]
     """
     track = count_frames(path, DECODE_TIME_LIMIT)
     if track.said or not len(track.times):
-        raise VideoError(
+        raise DataError(
             f"{path}: cannot be decoded ({track.said or 'no frame comes out'}): {PREPARE}"
         )
     _check_size(path, track.height, track.width, size)

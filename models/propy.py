@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, WeightsError, build_clip, end_of_text
+from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, end_of_text
+from models.clip_weights import build_clip
+from modules import ModelError
 from modules.adapter import TemporalAdapter
 from modules.interaction import (
     event_key_counts,
@@ -50,7 +52,7 @@ class ProPy(nn.Module):
             again for the gradient: the same numbers, less memory, a third more work.
 
     Raises:
-        WeightsError: more text than visual layers.
+        ModelError: more text than visual layers.
         ValueError: a negative number.
     """
 
@@ -68,7 +70,7 @@ class ProPy(nn.Module):
         super().__init__()
         sizes = clip.sizes
         if sizes.text_layers > sizes.vision_layers:
-            raise WeightsError(
+            raise ModelError(
                 f"this CLIP has {sizes.text_layers} text layers, but only {sizes.vision_layers} "
                 "visual ones whose prompts they could take"
             )
@@ -247,10 +249,10 @@ def build_model(
     Args:
         clip_weights: OpenAI's file, a state dict's file, or a state dict.
         pyramid: a JSON file or its content (see ``PromptPyramid.from_config``).
-        trust_archive: see ``models.clip.read_weights``.
+        trust_archive: see ``models.clip_weights.read_weights``.
 
     Raises:
-        WeightsError, PyramidError: from the two files; ValueError: settings that do not fit them.
+        ModelError, ModelError: from the two files; ValueError: settings that do not fit them.
     """
     clip, pyramid = build_clip(clip_weights, trust_archive), PromptPyramid.from_config(pyramid)
     try:
@@ -264,6 +266,6 @@ def build_model(
             freeze_clip,
             checkpoint_activations,
         )
-    except WeightsError as error:
+    except ModelError as error:
         name = "the state dict" if isinstance(clip_weights, Mapping) else clip_weights
-        raise WeightsError(f"{name}: {error}") from None
+        raise ModelError(f"{name}: {error}") from None

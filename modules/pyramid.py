@@ -14,13 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modules import ModelError
+
 # Guards against typing errors: far beyond what fits in a GPU's memory.
 MAX_FRAMES = 4096
 MAX_EVENTS = 10_000
-
-
-class PyramidError(ValueError):
-    """A pyramid configuration that cannot be built; the message names the offending level."""
 
 
 class PromptPyramid:
@@ -38,16 +36,16 @@ class PromptPyramid:
         level_of_event: int64 [N_e], 1 (bottom) … K (top).
 
     Raises:
-        PyramidError: a window does not fit, a level's count is not whole, the top is not one event.
+        ModelError: a window does not fit, a level's count is not whole, the top is not one event.
     """
 
     def __init__(self, num_frames: int, levels: Sequence[tuple[int, int]]) -> None:
         if not _is_count(num_frames) or num_frames > MAX_FRAMES:
-            raise PyramidError(
+            raise ModelError(
                 f"Nf must be a whole number from 1 to {MAX_FRAMES}: {_show(num_frames)}"
             )
         if not levels:
-            raise PyramidError("the pyramid has no level: H needs at least one [window, stride]")
+            raise ModelError("the pyramid has no level: H needs at least one [window, stride]")
         self.num_frames = num_frames
         self.events_per_level: list[int] = []
         spans_bottom_up: list[list[tuple[int, int]]] = []
@@ -56,7 +54,7 @@ class PromptPyramid:
             window, stride = _window_and_stride(number, level)
             steps, rest = divmod(len(below) - window, stride)
             if steps < 0 or rest:
-                raise PyramidError(
+                raise ModelError(
                     f"level {number} [{window}, {stride}] does not fit the {len(below)} nodes "
                     f"below: ({len(below)} - {window}) / {stride} + 1 must be whole and positive"
                 )
@@ -65,9 +63,9 @@ class PromptPyramid:
             spans_bottom_up.append(below)
             self.events_per_level.append(len(below))
             if sum(self.events_per_level) > MAX_EVENTS:
-                raise PyramidError(f"level {number}: more than {MAX_EVENTS} events up to here")
+                raise ModelError(f"level {number}: more than {MAX_EVENTS} events up to here")
         if len(below) != 1:
-            raise PyramidError(
+            raise ModelError(
                 f"level {len(levels)} (the top) has {len(below)} events; it must be the whole video"
             )
         self.num_events = sum(self.events_per_level)
@@ -87,7 +85,7 @@ class PromptPyramid:
         apart (1, half overlap). The last entry is ignored: the top level is the whole video.
 
         Raises:
-            PyramidError: with the file's name, for anything that is not a pyramid.
+            ModelError: with the file's name, for anything that is not a pyramid.
         """
         if isinstance(config, Mapping):
             return cls._from_mapping(config)
@@ -95,21 +93,21 @@ class PromptPyramid:
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
-            raise PyramidError(f"{path}: cannot read the pyramid: {error.strerror}") from error
+            raise ModelError(f"{path}: cannot read the pyramid: {error.strerror}") from error
         except (ValueError, RecursionError) as error:  # the latter: brackets without end
-            raise PyramidError(f"{path}: not a JSON file: {error}") from error
+            raise ModelError(f"{path}: not a JSON file: {error}") from error
         try:
             return cls._from_mapping(content)
-        except PyramidError as error:
-            raise PyramidError(f"{path}: {error}") from None
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}") from None
 
     @classmethod
     def _from_mapping(cls, config: Mapping) -> PromptPyramid:
         if not isinstance(config, Mapping) or set(config) not in ({"Nf", "H"}, {"Nf", "offset"}):
-            raise PyramidError('a pyramid is {"Nf": …, "H": […]} or {"Nf": …, "offset": […]}')
+            raise ModelError('a pyramid is {"Nf": …, "H": […]} or {"Nf": …, "offset": […]}')
         num_frames, levels = config["Nf"], config.get("H", config.get("offset"))
         if not isinstance(levels, Sequence) or isinstance(levels, str):
-            raise PyramidError(f"H and offset are lists, one entry a level: {_show(levels)}")
+            raise ModelError(f"H and offset are lists, one entry a level: {_show(levels)}")
         if "offset" in config:
             levels = _levels_of_offsets(num_frames, levels)
         return cls(num_frames, levels)
@@ -164,7 +162,7 @@ def _is_count(value: object) -> bool:
 def _window_and_stride(number: int, level: object) -> tuple[int, int]:
     pair = isinstance(level, Sequence) and not isinstance(level, str) and len(level) == 2
     if not pair or not all(_is_count(value) for value in level):
-        raise PyramidError(
+        raise ModelError(
             f"level {number} must be [window, stride], whole numbers > 0: {_show(level)}"
         )
     return level[0], level[1]
@@ -173,17 +171,17 @@ def _window_and_stride(number: int, level: object) -> tuple[int, int]:
 def _levels_of_offsets(num_frames: object, offsets: Sequence) -> list[tuple[int, int]]:
     """(c, o) per level of the offset form, from the levels' segment lengths and strides."""
     if not _is_count(num_frames) or num_frames & (num_frames - 1):
-        raise PyramidError(f"the offset form needs Nf to be a power of two: {_show(num_frames)}")
+        raise ModelError(f"the offset form needs Nf to be a power of two: {_show(num_frames)}")
     depth = num_frames.bit_length() - 1
     if len(offsets) != depth or depth == 0:
-        raise PyramidError(
+        raise ModelError(
             f"the offset form needs one entry for each of log2(Nf) = {depth} levels, "
             f"and at least one: {len(offsets)} given"
         )
     levels, length, stride = [], 1, 1
     for number, offset in enumerate(offsets, start=1):
         if isinstance(offset, bool) or offset not in (0, 1):
-            raise PyramidError(f"level {number}: an offset is 0 or 1: {_show(offset)}")
+            raise ModelError(f"level {number}: an offset is 0 or 1: {_show(offset)}")
         next_length = 2**number
         # the top level is one segment, whose stride to a next one is never used
         top = number == depth
@@ -191,7 +189,7 @@ def _levels_of_offsets(num_frames: object, offsets: Sequence) -> list[tuple[int,
         window, rest = divmod(next_length - length, stride)
         step, odd = divmod(next_stride, stride)
         if rest or odd:
-            raise PyramidError(
+            raise ModelError(
                 f"level {number}: segments of {next_length} frames, {next_stride} apart, cannot be "
                 f"made of segments of {length} frames, {stride} apart"
             )

@@ -12,44 +12,40 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
-class TorchFileError(ValueError):
-    """Says what is wrong with a file, without its name."""
+from modules import ModelError
 
 
 def load_tensors(path: Path) -> object:
     """What ``torch.save`` wrote, onto the CPU: tensors, plain values and what torch was told of.
 
     Raises:
-        TorchFileError: it is damaged, holds anything else, or is no such file.
+        ModelError: it is damaged, holds anything else, or is no such file.
     """
     check_sums(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise TorchFileError(
+        raise ModelError(
             "it is no file of tensors and plain values, or holds more than these; nothing in it "
             "was executed"
         ) from error
     except OSError as error:
-        raise TorchFileError(f"it cannot be read: {error.strerror or error}") from error
+        raise ModelError(f"it cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch raises whatever its readers stumble over
-        raise TorchFileError(
-            "it is no file of tensors that torch can read, or was cut off"
-        ) from error
+        raise ModelError("it is no file of tensors that torch can read, or was cut off") from error
 
 
 def check_sums(path: Path) -> None:
-    """TorchFileError: the file is an archive of which a part has another checksum than its own."""
+    """ModelError: the file is an archive of which a part has another checksum than its own."""
     try:
         if not zipfile.is_zipfile(path):  # torch's format until version 1.5 has no checksums
             return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # whatever zipfile stumbles over
-        raise TorchFileError(f"it is a damaged archive: {_first_line(error)}") from error
+        raise ModelError(f"it is a damaged archive: {_first_line(error)}") from error
     if damaged:
-        raise TorchFileError(f"it is damaged: the checksum of {damaged} in it is wrong")
+        raise ModelError(f"it is damaged: the checksum of {damaged} in it is wrong")
 
 
 def is_plain(tensor: Tensor) -> bool:

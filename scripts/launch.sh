@@ -39,7 +39,7 @@ flags=(
   --lr "$lr" --seed "$seed"
   --npev "$npev" --max_event_per_text "$max_event_per_text"
 )
-# A frame store (scripts/pack_frames.py) takes the place of the video folder.
+# A frame store (scripts/data/pack_frames.py) takes the place of the video folder.
 if [ -n "${frame_store:-}" ]; then
   flags+=(--frame_store "$frame_store")
 else

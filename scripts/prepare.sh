@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Videos as downloaded -> 3 fps clips that the programs read, one <vid_name>.mp4 each.
-# The variables may be set from outside; further arguments go to scripts/prepare_videos.py (--help):
+# The variables may be set from outside; further arguments go to scripts/data/prepare_videos.py (--help):
 #   input_dir=~/Charades_v1 video_dir=data/charades/videos bash scripts/prepare.sh --workers 8
 # Relative paths count from the checkout, wherever you stand. Clips that are there are kept, damaged
 # ones are made again.
@@ -20,5 +20,5 @@ if [ -z "$input_dir" ] || [ -z "$video_dir" ]; then
 fi
 bash scripts/setup.sh
 # shellcheck disable=SC2086  # several annotation files are several words
-exec .venv/bin/python scripts/prepare_videos.py --inputs "$input_dir" --output_dir "$video_dir" \
+exec .venv/bin/python -m scripts.data.prepare_videos --inputs "$input_dir" --output_dir "$video_dir" \
   ${annotations:+--annotations $annotations} "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One page about a run: settings, results, curves, best and worst queries. Needs no network.
 
-    .venv/bin/python scripts/report.py logs/prvr_tvr
+    .venv/bin/python -m scripts.report logs/prvr_tvr
 
 The queries come from predictions.h5, which main.py --do_eval 1 --save_predictions 1 leaves in the
 run's folder; pictures of attention from the folder of main.py --do_plot 1.
@@ -21,36 +21,33 @@ from string import Template
 import h5py
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from dataloaders.annotations import AnnotationError, Query, read_annotations
-from dataloaders.preflight import left_numbers
-from utils import report_parts as parts
-from utils.attention_store import ATTENTION
-from utils.files import OutputError, whole_file, writing
-from utils.moment_report import MOMENT_COLUMNS, VIDEO_COLUMNS
-from utils.predictions import SAVED, MomentPredictions, PredictionsError, load_predictions
-from utils.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.report_queries import Thumbnails, best_and_worst, query_card
-from utils.run_log import (
+from dataloaders import DataError
+from dataloaders.annotations import Query, read_annotations
+from utils import OutputError, RunError
+from utils.evaluation.moment_tables import MOMENT_COLUMNS, VIDEO_COLUMNS
+from utils.evaluation.predictions import SAVED, MomentPredictions, load_predictions
+from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
+from utils.evaluation.tables import PRVR_COLUMNS
+from utils.files import read_records, whole_file, writing
+from utils.misc import is_number
+from utils.missing_videos import left_numbers, reduced_size
+from utils.pictures.attention_store import ATTENTION
+from utils.report import parts as parts
+from utils.report.queries import Thumbnails, best_and_worst, query_card
+from utils.report.run_log import (
     COUNTERS,
     TRAINING,
-    RunLogError,
     best_epoch,
     curve,
     curve_names,
     datatype,
-    is_number,
     label,
     read_args,
     read_epochs,
-    read_records,
-    reduced_size,
 )
-from utils.tables import PRVR_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPLATE = ROOT / "utils/report_template.html"
+TEMPLATE = ROOT / "utils/report/templates/report.html"
 PUBLISHED = ("published",)  # rows of the tables to set apart
 MOMENT_TABLES = {
     "VCMR": ("Moments among all videos (VCMR), in %", MOMENT_COLUMNS),
@@ -85,14 +82,12 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """RunLogError: not a folder of a run, or its files are damaged."""
+        """RunError: not a folder of a run, or its files are damaged."""
         epochs = read_epochs(folder) if (folder / "log.jsonl").is_file() else []
         evaluated = folder / "eval.jsonl"
         evaluations = read_records(evaluated) if evaluated.is_file() else []
         if not epochs and not evaluations:
-            raise RunLogError(
-                f"{folder}: neither log.jsonl nor eval.jsonl: not the folder of a run"
-            )
+            raise RunError(f"{folder}: neither log.jsonl nor eval.jsonl: not the folder of a run")
         return cls(folder, read_args(folder), epochs, evaluations)
 
     @property
@@ -103,7 +98,7 @@ class Run:
 
     @property
     def datatype(self) -> str:
-        """See `utils.run_log.datatype`."""
+        """See `utils.report.run_log.datatype`."""
         return datatype(self.args)
 
 
@@ -129,7 +124,7 @@ def result_rows(run: Run) -> dict[str, Rows]:
 def _rows(folder: Path, metrics: object) -> Rows:
     """The metrics of eval.jsonl; what is no finite number is a dash in the tables."""
     if not isinstance(metrics, dict) or not all(isinstance(row, dict) for row in metrics.values()):
-        raise RunLogError(f"{folder / 'eval.jsonl'}: its metrics are not rows of numbers")
+        raise RunError(f"{folder / 'eval.jsonl'}: its metrics are not rows of numbers")
     return {
         name: {key: value for key, value in row.items() if is_number(value)}
         for name, row in metrics.items()
@@ -169,7 +164,7 @@ def results_section(run: Run) -> str:
 
 
 def _row_name(name: str) -> str:
-    """What a row of `utils.moment_report` is called in the tables."""
+    """What a row of `utils.evaluation.moment_tables` is called in the tables."""
     return ROW_NAMES.get(name.partition("/")[2], name.partition("/")[2])
 
 
@@ -227,13 +222,13 @@ def attention_section(run: Run, folder: Path, limit: int) -> str:
 
 
 def drawn_queries(folder: Path) -> tuple[Path, list[str]]:
-    """Of a folder of pictures: the checkpoint, and the queries' folders. RunLogError: spoiled."""
+    """Of a folder of pictures: the checkpoint, and the queries' folders. RunError: spoiled."""
     path = folder / ATTENTION
     try:
         with h5py.File(path) as file:
             return Path(str(file.attrs["model"])), list(file)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise RunLogError(f"{path}: {error}: draw again with main.py --do_plot 1") from error
+        raise RunError(f"{path}: {error}: draw again with main.py --do_plot 1") from error
 
 
 def _overview(run: Run, folder: Path) -> str:
@@ -309,7 +304,7 @@ def build(
         run.notes.append(f"Thumbnails: no video folder {video_dir or ''} (--video_dir)")
     try:
         if annotations is None:
-            raise AnnotationError("no annotations: name them with --annotations")
+            raise DataError("no annotations: name them with --annotations")
         predictions = load_predictions(run.folder / SAVED)
         queries = read_annotations(annotations)
         present = predictions.present(queries)
@@ -318,7 +313,7 @@ def build(
             # An evaluation of this run says that it went without the others.
             queries, size = present, f", {reduced_size(left)}"
         sections |= queries_sections(predictions, queries, thumbnails, count, size)
-    except (PredictionsError, AnnotationError) as error:
+    except (RunError, DataError) as error:
         run.notes.append(f"Queries: {error}")
     run.notes += [f"Thumbnails: {message}" for message in thumbnails.failed.values()]
     if run.args:
@@ -371,9 +366,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def checked_plots(folder: Path | None) -> Path | None:
-    """RunLogError: the folder is not one of --do_plot 1."""
+    """RunError: the folder is not one of --do_plot 1."""
     if folder is not None and not (folder / ATTENTION).is_file():
-        raise RunLogError(f"{folder}: no {ATTENTION} in it: name the folder of main.py --do_plot 1")
+        raise RunError(f"{folder}: no {ATTENTION} in it: name the folder of main.py --do_plot 1")
     if folder is not None:
         drawn_queries(folder)
     return folder
@@ -386,7 +381,7 @@ def own_plots(run: Run) -> Path | None:
         return None
     try:
         model, _ = drawn_queries(folder)
-    except RunLogError as error:
+    except RunError as error:
         run.notes.append(f"Attention: {error}")
         return None
     beside = {(start / model.parent).resolve() for start in (Path.cwd(), ROOT)}
@@ -404,5 +399,5 @@ def _path(value: object) -> Path | None:
 if __name__ == "__main__":
     try:
         main()
-    except (RunLogError, OutputError) as error:
+    except (RunError, OutputError) as error:
         sys.exit(f"error: {error}")

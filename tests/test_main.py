@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_model import make_weights
 
-from utils.ffmpeg import write_video
+from dataloaders.ffmpeg import write_video
+from tests.golden_model import make_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128,) * 3}
@@ -173,7 +173,8 @@ def test_saved_predictions_give_the_logged_numbers(corpus, trained_vcmr, tmp_pat
     for name, value in metrics["VCMR"].items():
         assert logged[f"VCMR/{name}"] == value
     command = [
-        sys.executable, "-m", "utils.moment_metrics", "--annotations", str(corpus / "annos.jsonl"),
+        sys.executable, "-m", "scripts.score_predictions",
+        "--annotations", str(corpus / "annos.jsonl"),
         "--predictions", str(tmp_path / "predictions.h5"),
     ]  # fmt: skip
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -342,9 +343,10 @@ def test_scripts_find_the_checkout_behind_a_link(name: str, stubbed_scripts, tmp
     link = tmp_path / "bin/link"
     link.parent.mkdir()
     link.symlink_to(stubbed_scripts / f"{name}.sh")
-    called, *_ = words_of(link, input_dir="a", video_dir="b")
-    own = {"prepare": "scripts/prepare_videos.py", "demo": "scripts/demo.py"}
-    assert called == own.get(name, "main.py")
+    called, module, *_ = words_of(link, input_dir="a", video_dir="b")
+    own = {"prepare": "scripts.data.prepare_videos", "demo": "scripts.demo.run"}
+    assert called == ("-m" if name in own else "main.py")
+    assert name not in own or module == own[name]
 
 
 @pytest.mark.parametrize("folder", ["models", "modules", "dataloaders", "utils"])

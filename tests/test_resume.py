@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked_main import ForkedMain
-from golden_model import make_weights
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from utils.ffmpeg import write_video
+from dataloaders.ffmpeg import write_video
+from tests.forked_main import ForkedMain
+from tests.golden_model import make_weights
 from utils.files import locked_folder
 from utils.logger import MEASURED
 
@@ -134,7 +134,7 @@ def stands(output: Path) -> tuple[int, int]:
 
 SAY_WHEN_TRAINING_STARTS = """
 from pathlib import Path
-from utils.trainer import Trainer
+from utils.training.trainer import Trainer
 run = Trainer.run
 Trainer.run = lambda self: (Path("started").touch(), run(self))[1]
 """

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_model import make_weights
 
-from utils.ffmpeg import write_video
+from dataloaders.ffmpeg import write_video
+from tests.golden_model import make_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128,) * 3}

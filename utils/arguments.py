@@ -9,11 +9,11 @@ import argparse
 import math
 from pathlib import Path
 
-from utils.cores import usable_cores
-from utils.moment_metrics import WINDOW_RULES
-from utils.optim import MIN_LEARNING_RATE
-from utils.published import DATATYPES
-from utils.visualize import STYLES
+from utils.evaluation.moment_metrics import WINDOW_RULES
+from utils.evaluation.published import DATATYPES
+from utils.misc import usable_cores
+from utils.pictures.draw import STYLES
+from utils.training.optim import MIN_LEARNING_RATE
 
 ROOT = Path(__file__).resolve().parent.parent
 AUTO = Path("auto")  # --resume: the output folder's own checkpoint
@@ -72,8 +72,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--video_dir", type=Path,
         help="folder of <vid_name>.mp4, prepared by scripts/prepare.sh (3 fps, short side 224)")
     add("--frame_store", type=Path, metavar="FILE",
-        help="read the frames from this file, made of such a folder by scripts/pack_frames.py, "
-        "instead of --video_dir: faster, and the same frames up to JPEG's loss")
+        help="read the frames from this file, made of such a folder by "
+        "scripts/data/pack_frames.py, instead of --video_dir: faster, and the same frames up to "
+        "JPEG's loss")
     add("--gpu_decode", type=int, choices=[0, 1], default=0,
         help="1: the GPU decodes what --frame_store holds, instead of the processes that read it "
         "(default 0)")
@@ -183,7 +184,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "annotations, another pyramid, checkpoint or max_words is refused")
     add("--save_predictions", type=int, choices=[0, 1], default=0,
         help="--do_eval leaves the predicted moments in the output folder: predictions.h5, "
-        "for scripts/report.py and python -m utils.moment_metrics, and in TVR's and "
+        "for scripts/report.py and python -m scripts.score_predictions, and in TVR's and "
         "QVHighlights' submission formats (default 0)")
 
     add = parser.add_argument_group("plotting").add_argument

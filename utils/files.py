@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import json
 import logging
 import os
 import socket
@@ -14,15 +15,13 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from utils import OutputError, RunError
+
 PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 LOCK_NAME = ".lock"
 
 logger = logging.getLogger(__name__)
 _held_locks: set[int] = set()
-
-
-class OutputError(OSError):
-    """Something that cannot be written; names it, the reason and the remedy."""
 
 
 @contextlib.contextmanager
@@ -178,3 +177,33 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def read_records(path: Path) -> list[dict]:
+    """The lines of a .jsonl file, each an object.
+
+    Other lines are left out with a warning: one was torn off if the run was killed while it wrote
+    (the run that went on began a new line), and may be anything if the power failed.
+
+    Raises:
+        RunError: no such file.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such file: give the folder of a run, such as logs/prvr_tvr")
+    records, unreadable = [], []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            unreadable.append(str(number))
+    if unreadable:
+        first = ", ".join(unreadable[:10]) + (", …" if len(unreadable) > 10 else "")
+        logger.warning("%s: unreadable lines left out: %d (line %s)", path, len(unreadable), first)
+    return records

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.files import OutputError, append_line, writing
-from utils.run_log import read_records
+from utils import OutputError
+from utils.files import append_line, read_records, writing
 
 # Numbers of an epoch that differ from one time to the next.
 MEASURED = ("data_time", "step_time", "memory_gib")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
+from utils import RunError
 
 AUTOCAST_DTYPE = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 # The CPU's allocator and some CUDA libraries raise a plain RuntimeError.
@@ -69,13 +72,9 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class OutOfMemoryError(RuntimeError):
-    """Memory ran out; the message says which settings need less."""
-
-
 @contextlib.contextmanager
 def memory_advice(remedy: str) -> Iterator[None]:
-    """Running out of memory within raises OutOfMemoryError with the remedy."""
+    """Running out of memory within raises RunError with the remedy."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -83,7 +82,7 @@ def memory_advice(remedy: str) -> Iterator[None]:
         if not known and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OutOfMemoryError(f"out of memory: {remedy} ({reason})") from error
+        raise RunError(f"out of memory: {remedy} ({reason})") from error
 
 
 def git_revision() -> str:
@@ -109,3 +108,23 @@ def parameter_report(model: nn.Module, dead: set[str]) -> dict[str, int]:
         "trainable": sum(trained.values()),
         "reached_by_gradient": sum(n for name, n in trained.items() if name not in dead),
     }
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use; under Slurm or taskset fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):  # absent on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with its tensors on the device; names stay."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+        for key, value in batch.items()
+    }
+
+
+def is_number(value: object) -> bool:
+    """True for finite numbers, which True and False are not, of a size that can be drawn."""
+    return type(value) in (int, float) and -1e300 < value < 1e300

@@ -1,1 +1,1 @@
-"""Stages of scripts/benchmark.py, and what times them."""
+"""Stages of scripts/benchmark, and what times them."""

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time every stage of the program beside a plain reference that gives the same numbers.
 
-    .venv/bin/python scripts/benchmark.py encode_video train_step
-    .venv/bin/python scripts/benchmark.py all --device cuda --precision amp --json gpu.json
-    .venv/bin/python scripts/benchmark.py encode_video --frames 16 32 64 --plot cost.png
+    .venv/bin/python -m scripts.benchmark encode_video train_step
+    .venv/bin/python -m scripts.benchmark all --device cuda --precision amp --json gpu.json
+    .venv/bin/python -m scripts.benchmark encode_video --frames 16 32 64 --plot cost.png
 
 Weights are random and of the true size, inputs are drawn: nothing has to be downloaded. The two
 sides run in turns, A B A B …; the ratio of their minima is what other programs on the machine
@@ -20,9 +20,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from scripts.benchmarks import harness, loader, model, tails
+from scripts.benchmark import harness, loader, model, tails
 
 # Every stage by its name. A factory takes the options and returns a harness.Stage.
 STAGES: dict[str, harness.Factory] = {

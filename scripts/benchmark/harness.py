@@ -91,7 +91,7 @@ class MismatchError(RuntimeError):
 class Options:
     """What a stage may be told; every one reads what concerns it. None: the stage's own default."""
 
-    model: str = "b32"  # of the models in scripts/benchmarks/model.py
+    model: str = "b32"  # of the models in scripts/benchmark/model.py
     videos: int | None = None  # a batch
     texts: int | None = None  # a batch; of a training step: for each video
     frames: int = 32  # N_f, a power of two

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from dataloaders.clips import VideoFolder
+from dataloaders.ffmpeg import PREPARED_FPS, PREPARED_SHORT_SIDE, write_video
 from dataloaders.frame_store import DEFAULT_QUALITY, FrameStore, FrameStoreWriter, pack_clip
 from dataloaders.sampling import train_indices
 from dataloaders.video import center_crop
 from models.clip import IMAGE_MEAN, IMAGE_STD
-from scripts.benchmarks.harness import Options, Stage, largest_deviation
-from utils.ffmpeg import PREPARED_FPS, PREPARED_SHORT_SIDE, write_video
+from scripts.benchmark.harness import Options, Stage, largest_deviation
 
 SIZE, WIDTH = PREPARED_SHORT_SIDE, 398  # 16:9
 SHOT = 5.0  # seconds from cut to cut in rendered clips

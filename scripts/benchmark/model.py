@@ -1,27 +1,23 @@
-"""Stages of the model, against its plain definition in tests/plain_propy.py: encode_video,
+"""Stages of the model, against its plain definition in models/reference.py: encode_video,
 encode_text, train_step. Weights are random and of the true sizes.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models import ProPy
+from models import reference as plain_propy
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
-from scripts.benchmarks.harness import Options, Stage, largest_deviation, pyramid_of
-from utils.engine import train_step
+from scripts.benchmark.harness import Options, Stage, largest_deviation, pyramid_of
 from utils.misc import autocast
-from utils.optim import MIN_LEARNING_RATE, build_optimizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-import plain_propy
+from utils.training.engine import train_step
+from utils.training.optim import MIN_LEARNING_RATE, build_optimizer
 
 #                  D    D_v  L  patch G  D_t  L_t  W   words
 SIZES = {

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from dataloaders.annotations import Query, Video
-from scripts.benchmarks.harness import Options, Stage, pyramid_of
-from utils.engine import Embeddings, evaluate_prvr, evaluate_vcmr, predict_moments
-from utils.moment_metrics import RECALL_RANKS, THRESHOLDS
-from utils.published import SPLIT_SIZES
-from utils.retrieval_metrics import RECALL_RANKS as VIDEO_RECALL_RANKS
+from scripts.benchmark.harness import Options, Stage, pyramid_of
+from utils.evaluation.embed import Embeddings
+from utils.evaluation.evaluator import evaluate_prvr, evaluate_vcmr, predict_moments
+from utils.evaluation.moment_metrics import RECALL_RANKS, THRESHOLDS
+from utils.evaluation.published import SPLIT_SIZES
+from utils.evaluation.retrieval_metrics import RECALL_RANKS as VIDEO_RECALL_RANKS
 
 WIDTH = 512  # D
 QUERIES = 1024  # of a repetition; the reference's time grows with them, ours slightly less

@@ -1,6 +1,6 @@
 """Health report of a folder of prepared clips, against the annotations that need them.
 
-    .venv/bin/python scripts/check_videos.py --video_dir data/charades/videos \\
+    .venv/bin/python -m scripts.data.check_videos --video_dir data/charades/videos \\
         --annotations annotations/charades/*.jsonl
 
 Reads only the headers, unless --decode asks for every frame. A broken file costs a message, within
@@ -20,11 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
-from utils.cores import usable_cores
-from utils.ffmpeg import (
+from dataloaders import DataError
+from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.ffmpeg import (
     MAX_TIME_LIMIT,
     PREPARED_FPS,
     PREPARED_SHORT_SIDE,
@@ -34,6 +32,7 @@ from utils.ffmpeg import (
     kill_running,
     read_packets,
 )
+from utils.misc import usable_cores
 
 # What can be wrong with a video, in the order of the summary.
 PROBLEMS = ("missing", "unreadable", "size", "rate", "duration", "broken")
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         queries = [query for file in args.annotations for query in read_annotations(file)]
-    except AnnotationError as error:
+    except DataError as error:
         print(error, file=sys.stderr)
         return 2
     videos = corpus_videos(queries)

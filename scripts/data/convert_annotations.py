@@ -1,6 +1,6 @@
 """Turns the public annotation files of a data set into the lines the programs read.
 
-    .venv/bin/python scripts/convert_annotations.py activitynet ~/Downloads/captions
+    .venv/bin/python -m scripts.data.convert_annotations activitynet ~/Downloads/captions
 
 writes annotations/activitynet/{train,val}.jsonl. The files' names, sources, counts and checksums
 are in annotations/README.md. The order and the captions of the source are kept.
@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from dataloaders import DataError
+from dataloaders.annotations import corpus_videos, read_annotations
+from utils.evaluation.published import SPLIT_SIZES
 from utils.files import partial_file, publish
-from utils.published import SPLIT_SIZES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class ConversionError(Exception):
@@ -203,7 +202,7 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
     and the sha256 of `output`.
 
     Raises:
-        ConversionError, AnnotationError: the source is not what it should be.
+        ConversionError, DataError: the source is not what it should be.
     """
     counts = Counter(reversed=0, beyond=0)
     lines = []
@@ -221,7 +220,7 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
         part.write_bytes(content)
         try:
             queries = read_annotations(part)
-        except AnnotationError as error:
+        except DataError as error:
             raise ConversionError(f"{source}: {str(error).replace(str(part), 'line')}") from error
         publish(part, output)
     return {

@@ -1,6 +1,6 @@
 """Packs a folder of prepared clips into a frame store, one HDF5 file for main.py --frame_store.
 
-    .venv/bin/python scripts/pack_frames.py --video_dir data/tvr/videos \\
+    .venv/bin/python -m scripts.data.pack_frames --video_dir data/tvr/videos \\
         --frame_store data/tvr/frames.h5
 
 An interrupted run, however it ended, is continued by the next one. Later runs pack what was added
@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
+from dataloaders import DataError
+from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.ffmpeg import PREPARED_SHORT_SIDE
 from dataloaders.frame_store import (
     DEFAULT_QUALITY,
     FrameStore,
@@ -36,16 +36,15 @@ from dataloaders.frame_store import (
     check_settings,
     pack_clip,
 )
-from dataloaders.video import PREPARE, VideoError
-from utils.cores import usable_cores
-from utils.ffmpeg import PREPARED_SHORT_SIDE
+from dataloaders.video import PREPARE
+from utils.misc import usable_cores
 
 Packed = tuple[PackedClip, bytes]
 
 
 def pack_side_by_side(
     files: Sequence[tuple[str, Path]], size: int, quality: int, workers: int
-) -> Iterator[tuple[str, Packed | VideoError]]:
+) -> Iterator[tuple[str, Packed | DataError]]:
     """Packs clips in worker processes; name and result of each, in the order given.
 
     A clip that ends its process, as a decoder may on a damaged file, costs only itself.
@@ -72,19 +71,19 @@ def pack_side_by_side(
             yield name, _pack_alone(name, path, size, quality)
 
 
-def _pack(name: str, path: Path, size: int, quality: int) -> Packed | VideoError:
+def _pack(name: str, path: Path, size: int, quality: int) -> Packed | DataError:
     try:
         return pack_clip(name, path, size, quality)
-    except VideoError as error:
+    except DataError as error:
         return error
 
 
-def _pack_alone(name: str, path: Path, size: int, quality: int) -> Packed | VideoError:
+def _pack_alone(name: str, path: Path, size: int, quality: int) -> Packed | DataError:
     with _pool(1) as pool:
         try:
             return pool.submit(_pack, name, path, size, quality).result()
         except BrokenProcessPool:
-            return VideoError(f"{path}: its decoder crashed: {PREPARE}")
+            return DataError(f"{path}: its decoder crashed: {PREPARE}")
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -108,8 +107,8 @@ def find_clips(
     """The clips to pack, name and file, and the names of those that are needed but not there.
 
     Raises:
-        AnnotationError: an annotation file cannot be used.
-        VideoError: the folder has no clips at all.
+        DataError: an annotation file cannot be used.
+        DataError: the folder has no clips at all.
     """
     if annotations:
         queries = [query for file in annotations for query in read_annotations(file)]
@@ -117,7 +116,7 @@ def find_clips(
     else:
         names = sorted(path.stem for path in video_dir.glob("*.mp4"))
     if not any(video_dir.glob("*.mp4")):
-        raise VideoError(
+        raise DataError(
             f"{video_dir}: no .mp4 file in it: make them with `bash scripts/prepare.sh`"
         )
     files = [(name, video_dir / f"{name}.mp4") for name in names]
@@ -134,7 +133,7 @@ def pack(
     """Pack what is not packed yet, under a progress bar; returns the failures, a message each.
 
     Raises:
-        VideoError: the store, or what there is of it, cannot be gone on with.
+        DataError: the store, or what there is of it, cannot be gone on with.
     """
     if store.is_file():
         finished = FrameStore(store)
@@ -149,7 +148,7 @@ def pack(
         results = pack_side_by_side(todo, size, quality, workers)
         with contextlib.closing(results):
             for _, result in tqdm(results, total=len(todo), unit="clip", dynamic_ncols=True):
-                if isinstance(result, VideoError):
+                if isinstance(result, DataError):
                     failures.append(str(result))
                 else:
                     writer.add(*result)
@@ -220,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
             failures = pack(args.frame_store, files, args.size, args.quality, args.workers)
         if args.frame_store.is_file():
             summarise(FrameStore(args.frame_store))
-    except (AnnotationError, VideoError, OSError) as error:
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,6 @@
 """Turns one downloaded video, or a folder of frames, into one verified clip of the prepared format.
 
-scripts/prepare_videos.py does so for whole data sets. The clip keeps the file's own clock: frame k
+scripts/data/prepare_videos.py does so for whole data sets. The clip keeps the file's clock: frame k
 shows what a player shows in the third of a second after k/3 s.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from utils.ffmpeg import (
+from dataloaders.ffmpeg import (
     DEFAULT_TIME_LIMIT,
     H264_ARGUMENTS,
     PREPARED_FPS,

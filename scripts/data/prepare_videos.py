@@ -21,14 +21,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataloaders.annotations import AnnotationError, corpus_videos, read_annotations
-from dataloaders.container import ContainerError, read_header
-from utils.cores import usable_cores
-from utils.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
-from utils.files import PARTIAL_PREFIX, OutputError, whole_file
-from utils.prepare import FRAME_SUFFIXES, WARN_BELOW, PrepareError, Settings, prepare
+from dataloaders import DataError
+from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
+from dataloaders.mp4 import ContainerError, read_header
+from scripts.data.prepare import FRAME_SUFFIXES, WARN_BELOW, PrepareError, Settings, prepare
+from utils import OutputError
+from utils.files import PARTIAL_PREFIX, whole_file
+from utils.misc import usable_cores
 
 REPORT_NAME = "prepare_report.jsonl"
 # What lies beside videos. Anything else is tried, as no list of video suffixes is complete.
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
         inputs, ignored = find_inputs(args.inputs, skip=args.output_dir)
         report = args.output_dir / REPORT_NAME
         earlier = read_report(report)
-    except (AnnotationError, OSError) as error:
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     interrupted = written = False

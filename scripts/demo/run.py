@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from dataloaders.annotations import Query, corpus_videos, read_annotations
 from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
 from dataloaders.frame_store import FrameStore
 from dataloaders.sampling import eval_indices
-from dataloaders.synthetic import (
+from dataloaders.tokenizer import tokenize
+from models import build_model
+from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
+from scripts.demo.world import (
     Clip,
     draw_clips,
     draw_pictures,
@@ -38,18 +39,15 @@ from dataloaders.synthetic import (
     write_annotations,
     write_clips,
 )
-from dataloaders.tokenizer import tokenize
-from models import build_model
-from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
-from modules.similarity import best_event_scores
-from utils.checkpoint import load_checkpoint
-from utils.cores import usable_cores
-from utils.engine import embed_corpus
-from utils.optim import learning_rate, set_learning_rate
-from utils.retrieval_metrics import retrieval_metrics
-from utils.tables import PRVR_COLUMNS, metrics_table
+from utils.evaluation.embed import embed_corpus
+from utils.evaluation.ranking import best_event_scores
+from utils.evaluation.retrieval_metrics import retrieval_metrics
+from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
+from utils.misc import usable_cores
+from utils.training.checkpoint import load_checkpoint
+from utils.training.optim import learning_rate, set_learning_rate
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64  # pixels, of videos and of the CLIP
 CLIP_SIZES = CLIPSizes(
     embed_dim=64,
@@ -123,7 +121,7 @@ def make_corpus(folder: Path, args: argparse.Namespace) -> None:
         for _ in tqdm(written, desc=f"[1/4] {split} videos", total=count, unit="video"):
             pass
     store = {"video_dir": folder / "videos", "frame_store": folder / "frames.h5", "size": SIZE}
-    run_program("scripts/pack_frames.py", flags(store))
+    run_program("scripts.data.pack_frames", flags(store))
 
 
 def make_clip(path: Path, seed: int) -> None:
@@ -218,19 +216,19 @@ def run_main(folder: Path, run: Path, args: argparse.Namespace) -> None:
         "plot_limit": 3,
         "plot_dir": PICTURE_FOLDER,
     }
-    run_program("main.py", flags(common | training))
-    run_program("main.py", flags(common | evaluation))
+    run_program("main", flags(common | training))
+    run_program("main", flags(common | evaluation))
     report = {"plots": PICTURE_FOLDER, "queries": 3, "video_dir": folder / "videos"}
-    run_program("scripts/report.py", [str(run), *flags(report)])
+    run_program("scripts.report", [str(run), *flags(report)])
 
 
 def flags(values: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def run_program(script: str, arguments: list[str]) -> None:
+def run_program(module: str, arguments: list[str]) -> None:
     """One of the project's programs, in a process of its own; stops here if it fails."""
-    subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
+    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
 
 
 @torch.inference_mode()

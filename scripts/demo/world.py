@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.ffmpeg import PREPARED_FPS, write_video
+from dataloaders.ffmpeg import PREPARED_FPS, write_video
 
 COLOURS = {
     "red": (225, 40, 40),

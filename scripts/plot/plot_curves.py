@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Loss, learning rate and every metric by epoch, of one or several runs over each other.
 
-.venv/bin/python scripts/plot/plot_curves.py logs/prvr_tvr
-.venv/bin/python scripts/plot/plot_curves.py logs/a logs/b --select loss 'VCMR/0.5*' --output ab.pdf
+.venv/bin/python -m scripts.plot.plot_curves logs/prvr_tvr
+.venv/bin/python -m scripts.plot.plot_curves logs/a logs/b --select loss 'VCMR/0.5*' --output ab.pdf
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from utils.files import OutputError, whole_file, writing
-from utils.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.run_log import (
-    RunLogError,
+from utils import OutputError, RunError
+from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
+from utils.files import whole_file, writing
+from utils.missing_videos import reduced_size
+from utils.report.run_log import (
     best_epoch,
     curve,
     curve_names,
@@ -34,7 +33,6 @@ from utils.run_log import (
     label,
     read_args,
     read_epochs,
-    reduced_size,
 )
 
 # Okabe and Ito's colours without yellow; with the line styles no two of 28 runs look the same.
@@ -154,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = list(dict.fromkeys(name for epochs in runs.values() for name in curve_names(epochs)))
     names = choose_names(found, args.select)
     if not names:
-        raise RunLogError(f"nothing fits {' '.join(args.select)}; there is: {', '.join(found)}")
+        raise RunError(f"nothing fits {' '.join(args.select)}; there is: {', '.join(found)}")
     datatypes = {datatype(read_args(folder)) for folder in args.folders}
     figure = plot_curves(runs, names, published_values(datatypes))
     output = args.output or args.folders[0] / "curves.png"
@@ -168,5 +166,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (RunLogError, OutputError) as error:
+    except (RunError, OutputError) as error:
         sys.exit(f"error: {error}")

@@ -10,13 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataloaders.annotations import (
-    AnnotationError,
-    Query,
-    Video,
-    corpus_videos,
-    read_annotations,
-)
+from dataloaders import DataError
+from dataloaders.annotations import Query, Video, corpus_videos, read_annotations
 
 GOOD = {"vid_name": "v1", "desc_id": "q1", "desc": "a dog runs", "duration": 30.5, "ts": [1, 2.5]}
 
@@ -35,7 +30,7 @@ def write(tmp_path, *lines: str | bytes):
 
 
 def problems(path) -> list[str]:
-    with pytest.raises(AnnotationError) as raised:
+    with pytest.raises(DataError) as raised:
         read_annotations(path)
     return str(raised.value).splitlines()
 
@@ -225,7 +220,7 @@ def test_any_json_is_a_query_or_named_problems(tmp_path_factory, record):
     path = write(tmp_path_factory.getbasetemp(), json.dumps({**GOOD, **record}))
     try:
         (query,) = read_annotations(path)
-    except AnnotationError as error:
+    except DataError as error:
         assert all(text.startswith(f"{path}:1: ") for text in str(error).splitlines())
     else:
         assert 0 < query.duration < float("inf")
@@ -272,7 +267,7 @@ def test_any_bytes_are_queries_or_named_problems(tmp_path_factory, content):
     path = write(tmp_path_factory.getbasetemp(), content)
     try:
         assert read_annotations(path)
-    except AnnotationError as error:
+    except DataError as error:
         assert all(text.startswith(f"{path}") for text in str(error).splitlines())
 
 

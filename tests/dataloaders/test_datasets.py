@@ -12,18 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import clips, datasets, video
+from dataloaders import DataError, clips, datasets, video
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import (
-    evaluation_text_batches,
-    evaluation_video_loader,
-    training_loader,
-)
+from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader, training_loader
+from dataloaders.ffmpeg import write_video
 from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
-from dataloaders.video import VideoError, load_clip
-from utils.ffmpeg import write_video
+from dataloaders.video import load_clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -214,15 +210,15 @@ def test_evaluation_texts_come_all_and_sorted_by_length():
 
 def test_missing_files_are_listed_before_anything_is_read(video_dir):
     videos = [Video("v0", 1.0), *(Video(f"gone{i}", 1.0) for i in range(25))]
-    with pytest.raises(VideoError) as raised:
+    with pytest.raises(DataError) as raised:
         make_evaluation_loader(video_dir, videos)
     first, *listed = str(raised.value).splitlines()
     assert first.startswith(f"{video_dir}: 25 of 26 video files are missing: ")
     assert "bash scripts/prepare.sh" in first
     assert listed == [*(f"gone{i}" for i in range(20)), "and 5 more"]
-    with pytest.raises(VideoError, match="1 of 1 video files are missing"):
+    with pytest.raises(DataError, match="1 of 1 video files are missing"):
         make_training_loader(video_dir, [Query("q", "text", "gone", 1.0, None)], batch_size=1)
-    with pytest.raises(VideoError, match="no such video folder"):
+    with pytest.raises(DataError, match="no such video folder"):
         make_evaluation_loader(video_dir / "gone", videos)
 
 
@@ -236,7 +232,7 @@ def test_a_broken_clip_is_named_without_a_traceback(video_dir, tmp_path, num_wor
         make_training_loader(tmp_path, num_workers=num_workers, batch_size=11),
         make_evaluation_loader(tmp_path, corpus_videos(make_queries()), num_workers=num_workers),
     ):
-        with pytest.raises(VideoError) as raised:
+        with pytest.raises(DataError) as raised:
             list(loader)
         assert str(raised.value).startswith(f"{tmp_path}/v6.mp4: cannot be decoded")
         assert "Traceback" not in str(raised.value)
@@ -268,7 +264,7 @@ def test_a_clip_that_hangs_in_a_worker_is_named(video_dir, monkeypatch):
     monkeypatch.setattr(video, "_decode", hang_on_v5)  # the workers are forked with it
     monkeypatch.setattr(video, "DECODE_TIME_LIMIT", 3)
     loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=2)
-    with pytest.raises(VideoError, match=r"v5\.mp4: not decoded within"):
+    with pytest.raises(DataError, match=r"v5\.mp4: not decoded within"):
         list(loader)
 
 
@@ -280,7 +276,7 @@ def test_a_worker_that_dies_names_the_files_in_hand(video_dir, monkeypatch):
 
     monkeypatch.setattr(clips, "load_clip", die_on_v5)
     loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=2)
-    with pytest.raises(VideoError) as raised:
+    with pytest.raises(DataError) as raised:
         list(loader)
     assert "worker died" in str(raised.value)
     assert str(video_dir / "v5.mp4") in str(raised.value)
@@ -298,7 +294,7 @@ def test_a_worker_that_hangs_names_the_files_in_hand(video_dir, monkeypatch):
     monkeypatch.setattr(datasets, "WORKER_TIME_LIMIT", 2)
     loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=1)
     try:
-        with pytest.raises(VideoError, match=r"a loader worker hangs: .*v5\.mp4"):
+        with pytest.raises(DataError, match=r"a loader worker hangs: .*v5\.mp4"):
             list(loader)
     finally:
         for worker in multiprocessing.active_children():

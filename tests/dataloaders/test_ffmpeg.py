@@ -12,8 +12,8 @@ import decord
 import numpy as np
 import pytest
 
-from utils import ffmpeg
-from utils.ffmpeg import (
+from dataloaders import ffmpeg
+from dataloaders.ffmpeg import (
     Completed,
     FfmpegError,
     decode_frames,

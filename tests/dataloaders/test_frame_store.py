@@ -13,12 +13,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny_run import make_run
 
-from dataloaders import frame_store
+from dataloaders import DataError, frame_store
 from dataloaders.annotations import Query, Video
 from dataloaders.clips import VideoFolder
 from dataloaders.datasets import evaluation_video_loader, training_loader
+from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import (
     FrameStore,
     FrameStoreWriter,
@@ -26,10 +26,10 @@ from dataloaders.frame_store import (
     pack_clip,
     psnr,
 )
-from dataloaders.video import VideoError, load_every_frame
-from scripts import pack_frames
+from dataloaders.video import load_every_frame
+from scripts.data import pack_frames
+from tests.tiny_run import make_run
 from utils.arguments import parse_args
-from utils.ffmpeg import write_video
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -239,7 +239,7 @@ def test_a_store_is_added_to_and_changed_clips_are_packed_anew(video_dir, tmp_pa
     assert path.stat().st_size < size + 10_000
     with FrameStoreWriter(path, SIZE, 90) as writer:
         assert writer.clips["few"].same_source(folder / "few.mp4")
-    with pytest.raises(VideoError, match="is not finished"):
+    with pytest.raises(DataError, match="is not finished"):
         FrameStore(path)
     assert pack_frames.main([*flags, "--workers", "1"]) == 0
     assert same_clips(FrameStore(path), store)
@@ -401,27 +401,27 @@ def test_a_clip_that_crashes_its_decoder_costs_only_itself(video_dir, monkeypatc
 def test_what_does_not_fit_is_refused(store, video_dir, tmp_path, monkeypatch):
     videos = [Video(name, 1.0) for name in ("one", "gone")]
     loader = {"num_frames": 8, "batch_size": 2, "num_workers": 0, "pin_memory": False}
-    with pytest.raises(VideoError) as raised:
+    with pytest.raises(DataError) as raised:
         evaluation_video_loader(videos, store, size=SIZE, **loader)
     first, *listed = str(raised.value).splitlines()
     assert first.startswith(f"{store.path}: 1 of 2 clips are missing from the frame store")
-    assert "scripts/pack_frames.py" in first
+    assert "scripts/data/pack_frames.py" in first
     assert listed == ["gone"]
-    with pytest.raises(VideoError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
+    with pytest.raises(DataError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
         evaluation_video_loader(videos[:1], store, size=224, **loader)
-    with pytest.raises(VideoError, match="no such frame store"):
+    with pytest.raises(DataError, match="no such frame store"):
         FrameStore(tmp_path / "no.h5")
     for size, quality in [(SIZE, 80), (32, 90)]:
-        with pytest.raises(VideoError, match="begun with --size 64 --quality 90"):
+        with pytest.raises(DataError, match="begun with --size 64 --quality 90"):
             FrameStoreWriter(store.path, size, quality)
     FrameStore(store.path)  # nothing happened to it
     path = tmp_path / "f.h5"
     with FrameStoreWriter(path, SIZE, 90) as writer:
         writer.add(*pack_clip("one", video_dir / "one.mp4", SIZE, 90))
         monkeypatch.setattr(frame_store, "LOCK_PATIENCE", 0)
-        with pytest.raises(VideoError, match="another process is packing it"):
+        with pytest.raises(DataError, match="another process is packing it"):
             FrameStoreWriter(path, SIZE, 90)
-    with pytest.raises(VideoError, match="begun with"):
+    with pytest.raises(DataError, match="begun with"):
         FrameStoreWriter(path, SIZE, 91)
 
 
@@ -430,16 +430,16 @@ def test_what_is_no_store_is_refused(store, tmp_path):
     data = store.path.read_bytes()
     for content in (b"", b"not HDF5" * 100, data[: len(data) // 2], data[:-1], data[:100]):
         path.write_bytes(content)
-        with pytest.raises(VideoError, match=r"f\.h5: no readable frame store"):
+        with pytest.raises(DataError, match=r"f\.h5: no readable frame store"):
             FrameStore(path)
     with h5py.File(path, "w") as file:
         file["predictions"] = [1]
-    with pytest.raises(VideoError, match=r"f\.h5: format and version are \(None, 0\)"):
+    with pytest.raises(DataError, match=r"f\.h5: format and version are \(None, 0\)"):
         FrameStore(path)
     path.write_bytes(data)
     with h5py.File(path, "r+") as file:
         file.attrs["version"] = 2
-    with pytest.raises(VideoError, match=r"'propy frames', 2\), but this program reads"):
+    with pytest.raises(DataError, match=r"'propy frames', 2\), but this program reads"):
         FrameStore(path)
 
 
@@ -452,13 +452,13 @@ def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
     path.write_bytes(data)
     damaged = FrameStore(path)
     message = r"f\.h5: clip 'long': frame 150 is damaged"
-    with pytest.raises(VideoError, match=message):
+    with pytest.raises(DataError, match=message):
         list(damaged.verify())
     loader = evaluation_video_loader(
         [Video(name, 1.0) for name in LENGTHS], damaged, num_frames=200, size=SIZE, batch_size=2,
         num_workers=num_workers, pin_memory=False,
     )  # fmt: skip
-    with pytest.raises(VideoError, match=message) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         list(loader)
     assert "Traceback" not in str(raised.value)
     assert damaged.load("few", 5, SIZE).shape == (5, 3, SIZE, SIZE)
@@ -470,10 +470,10 @@ def test_a_file_that_is_replaced_or_cut_short_in_use_is_named(store, tmp_path):
     opened = FrameStore(path)
     opened.load("few", 5, SIZE)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(VideoError, match=r"f\.h5: was replaced while it was in use"):
+    with pytest.raises(DataError, match=r"f\.h5: was replaced while it was in use"):
         opened.load("few", 5, SIZE)
     path.unlink()
-    with pytest.raises(VideoError, match=r"f\.h5: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"f\.h5: cannot be read: No such file"):
         opened.load("few", 5, SIZE)
 
 
@@ -516,5 +516,5 @@ def test_main_wants_one_place_of_clips_that_has_them_all(tmp_path_factory, store
     assert done.returncode != 0
     assert "4 videos are missing" in done.stderr
     assert f"{store.path}: clip 'clip 0': missing" in done.stderr
-    assert "scripts/pack_frames.py" in done.stderr
+    assert "scripts/data/pack_frames.py" in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import TinyRun, make_run
 
-from dataloaders import video
+from dataloaders import DataError, video
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import VideoFolder
 from dataloaders.datasets import evaluation_video_loader, training_loader
-from dataloaders.preflight import LeftOut, find_unusable
-from dataloaders.video import VideoError
-from scripts import mutations, report
-from utils import moment_metrics
-from utils.ffmpeg import run_ffmpeg, write_video
+from dataloaders.ffmpeg import run_ffmpeg, write_video
+from dataloaders.preflight import find_unusable
+from scripts import report
+from tests.fuzz import mutations
+from tests.tiny_run import TinyRun, make_run
+from utils.evaluation import moment_metrics
+from utils.missing_videos import LeftOut
 
 SIZE, FRAMES = 64, 4
 
@@ -66,7 +67,7 @@ def test_a_first_look_finds_what_headers_show(tmp_path, clip):
     assert all(str(tmp_path / f"{name}.mp4") in reason for name, reason in unusable.items())
     assert "80×32 pixels" in unusable["small"]
     assert set(look(tmp_path, *names, open_files=False)[0]) == {"gone"}
-    with pytest.raises(VideoError, match="no such video folder"):
+    with pytest.raises(DataError, match="no such video folder"):
         look(tmp_path / "nowhere", "good")
 
 
@@ -88,7 +89,7 @@ def test_what_a_first_look_refuses_does_not_load(tmp_path, clip):
         counts["v" in unusable] += 1
         try:
             video.load_clip(tmp_path / "v.mp4", FRAMES, SIZE)
-        except VideoError:
+        except DataError:
             continue
         assert not unusable, (seed, unusable)
     assert min(counts.values()) > 20
@@ -116,7 +117,7 @@ def test_nasty_files_in_place_of_videos(shared_data, tmp_path, monkeypatch):
     kept = corpus_videos(left_out.kept("val", queries))
     assert [rest[i] for i in read] == kept
     for name in unusable:
-        with pytest.raises(VideoError):
+        with pytest.raises(DataError):
             video.load_clip(tmp_path / f"{name}.mp4", FRAMES, SIZE)
 
 
@@ -193,7 +194,7 @@ def test_a_batch_of_broken_videos_only_is_an_error(folder):
         queries, VideoFolder(folder), num_frames=FRAMES, size=SIZE, max_words=8, batch_size=2,
         seed=1, num_workers=0, pin_memory=False, leave_out=lambda *_: None,
     )  # fmt: skip
-    with pytest.raises(VideoError, match="no clip of a training batch"):
+    with pytest.raises(DataError, match="no clip of a training batch"):
         list(loader)
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import video
+from dataloaders import DataError, video
+from dataloaders.ffmpeg import ffmpeg_program, write_video
 from dataloaders.sampling import eval_indices, train_indices
-from dataloaders.video import VideoError, center_crop, load_clip
-from utils.ffmpeg import ffmpeg_program, write_video
+from dataloaders.video import center_crop, load_clip
 
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
@@ -174,7 +174,7 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     load_clip(path, 8, 64)
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(VideoError) as raised:
+    with pytest.raises(DataError) as raised:
         load_clip(path, 8, 64)
     assert str(raised.value).startswith(f"{path}: cannot be decoded (")
     assert "bash scripts/prepare.sh" in str(raised.value)
@@ -201,7 +201,7 @@ def test_only_prepared_sizes_are_read(tmp_path, height, width, right):
         black = (clip == 0).float().mean().item()
         assert black == pytest.approx(1 - min(height, 64) / 64)
         return
-    with pytest.raises(VideoError) as raised:
+    with pytest.raises(DataError) as raised:
         load_clip(path, 4, 64)
     message = str(raised.value)
     assert message.startswith(f"{path}: {width}×{height} pixels, ")
@@ -223,7 +223,7 @@ def test_what_is_no_video_is_refused(tmp_path, golden, content):
     shutil.copy(golden / "short.mp4", tmp_path / "other.mp4")
     path = tmp_path / "v.mp4"
     path.write_bytes(content)
-    with pytest.raises(VideoError) as raised:
+    with pytest.raises(DataError) as raised:
         load_clip(path, 8, 64)
     assert str(raised.value).startswith(f"{path}: ")
 
@@ -234,7 +234,7 @@ def test_an_edit_list_that_hides_everything_is_refused(tmp_path):
     start = data.index(b"elst") + 16  # of the one entry, 4 bytes
     data[start : start + 4] = (2**30).to_bytes(4, "big")
     path.write_bytes(data)
-    with pytest.raises(VideoError, match="hides every frame"):
+    with pytest.raises(DataError, match="hides every frame"):
         load_clip(path, 8, 64)
 
 
@@ -246,7 +246,7 @@ def test_a_refused_file_leaves_no_reader_behind(tmp_path, golden):
     gc.collect()
     gc.disable()
     try:
-        with pytest.raises(VideoError, match="cannot be decoded"):
+        with pytest.raises(DataError, match="cannot be decoded"):
             load_clip(tmp_path / "v.mp4", 8, 64)
         assert not [o for o in gc.get_objects() if type(o) is video.decord.VideoReader]
     finally:
@@ -255,7 +255,7 @@ def test_a_refused_file_leaves_no_reader_behind(tmp_path, golden):
 
 def test_no_file_is_refused(tmp_path):
     for path in (tmp_path / "no.mp4", tmp_path):
-        with pytest.raises(VideoError, match="no such video file") as raised:
+        with pytest.raises(DataError, match="no such video file") as raised:
             load_clip(path, 8, 64)
         assert str(path) in str(raised.value)
 
@@ -271,7 +271,7 @@ def test_a_decoder_that_hangs_is_given_up(golden, monkeypatch):
     monkeypatch.setattr(video, "DECODE_TIME_LIMIT", 0.2)
     monkeypatch.setattr(video.decord, "VideoReader", lambda *args, **kwargs: time.sleep(5))
     start = time.monotonic()
-    with pytest.raises(VideoError, match=r"short\.mp4: not decoded within"):
+    with pytest.raises(DataError, match=r"short\.mp4: not decoded within"):
         load_clip(golden / "short.mp4", 8, 64)
     assert time.monotonic() - start < 3
 
@@ -283,7 +283,7 @@ def test_the_program_ends_although_a_decoder_hangs(golden):
         "video.DECODE_TIME_LIMIT = 0.2\n"
         "video.decord.VideoReader = lambda *args, **kwargs: time.sleep(1000)\n"
         "try: video.load_clip(sys.argv[1], 8, 64)\n"
-        "except video.VideoError: print('given up')"
+        "except video.DataError: print('given up')"
     )
     command = [sys.executable, "-c", code, str(golden / "short.mp4")]
     result = subprocess.run(command, cwd=golden.parents[1], capture_output=True, text=True)
@@ -302,10 +302,10 @@ def test_mutated_clips_decode_or_are_refused(tmp_path, golden):
                 (tmp_path / "v.mp4").write_bytes(data.tobytes())
                 try:
                     outcomes.add(load_clip(tmp_path / "v.mp4", 32, 64).shape)
-                except VideoError as error:
-                    outcomes.add(VideoError)
+                except DataError as error:
+                    outcomes.add(DataError)
                     assert "v.mp4: " in str(error)
-    assert outcomes == {(32, 3, 64, 64), VideoError}
+    assert outcomes == {(32, 3, 64, 64), DataError}
 
 
 def test_nasty_files_decode_or_are_refused(shared_data, monkeypatch):
@@ -316,7 +316,7 @@ def test_nasty_files_decode_or_are_refused(shared_data, monkeypatch):
             continue
         try:
             clip = load_clip(path, 8, 64)
-        except VideoError as error:
+        except DataError as error:
             assert str(error).startswith(f"{path}: ")
             continue
         every = decode_with_ffmpeg(path)

@@ -1,7 +1,7 @@
 """Feeds spoiled files to the program's readers and reports every answer that is not an answer.
 
-    .venv/bin/python scripts/fuzz.py --seconds 3600       # exit status 1 if anything was found
-    .venv/bin/python scripts/fuzz.py --replay logs/fuzz/video_0_123.mp4   # a finding, once more
+    .venv/bin/python -m tests.fuzz.fuzz --seconds 3600       # exit status 1 if anything was found
+    .venv/bin/python -m tests.fuzz.fuzz --replay logs/fuzz/video_0_123.mp4   # a finding, once more
 
 A reader may return its result, or raise its own error with the file's name. Anything else is a
 finding: another exception, a crash, more than 10 seconds, more than 1 GiB of memory.
@@ -33,21 +33,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from dataloaders.annotations import AnnotationError, read_annotations
-from dataloaders.synthetic import annotation_lines, draw_clips
-from dataloaders.video import VideoError, load_clip
+from dataloaders import DataError
+from dataloaders.annotations import read_annotations
+from dataloaders.ffmpeg import raw_input_arguments, run_ffmpeg, write_video
+from dataloaders.video import load_clip
 from models import ProPy, build_model
 from models.clip import CLIP, CLIPSizes
-from modules.pyramid import PromptPyramid, PyramidError
-from scripts import mutations
-from utils.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from utils.ffmpeg import raw_input_arguments, run_ffmpeg, write_video
-from utils.optim import build_optimizer
-from utils.tables import metrics_table
+from modules import ModelError
+from modules.pyramid import PromptPyramid
+from scripts.demo.world import annotation_lines, draw_clips
+from tests.fuzz import mutations
+from utils import RunError
+from utils.evaluation.tables import metrics_table
+from utils.training.checkpoint import load_checkpoint, save_checkpoint
+from utils.training.optim import build_optimizer
+from utils.training.progress import Checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TIME_LIMIT = 10.0  # seconds for one file, of computing or, on an idle machine, in all
 BUSY_TIME_LIMIT = 60.0  # seconds in all, where others keep the machine busy
 MEMORY_LIMIT = 2**30  # bytes that a file may add at its peak
@@ -109,10 +111,10 @@ class Kind:
 
 
 KINDS = {
-    "annotations": Kind(_read_annotations, AnnotationError, mutations.spoil_json, ".jsonl"),
-    "pyramid": Kind(_read_pyramid, PyramidError, mutations.spoil_json, ".json"),
-    "checkpoint": Kind(_read_checkpoint, CheckpointError, mutations.spoil_checkpoint, ".pth.tar"),
-    "video": Kind(_read_video, VideoError, mutations.spoil_mp4, ".mp4"),
+    "annotations": Kind(_read_annotations, DataError, mutations.spoil_json, ".jsonl"),
+    "pyramid": Kind(_read_pyramid, ModelError, mutations.spoil_json, ".json"),
+    "checkpoint": Kind(_read_checkpoint, RunError, mutations.spoil_checkpoint, ".pth.tar"),
+    "video": Kind(_read_video, DataError, mutations.spoil_mp4, ".mp4"),
 }
 
 

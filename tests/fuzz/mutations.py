@@ -1,6 +1,6 @@
 """Spoils valid annotations, pyramids, checkpoints and clips, bytewise and by their structure.
 
-Used by scripts/fuzz.py. All is drawn from the generator given, so that a seed names a case.
+Used by tests/fuzz/fuzz.py. All is drawn from the generator given, so that a seed names a case.
 """
 
 from __future__ import annotations

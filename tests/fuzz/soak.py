@@ -1,6 +1,6 @@
 """Trains for a while on a small made-up corpus and watches memory and open files.
 
-    .venv/bin/python scripts/soak.py --steps 400 --workers 4
+    .venv/bin/python -m tests.fuzz.soak --steps 400 --workers 4
 
 Every second the processes of the run are counted: proportional set size (memory shared between them
 once) and open file descriptors. Leaves soak.csv and soak.png in the output folder, and ends with
@@ -23,13 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from dataloaders.annotations import corpus_videos, read_annotations
-from dataloaders.synthetic import draw_clips, write_annotations, write_clips
 from models.clip import CLIP, CLIPSizes
+from scripts.demo.world import draw_clips, write_annotations, write_clips
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIZE, BATCH, TEST_VIDEOS = 64, 4, 8
 RENDERED = 40  # clips; further videos of the corpus are the same files under other names
 CLIP_SIZES = CLIPSizes(64, 64, 2, 16, SIZE // 16, 64, 2, 77, 49408)

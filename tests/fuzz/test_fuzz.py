@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import fuzz, mutations
+from tests.fuzz import fuzz, mutations
 
 
 def test_a_short_run_finds_nothing(tmp_path, capsys):
@@ -59,7 +59,7 @@ def stumble(_: Path) -> bool:
 
 
 def mumble(_: Path) -> bool:
-    raise fuzz.PyramidError("something is wrong")
+    raise fuzz.ModelError("something is wrong")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def mumble(_: Path) -> bool:
 )
 def test_what_is_no_answer_is_a_finding(read, outcome, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fuzz.multiprocessing, "get_context", _fork)  # takes the changes along
-    kind = fuzz.Kind(read, fuzz.PyramidError, mutations.spoil_json, ".json")
+    kind = fuzz.Kind(read, fuzz.ModelError, mutations.spoil_json, ".json")
     monkeypatch.setitem(fuzz.KINDS, "pyramid", kind)
     if outcome == "hang":
         monkeypatch.setattr(fuzz, "TIME_LIMIT", 0.5)

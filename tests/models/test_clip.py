@@ -12,19 +12,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from golden_model import GOLDEN, make_weights
 
 from dataloaders.tokenizer import tokenize
 from models import build_model
-from models.clip import (
-    CLIP,
-    PUBLISHED_ARCHIVES,
-    CLIPSizes,
-    WeightsError,
-    build_clip,
-    read_weights,
-    weights_path,
-)
+from models.clip import CLIP, CLIPSizes
+from models.clip_weights import PUBLISHED_ARCHIVES, build_clip, read_weights, weights_path
+from modules import ModelError
+from tests.golden_model import GOLDEN, make_weights
 
 CAPTIONS = ["a man opens the door", "two dogs", "she pours 2 cups of water into the pot"]
 
@@ -100,13 +94,13 @@ def test_an_archive_is_loaded_if_published_or_trusted(files, monkeypatch) -> Non
     loaded = []
     load = torch.jit.load
     monkeypatch.setattr(torch.jit, "load", lambda *a, **k: loaded.append(1) or load(*a, **k))
-    with pytest.raises(WeightsError, match=r"s1-fp16\.jit\.pt: .*--trust_clip_archive 1"):
+    with pytest.raises(ModelError, match=r"s1-fp16\.jit\.pt: .*--trust_clip_archive 1"):
         read_weights(files["archive"])
     assert not loaded
     read_weights(files["archive"], trust_archive=True)
     assert loaded.pop()
     sha256 = hashlib.sha256(files["archive"].read_bytes()).hexdigest()
-    monkeypatch.setattr("models.clip.PUBLISHED_ARCHIVES", {sha256})
+    monkeypatch.setattr("models.clip_weights.PUBLISHED_ARCHIVES", {sha256})
     read_weights(files["archive"])
     assert loaded
 
@@ -141,7 +135,7 @@ def test_every_key_and_shape_is_accounted_for(files, tmp_path, change, message: 
     state = torch.load(files["plain"], weights_only=True)
     change(state)
     torch.save(state, tmp_path / "changed.pt")
-    with pytest.raises(WeightsError, match=message) as error:
+    with pytest.raises(ModelError, match=message) as error:
         build_clip(tmp_path / "changed.pt")
     assert "changed.pt" in str(error.value)
 
@@ -150,7 +144,7 @@ def test_every_key_and_shape_is_accounted_for(files, tmp_path, change, message: 
 @pytest.mark.parametrize("kind", ["plain", "archive"])
 def test_a_cut_file_is_named(files, tmp_path, kind: str, keep: int) -> None:
     (tmp_path / "cut.pt").write_bytes(files[kind].read_bytes()[:keep])
-    with pytest.raises(WeightsError, match=r"cut\.pt"):
+    with pytest.raises(ModelError, match=r"cut\.pt"):
         read_weights(tmp_path / "cut.pt", trust_archive=True)
 
 
@@ -161,7 +155,7 @@ def test_a_flipped_bit_is_found(files, tmp_path, kind: str) -> None:
     values = torch.load(files["plain"], weights_only=True)["visual.proj"].numpy().tobytes()
     content[content.index(values) + len(values) // 2] ^= 1
     (tmp_path / "flipped.pt").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"flipped\.pt: .*checksum"):
+    with pytest.raises(ModelError, match=r"flipped\.pt: .*checksum"):
         read_weights(tmp_path / "flipped.pt", trust_archive=True)
 
 
@@ -170,7 +164,7 @@ def test_more_text_than_visual_layers_are_refused_by_name(files, tmp_path) -> No
     layer = {k: v for k, v in state.items() if k.startswith("transformer.resblocks.3.")}
     state |= {key.replace(".3.", ".4."): value for key, value in layer.items()}
     torch.save(state, tmp_path / "tall.pt")
-    with pytest.raises(WeightsError, match=r"tall\.pt: .*5 text layers, but only 4 visual"):
+    with pytest.raises(ModelError, match=r"tall\.pt: .*5 text layers, but only 4 visual"):
         build_model(tmp_path / "tall.pt", {"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]})
 
 

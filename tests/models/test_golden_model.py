@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from golden_model import SMALL, GoldenModel, authors_view, checksums, inputs
 
 from modules.losses import video_text_loss
 from modules.similarity import event_scores
-from utils.checkpoint import load_checkpoint
-from utils.engine import train_step
-from utils.optim import build_optimizer, learning_rate, set_learning_rate
+from tests.golden_model import SMALL, GoldenModel, authors_view, checksums, inputs
+from utils.training.checkpoint import load_checkpoint
+from utils.training.engine import train_step
+from utils.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 @pytest.fixture(scope="module", params=[*SMALL, "small224"])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import plain_propy
 import pytest
 import torch
-from golden_model import GoldenModel
 
 from dataloaders.tokenizer import tokenize
-from models import build_model
-from models.clip import WeightsError
+from models import build_model, reference
+from modules import ModelError
 from modules.losses import video_text_loss
-from utils.engine import train_step
+from tests.golden_model import GoldenModel
 from utils.misc import parameter_report
-from utils.optim import build_optimizer
+from utils.training.engine import train_step
+from utils.training.optim import build_optimizer
 
 PYRAMID = {"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]}
 
@@ -51,15 +50,15 @@ def test_equals_plain_definition(pyramid, adapters: int) -> None:
     batch = random_batch(model)
     events, attention = model.encode_video(batch["frames"], return_attention=True)
     texts = model.encode_text(batch["token_ids"])
-    plain_events, plain_attention = plain_propy.encode_video(model, batch["frames"])
-    plain_texts = plain_propy.encode_text(model, batch["token_ids"])
+    plain_events, plain_attention = reference.encode_video(model, batch["frames"])
+    plain_texts = reference.encode_text(model, batch["token_ids"])
     torch.testing.assert_close(events, plain_events, rtol=0, atol=1e-12)
     torch.testing.assert_close(attention, plain_attention, rtol=0, atol=1e-12)
     torch.testing.assert_close(texts, plain_texts, rtol=0, atol=1e-12)
 
     loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
-    plain_loss = plain_propy.loss(
-        plain_propy.scores(model, plain_texts, plain_events), batch["text_to_video"]
+    plain_loss = reference.loss(
+        reference.scores(model, plain_texts, plain_events), batch["text_to_video"]
     )
     torch.testing.assert_close(loss, plain_loss, rtol=0, atol=1e-12)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -73,10 +72,10 @@ def test_equals_plain_definition(pyramid, adapters: int) -> None:
 def test_postfix_prompts_cannot_change_a_text() -> None:
     model = random_model()
     token_ids = random_batch(model)["token_ids"]
-    before = plain_propy.encode_text(model, token_ids)
+    before = reference.encode_text(model, token_ids)
     with torch.no_grad():
         model.prompts.postfix_proj.weight.normal_()
-    assert torch.equal(before, plain_propy.encode_text(model, token_ids))
+    assert torch.equal(before, reference.encode_text(model, token_ids))
 
 
 def test_uint8_frames_are_normalised_on_the_device() -> None:
@@ -211,7 +210,7 @@ def test_published_parameter_count() -> None:
 
 
 def test_missing_weights_name_the_remedy(tmp_path) -> None:
-    with pytest.raises(WeightsError, match=r"ViT-B-32\.pt.*download_clip\.sh"):
+    with pytest.raises(ModelError, match=r"ViT-B-32\.pt.*download_clip\.sh"):
         build_model(tmp_path / "ViT-B-32.pt", PYRAMID)
 
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.pyramid import MAX_EVENTS, PromptPyramid, PyramidError
+from modules import ModelError
+from modules.pyramid import MAX_EVENTS, PromptPyramid
 
 
 @st.composite
@@ -72,7 +73,7 @@ def test_offsets_give_segments_of_powers_of_two(offsets):
     num_frames = 2 ** len(offsets)
     try:
         pyramid = PromptPyramid.from_config({"Nf": num_frames, "offset": offsets})
-    except PyramidError as error:
+    except ModelError as error:
         assert "cannot be made of segments" in str(error)
         return
     for number, offset in enumerate(offsets, start=1):
@@ -135,7 +136,7 @@ def test_unusual_pyramids_work(config, events, tmp_path):
 def test_a_file_that_is_no_pyramid_names_the_level(config, message, tmp_path):
     path = tmp_path / "p.json"
     path.write_text(json.dumps(config))
-    with pytest.raises(PyramidError, match=message) as raised:
+    with pytest.raises(ModelError, match=message) as raised:
         PromptPyramid.from_config(path)
     assert str(path) in str(raised.value)
     assert len(str(raised.value)) < len(str(path)) + 300
@@ -145,11 +146,11 @@ def test_a_file_that_is_no_pyramid_names_the_level(config, message, tmp_path):
 def test_a_file_that_is_no_json_is_refused(content, tmp_path):
     path = tmp_path / "p.json"
     path.write_bytes(content)
-    with pytest.raises(PyramidError, match=r"p\.json: "):
+    with pytest.raises(ModelError, match=r"p\.json: "):
         PromptPyramid.from_config(path)
 
 
 def test_no_file_is_refused(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(PyramidError, match="cannot read the pyramid"):
+        with pytest.raises(ModelError, match="cannot read the pyramid"):
             PromptPyramid.from_config(path)

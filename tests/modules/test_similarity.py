@@ -11,12 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.similarity import (
-    best_event_scores,
-    event_scores,
-    paired_event_scores,
-    top_moments,
-)
+from modules.similarity import event_scores
+from utils.evaluation.ranking import best_event_scores, paired_event_scores, top_moments
 
 P32_SPANS = [
     (start, start + length)

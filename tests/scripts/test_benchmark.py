@@ -1,4 +1,4 @@
-"""scripts/benchmark.py on small sizes: it runs through, counts right, and notices wrong results."""
+"""scripts/benchmark on small sizes: it runs through, counts right, and notices wrong results."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import benchmark
-from scripts.benchmarks import harness, model
+from scripts.benchmark import __main__ as benchmark
+from scripts.benchmark import harness, model
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = harness.Options(model="small", frames=8, threads=1)
 STAGES = {"encode_video": model.encode_video, "train_step": model.train_batch}
 
 
 def test_runs_and_writes_what_was_measured(tmp_path) -> None:
     command = [
-        sys.executable, str(ROOT / "scripts/benchmark.py"), "train_step", "--model", "small",
+        sys.executable, "-m", "scripts.benchmark", "train_step", "--model", "small",
         "--frames", "8", "--repeats", "2", "--threads", "1", "--device", "cpu",
-        "--json", "b.json", "--plot", "b.png",
+        "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "b.png").stat().st_size > 5000
     (row,) = json.loads((tmp_path / "b.json").read_text())["results"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts import check_videos
-from scripts.check_videos import check_size, main
-from utils.ffmpeg import write_video
+from dataloaders.ffmpeg import write_video
+from scripts.data import check_videos
+from scripts.data.check_videos import check_size, main
 
 
 def clip(path: Path, seconds: float, size=(224, 298), fps: float = 3) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.convert_annotations import SPLITS, main
+from scripts.data.convert_annotations import SPLITS, main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 ACTIVITYNET = {
     "v_b": {

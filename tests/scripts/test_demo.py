@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
-from scripts import demo, soak
+from scripts.demo import run as demo
+from tests.fuzz import soak
 
 SMALL = """
-from scripts import demo
+from scripts.demo import run as demo
 demo.PICTURES, demo.PICTURE_BATCH, demo.IMAGE_STEPS, demo.TEXT_STEPS = 64, 32, 2, 2
 demo.main(["--train_videos", "12", "--test_videos", "4", "--epochs", "1"])
 """

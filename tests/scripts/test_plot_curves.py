@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "plot"))
-
-from plot_curves import choose_names, main, plot_curves, published_values, run_names
-
+from scripts.plot.plot_curves import choose_names, main, plot_curves, published_values, run_names
+from utils import RunError
 from utils.logger import append_json
-from utils.run_log import RunLogError, best_epoch, curve, curve_names, label, read_epochs
+from utils.report.run_log import best_epoch, curve, curve_names, label, read_epochs
 
-PLOT_CURVES = Path(__file__).resolve().parents[1] / "scripts/plot/plot_curves.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def records(count: int, factor: float = 1.0) -> list[dict]:
@@ -99,7 +97,7 @@ def test_torn_and_damaged_lines_are_left_out(tmp_path, caplog) -> None:
 )
 def test_damaged_logs_are_named(tmp_path, content: str, message: str) -> None:
     (tmp_path / "log.jsonl").write_text(content)
-    with pytest.raises(RunLogError, match=message):
+    with pytest.raises(RunError, match=message):
         read_epochs(tmp_path)
 
 
@@ -144,8 +142,15 @@ def test_run_names_tell_runs_apart() -> None:
 def test_an_output_that_cannot_be_is_refused(tmp_path, output: str, message: str) -> None:
     folder = write(tmp_path / "run", records(2), datatype=["tvr"])
     (tmp_path / "folder.png").mkdir()
-    command = [sys.executable, str(PLOT_CURVES), str(folder), "--output", str(tmp_path / output)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.plot.plot_curves",
+        str(folder),
+        "--output",
+        str(tmp_path / output),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert message in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"run", "folder.png"}
@@ -165,9 +170,9 @@ def test_the_program(tmp_path, capsys, caplog) -> None:
     main([str(a), str(b), "--output", output, "--select", "SumR", "loss"])
     assert "unreadable" in caplog.text and capsys.readouterr().out.strip() == output
     assert Path(output).read_text().startswith("<?xml")
-    with pytest.raises(RunLogError, match="there is: loss, lr, R1"):
+    with pytest.raises(RunError, match="there is: loss, lr, R1"):
         main([str(a), "--select", "nothing"])
-    command = [sys.executable, str(PLOT_CURVES), str(tmp_path / "none")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "scripts.plot.plot_curves", str(tmp_path / "none")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "log.jsonl: no such file" in done.stderr
     assert "Traceback" not in done.stderr

@@ -22,9 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from scripts.prepare_videos import find_inputs, main
-from utils import files
-from utils.ffmpeg import (
+from dataloaders.ffmpeg import (
     Track,
     ffmpeg_program,
     raw_input_arguments,
@@ -32,7 +30,7 @@ from utils.ffmpeg import (
     run_ffmpeg,
     write_video,
 )
-from utils.prepare import (
+from scripts.data.prepare import (
     PrepareError,
     Settings,
     natural_key,
@@ -40,8 +38,10 @@ from utils.prepare import (
     prepared_size,
     video_clock,
 )
+from scripts.data.prepare_videos import find_inputs, main
+from utils import files
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_video(

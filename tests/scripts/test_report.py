@@ -11,21 +11,18 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
 import h5py
 import numpy as np
 import pytest
-import report
 import torch
-from tiny_run import CAPTIONS, ROOT, TinyRun, make_run
 
 from dataloaders.annotations import read_annotations
-from utils.files import OutputError
-from utils.predictions import MomentPredictions, load_predictions
-from utils.report_parts import lane, legend, line_chart, pyramid, table
-from utils.report_queries import best_and_worst, retrieved
-from utils.run_log import RunLogError
+from scripts import report
+from tests.tiny_run import CAPTIONS, ROOT, TinyRun, make_run
+from utils import OutputError, RunError
+from utils.evaluation.predictions import MomentPredictions, load_predictions
+from utils.report.parts import lane, legend, line_chart, pyramid, table
+from utils.report.queries import best_and_worst, retrieved
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -41,11 +38,11 @@ def tiny_run(tmp_path_factory) -> TinyRun:
 @pytest.fixture(scope="module")
 def page(tiny_run) -> Path:
     command = [
-        sys.executable, str(ROOT / "scripts/report.py"), str(tiny_run.logs),
+        sys.executable, "-m", "scripts.report", str(tiny_run.logs),
         "--annotations", str(tiny_run.corpus / "annos.jsonl"),
         "--video_dir", str(tiny_run.corpus / "videos"), "--queries", "3",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
     assert done.stdout.strip() == str(tiny_run.logs / "report.html")
     return tiny_run.logs / "report.html"
@@ -163,10 +160,10 @@ def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> No
     report.main([*words, "--output", str(tmp_path / "new" / "page.html")])
     assert "--save_predictions 1" in capsys.readouterr().err
     assert (tmp_path / "new" / "page.html").is_file()
-    with pytest.raises(RunLogError, match=r"no attn\.hdf5"):
+    with pytest.raises(RunError, match=r"no attn\.hdf5"):
         report.main([*words, "--plots", str(videos)])
     (tmp_path / "log.jsonl").unlink()
-    with pytest.raises(RunLogError, match=r"neither log\.jsonl nor eval\.jsonl"):
+    with pytest.raises(RunError, match=r"neither log\.jsonl nor eval\.jsonl"):
         report.main(words)
 
 
@@ -205,7 +202,7 @@ def test_a_spoiled_file_is_named_and_the_rest_is_shown(
     try:
         report.main(["logs"])
         assert said in capsys.readouterr().err
-    except RunLogError as error:
+    except RunError as error:
         assert said and said in str(error)
 
 
@@ -326,7 +323,7 @@ def console(path: Path, tmp_path: Path, *flags: str) -> list[str]:
         f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}", *flags,
         f"file://{path}",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (tmp_path / "page.png").is_file(), done.stderr
     return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("bash", "cat", "chmod", "cmp", "cp", "dirname", "flock", "mkdir", "readlink", "sleep")
 # Answers the version question, makes a .venv that holds itself, and counts what pip is asked for.
 FAKE_PYTHON = """#!/usr/bin/env bash

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dataloaders.annotations import read_annotations
-from dataloaders.synthetic import (
+from scripts.demo.world import (
     BACKGROUNDS,
     COLOURS,
     OPPOSITE,

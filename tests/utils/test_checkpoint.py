@@ -14,20 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_model import GoldenModel
 
 from models import build_model
-from utils import checkpoint
-from utils.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    EpochSums,
-    backbone_fingerprint,
-    convert_authors_state,
-    load_checkpoint,
-    save_checkpoint,
-)
-from utils.optim import ADAM_BETAS, build_optimizer
+from tests.golden_model import GoldenModel
+from utils import RunError
+from utils.training import checkpoint
+from utils.training.authors import convert_authors_state
+from utils.training.checkpoint import backbone_fingerprint, load_checkpoint, save_checkpoint
+from utils.training.optim import ADAM_BETAS, build_optimizer
+from utils.training.progress import Checkpoint, EpochSums
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +112,11 @@ def test_another_pyramid_of_as_many_events_is_refused(golden, tmp_path) -> None:
     optimizer = build_optimizer(model, 1e-3, 1e-3, 0.2)
     save_checkpoint(tmp_path / "c", model, optimizer, torch.amp.GradScaler("cpu"), Checkpoint())
     load_checkpoint(tmp_path / "c", model)
-    with pytest.raises(CheckpointError, match="c: trained with another pyramid"):
+    with pytest.raises(RunError, match="c: trained with another pyramid"):
         load_checkpoint(tmp_path / "c", other)
     endless = torch.zeros(1).expand(2**40)
     rewrite(tmp_path / "c", lambda content: content.update(proposals=endless))
-    with pytest.raises(CheckpointError, match="c: trained with another pyramid"):
+    with pytest.raises(RunError, match="c: trained with another pyramid"):
         load_checkpoint(tmp_path / "c", model)
     rewrite(tmp_path / "c", lambda content: content.pop("proposals"))
     load_checkpoint(tmp_path / "c", other)  # an earlier version's, which cannot be told apart
@@ -255,7 +250,7 @@ def test_a_wrong_checkpoint_of_ours_changes_nothing(golden, tmp_path, change, me
     rewrite(path, change)
     model, optimizer, scaler = trained(golden, 1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=rf"wrong\.pth\.tar: .*{message}"):
+    with pytest.raises(RunError, match=rf"wrong\.pth\.tar: .*{message}"):
         load_checkpoint(path, model, optimizer, scaler)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -269,7 +264,7 @@ def test_a_flipped_bit_is_found(golden, tmp_path) -> None:
     values = model.prompts.event_prompts.detach().numpy().tobytes()
     content[content.index(values) + len(values) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"flipped\.pth\.tar: .*checksum"):
+    with pytest.raises(RunError, match=r"flipped\.pth\.tar: .*checksum"):
         load_checkpoint(path, model)
 
 
@@ -279,7 +274,7 @@ def test_weights_that_are_not_finite_are_not_saved(golden, tmp_path) -> None:
     save_checkpoint(path, model, optimizer, scaler, Checkpoint(epoch=1))
     with torch.no_grad():
         model.prompts.event_prompts[0, 0] = float("inf")
-    with pytest.raises(CheckpointError, match=r"not written: prompts\.event_prompts"):
+    with pytest.raises(RunError, match=r"not written: prompts\.event_prompts"):
         save_checkpoint(path, model, optimizer, scaler, Checkpoint(epoch=2))
     assert load_checkpoint(path, model).epoch == 1
 
@@ -351,7 +346,7 @@ def test_a_wrong_tensor_is_named(golden, tmp_path, change, message: str) -> None
     torch.save({"state_dict": state}, tmp_path / "wrong.pth.tar")
     model = golden.build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message) as error:
+    with pytest.raises(RunError, match=message) as error:
         load_checkpoint(tmp_path / "wrong.pth.tar", model)
     assert ("the same?" in str(error.value)) == (message not in ("not finite", NO_TENSOR))
     assert "wrong.pth.tar" in str(error.value)
@@ -365,7 +360,7 @@ def test_another_backbone_is_refused(golden, tmp_path, name: str) -> None:
     state = golden.clip_state()
     state[name] = state[name] + 1
     other = build_model(state, golden.config["pyramid"], adapter_channels=48)
-    with pytest.raises(CheckpointError, match="other CLIP weights"):
+    with pytest.raises(RunError, match="other CLIP weights"):
         load_checkpoint(tmp_path / "c", other)
 
 
@@ -376,7 +371,7 @@ def test_a_model_made_in_inference_mode_is_compared_too(golden, tmp_path) -> Non
     pyramid, state = golden.config["pyramid"], golden.clip_state()
     load_checkpoint(tmp_path / "c", build_model(state, pyramid, adapter_channels=48))
     state["visual.proj"] = state["visual.proj"] + 1
-    with pytest.raises(CheckpointError, match="other CLIP weights"):
+    with pytest.raises(RunError, match="other CLIP weights"):
         load_checkpoint(tmp_path / "c", build_model(state, pyramid, adapter_channels=48))
 
 
@@ -404,7 +399,7 @@ def test_the_earlier_fingerprint_is_compared_still(golden, tmp_path) -> None:
     load_checkpoint(tmp_path / "c", model)
     with torch.no_grad():
         model.clip.ln_final.bias[0] += 1
-    with pytest.raises(CheckpointError, match="other CLIP weights"):
+    with pytest.raises(RunError, match="other CLIP weights"):
         load_checkpoint(tmp_path / "c", model)
 
 
@@ -418,7 +413,7 @@ def test_no_code_from_a_file_is_executed(golden, tmp_path, monkeypatch) -> None:
     torch.save({"state_dict": golden.authors_state(), "extra": _Attack()}, "attack.pth.tar")
     (tmp_path / "bare.pth.tar").write_bytes(pickle.dumps(_Attack()))
     for name in ("attack.pth.tar", "bare.pth.tar"):
-        with pytest.raises(CheckpointError, match=f"{name}.*nothing in it was executed") as error:
+        with pytest.raises(RunError, match=f"{name}.*nothing in it was executed") as error:
             load_checkpoint(name, golden.build())
         assert "weights_only" not in str(error.value), "no advice to switch the protection off"
     assert not (tmp_path / "pwned").exists()
@@ -427,7 +422,7 @@ def test_no_code_from_a_file_is_executed(golden, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])
 def test_not_a_checkpoint(golden, tmp_path, content: bytes) -> None:
     (tmp_path / "odd.pth.tar").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"odd\.pth\.tar: not a readable checkpoint: it is "):
+    with pytest.raises(RunError, match=r"odd\.pth\.tar: not a readable checkpoint: it is "):
         load_checkpoint(tmp_path / "odd.pth.tar", golden.build())
 
 
@@ -435,16 +430,16 @@ def test_cut_checkpoint_and_missing_one(golden, tmp_path) -> None:
     path = tmp_path / "cut.pth.tar"
     golden.write_authors_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(CheckpointError, match=r"cut\.pth\.tar"):
+    with pytest.raises(RunError, match=r"cut\.pth\.tar"):
         load_checkpoint(path, golden.build())
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+    with pytest.raises(RunError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "none.pth.tar", golden.build())
 
 
 def test_the_folder_of_a_run_is_no_checkpoint(golden, tmp_path) -> None:
-    with pytest.raises(CheckpointError, match=r"a folder, .* no checkpoint in it"):
+    with pytest.raises(RunError, match=r"a folder, .* no checkpoint in it"):
         load_checkpoint(tmp_path, golden.build())
     (tmp_path / "ckpt.pth.tar").touch()
     (tmp_path / "ckpt.best.pth.tar").touch()
-    with pytest.raises(CheckpointError, match=r"name ckpt\.best\.pth\.tar or ckpt\.pth\.tar in it"):
+    with pytest.raises(RunError, match=r"name ckpt\.best\.pth\.tar or ckpt\.pth\.tar in it"):
         load_checkpoint(tmp_path, golden.build())

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from utils.cores import usable_cores
+from utils.misc import usable_cores
 
 PROGRAM = """
 import os
-from utils.cores import usable_cores
+from utils.misc import usable_cores
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 print(usable_cores())
 """

@@ -9,11 +9,12 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from tiny_run import TinyRun, make_run
 
 from dataloaders.annotations import Query
-from utils.embeddings import EmbeddingsError, KeptEmbeddings, load_embeddings, save_embeddings
-from utils.engine import Embeddings
+from tests.tiny_run import TinyRun, make_run
+from utils import RunError
+from utils.evaluation.embed import Embeddings
+from utils.evaluation.embeddings import KeptEmbeddings, load_embeddings, save_embeddings
 
 QUERIES = [
     Query("a", "eins", "v1", 3.0, ((0.0, 1.0),)),
@@ -75,13 +76,13 @@ def test_what_is_kept_is_read(file, kept, checkpoint):
 )
 def test_another_evaluation_is_refused(kept, change, message):
     now = {"queries": QUERIES, "proposals": PROPOSALS, "max_words": 32, "checkpoint": None} | change
-    with pytest.raises(EmbeddingsError, match=message):
+    with pytest.raises(RunError, match=message):
         kept.check(now.pop("queries"), now.pop("proposals"), **now)
 
 
 def test_another_checkpoint_of_that_name_is_refused(kept, checkpoint):
     checkpoint.write_bytes(b"weights after another epoch")
-    with pytest.raises(EmbeddingsError, match=r"another checkpoint than .*after epoch 7"):
+    with pytest.raises(RunError, match=r"another checkpoint than .*after epoch 7"):
         kept.check(QUERIES, PROPOSALS, max_words=32, checkpoint=checkpoint)
 
 
@@ -103,7 +104,7 @@ def test_another_checkpoint_of_that_name_is_refused(kept, checkpoint):
 )
 def test_an_unusable_file_is_refused(file, damage, message):
     damage(file)
-    with pytest.raises(EmbeddingsError, match=message) as caught:
+    with pytest.raises(RunError, match=message) as caught:
         load_embeddings(file)
     assert str(file) in str(caught.value)
 

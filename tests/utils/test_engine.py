@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dataloaders.annotations import Query, Video
-from utils.engine import Embeddings, embed_corpus, predict_moments, rank_videos
-from utils.evaluation import Reading
+from utils.evaluation.embed import Embeddings, embed_corpus
+from utils.evaluation.evaluator import Reading, predict_moments, rank_videos
 
 T, V, N_e, D = 300, 200, 8, 16
 
@@ -136,6 +136,8 @@ def test_equal_sums_of_recalls_tie_however_they_are_rounded():
     """So that of such epochs the later one is the best."""
     queries = [Query(0, "", "v", 1.0, None)]
     reading = Reading(queries, torch.tensor([[0.0, 1.0]]), moments=False)
-    scores = [reading.score({"cosine": {"SumR": s}}) for s in (178.6451612903226, 178.6451612903225)]
+    scores = [
+        reading.score({"cosine": {"SumR": s}}) for s in (178.6451612903226, 178.6451612903225)
+    ]
     assert scores[0] == scores[1]
     assert reading.score({"cosine": {"SumR": 178.6452}}) > scores[0]

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from utils.files import OutputError, append_line, locked_folder, whole_file
+from utils import OutputError
+from utils.files import append_line, locked_folder, whole_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def in_a_child(action) -> int:

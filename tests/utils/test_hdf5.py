@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from dataloaders.annotations import Query
-from utils.attention_store import ATTENTION, SCORES, AttentionStore, read_attention
-from utils.embeddings import KeptEmbeddings, load_embeddings, save_embeddings
-from utils.engine import Embeddings, predict_moments
-from utils.evaluation import Reading
-from utils.files import OutputError, whole_file
-from utils.hdf5 import Hdf5Writer
-from utils.predictions import load_predictions, save_predictions
+from utils import OutputError
+from utils.evaluation.embed import Embeddings
+from utils.evaluation.embeddings import KeptEmbeddings, load_embeddings, save_embeddings
+from utils.evaluation.evaluator import Reading, predict_moments
+from utils.evaluation.hdf5 import Hdf5Writer
+from utils.evaluation.predictions import load_predictions, save_predictions
+from utils.files import whole_file
+from utils.pictures.attention_store import ATTENTION, SCORES, AttentionStore, read_attention
 
 QUERIES = [Query(f"q{i}", f"text {i}", f"v{i % 20}", 9.0, None) for i in range(60)]
 EMBEDDINGS = Embeddings(torch.rand(20, 3, 64), torch.rand(60, 64))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import moment_metrics as mm
+from utils.evaluation import moment_metrics as mm
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden_model import SMALL, GoldenModel, authors_view
 
-from utils.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from tests.golden_model import SMALL, GoldenModel, authors_view
+from utils.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 
 @pytest.mark.parametrize("total", ["12", "100", "1000", "7.5"])

@@ -9,16 +9,13 @@ import pytest
 import torch
 
 from dataloaders.annotations import Query, Video
-from modules.similarity import top_moments
-from utils import moment_metrics
-from utils.engine import Embeddings, evaluate_prvr, evaluate_vcmr, predict_moments
-from utils.moment_report import level_report, moment_report, times_missing
-from utils.predictions import (
-    PredictionsError,
-    export_all,
-    load_predictions,
-    save_predictions,
-)
+from utils import RunError
+from utils.evaluation import moment_metrics
+from utils.evaluation.embed import Embeddings
+from utils.evaluation.evaluator import evaluate_prvr, evaluate_vcmr, predict_moments
+from utils.evaluation.moment_tables import level_report, moment_report, times_missing
+from utils.evaluation.predictions import export_all, load_predictions, save_predictions
+from utils.evaluation.ranking import top_moments
 
 # The whole video, its halves, its quarters.
 PROPOSALS = [[0, 1], [0, 0.5], [0.5, 1], [0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]
@@ -263,13 +260,13 @@ def test_scores_that_are_not_numbers_still_make_valid_json(tmp_path, predictions
 
 
 def test_annotations_that_do_not_match_are_refused(predictions, queries):
-    with pytest.raises(PredictionsError, match=r"1 queries are not in the annotations \(15\)"):
+    with pytest.raises(RunError, match=r"1 queries are not in the annotations \(15\)"):
         predictions.of(queries[:5])
     extra = Query("new", "text", "video 0", 61.46, ((0.0, 1.0),))
-    with pytest.raises(PredictionsError, match=r"1 queries are not in the predictions \(new\)"):
+    with pytest.raises(RunError, match=r"1 queries are not in the predictions \(new\)"):
         predictions.of([*queries, extra])
     moved = Query(10, "text", "video 3", 33.3, ((0.0, 1.0),))
-    with pytest.raises(PredictionsError, match="'video 3' in the annotations, to 'video 0'"):
+    with pytest.raises(RunError, match="'video 3' in the annotations, to 'video 0'"):
         predictions.of([moved, *queries[1:]])
 
 
@@ -327,17 +324,17 @@ def test_damaged_files_are_refused(tmp_path, predictions, damage, message):
     save_predictions(path, predictions)
     with h5py.File(path, "r+") as file:
         damage(file)
-    with pytest.raises(PredictionsError, match=message) as error:
+    with pytest.raises(RunError, match=message) as error:
         load_predictions(path)
     assert str(error.value).startswith(f"{path}: ")
     assert "--save_predictions" in str(error.value)
 
 
 def test_files_that_are_not_hdf5_are_refused(tmp_path):
-    with pytest.raises(PredictionsError, match="no such file"):
+    with pytest.raises(RunError, match="no such file"):
         load_predictions(tmp_path / "none.h5")
     (tmp_path / "text.h5").write_text("hello")
-    with pytest.raises(PredictionsError, match=r"text\.h5: "):
+    with pytest.raises(RunError, match=r"text\.h5: "):
         load_predictions(tmp_path / "text.h5")
 
 

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from utils.profiling import SKIPPED, WARM_UP, traced_steps
+from utils.training.profiling import SKIPPED, WARM_UP, traced_steps
 
 CPU = torch.device("cpu")
 log = logging.getLogger("test")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from utils.retrieval_metrics import ranks_of, recall_metrics, retrieval_metrics
+from utils.evaluation.retrieval_metrics import ranks_of, recall_metrics, retrieval_metrics
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     scores = torch.randint(5, (50, 20), generator=generator).float()
     target = torch.randint(20, (50,), generator=generator)
     whole = ranks_of(scores, target)
-    monkeypatch.setattr("utils.retrieval_metrics.ROW_BLOCK", 61)
+    monkeypatch.setattr("utils.evaluation.retrieval_metrics.ROW_BLOCK", 61)
     assert torch.equal(ranks_of(scores, target), whole)
 
 

@@ -15,12 +15,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from golden_model import GoldenModel
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import colormaps
 from PIL import Image
-from tiny_run import ROOT, TinyRun, make_run
 
 from dataloaders.annotations import Query, corpus_videos, read_annotations
 from dataloaders.tokenizer import tokenize
@@ -28,10 +26,11 @@ from dataloaders.video import load_clip
 from models import ProPy, build_model
 from modules.pyramid import PromptPyramid
 from modules.similarity import event_scores
-from utils.attention_store import AttentionStore, query_name, read_attention, read_scores
-from utils.checkpoint import load_checkpoint
-from utils.plots import Drawn, PlotError, PlotSettings, check_request, choose_queries, plot_queries
-from utils.visualize import (
+from tests.golden_model import GoldenModel
+from tests.tiny_run import ROOT, TinyRun, make_run
+from utils import RunError
+from utils.pictures.attention_store import AttentionStore, query_name, read_attention, read_scores
+from utils.pictures.draw import (
     STYLES,
     EventAttention,
     QueryPicture,
@@ -41,6 +40,8 @@ from utils.visualize import (
     save_overview,
     save_tree,
 )
+from utils.pictures.plots import Drawn, PlotSettings, check_request, choose_queries, plot_queries
+from utils.training.checkpoint import load_checkpoint
 
 SPLITS = ["tvr", "activitynet", "charades", "qvhighlights_val", "qvhighlights_test"]
 PYRAMIDS = [
@@ -211,9 +212,9 @@ def test_hits_limit_and_names() -> None:
     assert len(choices) == 6, "every pair comes up"
     assert choose_queries(ranks, queries, [], 2, 5) == choose_queries(ranks, queries, [], 2, 5)
     assert choose_queries(ranks, queries, ["e", "3"], 1, 0) == [2, 4], "named ones, whatever rank"
-    with pytest.raises(PlotError, match="none of the 6"):
+    with pytest.raises(RunError, match="none of the 6"):
         choose_queries(ranks + 1, queries, [], 0, 0)
-    with pytest.raises(PlotError, match="none of the videos of --plot_ids g"):
+    with pytest.raises(RunError, match="none of the videos of --plot_ids g"):
         choose_queries(ranks, queries, ["g"], 0, 0)
 
 
@@ -339,7 +340,7 @@ def test_impossible_requests(settings: dict, ids: list[str], message: str, tmp_p
     model = GoldenModel.read("m1").build()
     queries = [query("v_x#0"), query(7)]
     check_request(PlotSettings(tmp_path, layer=1, head=1), ["7"], queries, model)
-    with pytest.raises(PlotError, match=message):
+    with pytest.raises(RunError, match=message):
         check_request(PlotSettings(tmp_path, **settings), ids, queries, model)
 
 

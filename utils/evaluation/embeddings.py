@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dataloaders.annotations import Query, corpus_videos
-from utils.engine import Embeddings
+from utils import RunError
+from utils.evaluation.embed import Embeddings
+from utils.evaluation.hdf5 import Hdf5Writer, read_hdf5
 from utils.files import whole_file
-from utils.hdf5 import Hdf5Error, Hdf5Writer, read_hdf5
 
 FORMAT = "ProPy embeddings, version 1"
 TEXTS = ("desc_ids", "captions", "vid_names")
@@ -29,10 +30,6 @@ NUMBERS = {
 }  # fmt: skip
 ATTRIBUTES = {"max_words": int, "checkpoint": str, "sha256": str, "epoch": int}
 REMEDY = "make the file again with main.py --save_embeddings"
-
-
-class EmbeddingsError(Exception):
-    """A file of embeddings that cannot be used, or does not belong to this evaluation."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,16 @@ class KeptEmbeddings:
             checkpoint: None if there is none at hand to compare.
 
         Raises:
-            EmbeddingsError: they are of something else; says of what.
+            RunError: they are of something else; says of what.
         """
         if not queries:
-            raise EmbeddingsError(f"none of the annotated videos is in it: {REMEDY}")
+            raise RunError(f"none of the annotated videos is in it: {REMEDY}")
         wanted = [(str(query.desc_id), query.desc, query.vid_name) for query in queries]
         videos = [self.vid_names[column] for column in self.target.tolist()]
         kept = list(zip(self.desc_ids, self.captions, videos, strict=True))
         if len(kept) != len(wanted):
             lacking = len(self.lacking(queries))
-            raise EmbeddingsError(
+            raise RunError(
                 f"it holds {len(kept):,} queries, the annotations {len(wanted):,}: {REMEDY}"
                 + f", or go on without the {lacking:,} videos it lacks: --allow_missing 1"
                 * bool(lacking)
@@ -127,21 +124,21 @@ class KeptEmbeddings:
         for row, (theirs, ours) in enumerate(zip(kept, wanted, strict=True)):
             for what, a, b in zip(("desc_id", "desc", "vid_name"), theirs, ours, strict=True):
                 if a != b:
-                    raise EmbeddingsError(
+                    raise RunError(
                         f"{what} of query {row + 1} is {a!r}, in the annotations {b!r}: {REMEDY}"
                     )
         if self.max_words != max_words:
-            raise EmbeddingsError(
+            raise RunError(
                 f"made with --max_words {self.max_words}, not {max_words}: give that, or {REMEDY}"
             )
         proposals = proposals.cpu().float()
         if proposals.shape != self.proposals.shape or not proposals.equal(self.proposals):
-            raise EmbeddingsError(
+            raise RunError(
                 f"made with another pyramid, of {len(self.proposals)} events: give its "
                 f"--pyr_config_path, or {REMEDY}"
             )
         if checkpoint is not None and _sha256(checkpoint) != self.sha256:
-            raise EmbeddingsError(
+            raise RunError(
                 f"made with another checkpoint than {checkpoint}, {self.checkpoint} after epoch "
                 f"{self.epoch} (sha256 {self.sha256[:12]}…): {REMEDY}"
             )
@@ -169,18 +166,18 @@ def load_embeddings(path: Path) -> KeptEmbeddings:
     """Read what `save_embeddings` wrote, into the CPU's memory.
 
     Raises:
-        EmbeddingsError: no such file, another format, or contents that contradict each other.
+        RunError: no such file, another format, or contents that contradict each other.
     """
     if not path.is_file():
-        raise EmbeddingsError(f"{path}: no such file: main.py --save_embeddings makes one")
+        raise RunError(f"{path}: no such file: main.py --save_embeddings makes one")
     try:
         found = read_hdf5(path, FORMAT, TEXTS, NUMBERS, ATTRIBUTES)
-    except Hdf5Error as error:
-        raise EmbeddingsError(f"{path}: {error}: {REMEDY}") from error
+    except RunError as error:
+        raise RunError(f"{path}: {error}: {REMEDY}") from error
     kept = KeptEmbeddings(Embeddings(found.pop("events"), found.pop("texts")), **found)
     wrong = _contradiction(kept)
     if wrong:
-        raise EmbeddingsError(f"{path}: {wrong}: {REMEDY}")
+        raise RunError(f"{path}: {wrong}: {REMEDY}")
     return kept
 
 

@@ -14,25 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dataloaders import DataError
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import ClipSource
-from dataloaders.datasets import ClipLoader, evaluation_text_batches, evaluation_video_loader
-from dataloaders.preflight import LeftOut
-from dataloaders.video import VideoError
-from utils.engine import (
-    Embeddings,
-    embed_corpus,
-    evaluate_prvr,
-    evaluate_vcmr,
-    predict_moments,
-    rank_videos,
+from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
+from dataloaders.loader import ClipLoader
+from utils.evaluation.embed import Embeddings, embed_corpus
+from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
+from utils.evaluation.moment_tables import (
+    Rows,
+    level_report,
+    level_table,
+    moment_report,
+    report_tables,
 )
-from utils.moment_metrics import RECALL_RANKS, selection_score
-from utils.moment_report import level_table, report_tables
-from utils.plots import PlotSettings, choose_queries, plot_queries, score_queries
-from utils.predictions import SAVED, export_all, save_predictions
-from utils.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.tables import PRVR_COLUMNS, metrics_table
+from utils.evaluation.predictions import SAVED, MomentPredictions, export_all, save_predictions
+from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
+from utils.evaluation.ranking import CHUNK, best_event_scores, paired_event_scores, top_moments
+from utils.evaluation.retrieval_metrics import ranks_of, recall_metrics
+from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
+from utils.missing_videos import LeftOut
+from utils.pictures.plots import PlotSettings, choose_queries, plot_queries, score_queries
 
 VAL = "val"  # what records and lists call the split
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
@@ -113,14 +115,14 @@ class Reading:
         """What chooses the best epoch.
 
         Raises:
-            VideoError: it is moments, and no video of a query with times could be read.
+            DataError: it is moments, and no video of a query with times could be read.
         """
         if not self.moments:
             score = next(iter(rows.values()))["SumR"]
         elif "VCMR" in rows:
             score = selection_score(rows["VCMR"])
         else:
-            raise VideoError(
+            raise DataError(
                 "of the queries with times (ts) no video can be read, so no best epoch can be "
                 "chosen: mend the videos, or train with --subtask_type PRVR"
             )
@@ -150,7 +152,7 @@ class Evaluation(Reading):
         queries, proposals, reading: see `Reading`.
 
     Raises:
-        VideoError: clips are missing.
+        DataError: clips are missing.
     """
 
     def __init__(
@@ -191,7 +193,7 @@ class Evaluation(Reading):
         """All videos and texts of the split; from then on it is without videos that do not decode.
 
         Raises:
-            VideoError: a video cannot be read, and nobody said that it may be left out.
+            DataError: a video cannot be read, and nobody said that it may be left out.
         """
         with self.loader.worker_errors():
             embeddings = embed_corpus(model, self.loader, self.texts, device)
@@ -207,7 +209,7 @@ class Evaluation(Reading):
         self._unreadable.add(vid_name)
         self.left_out.leave_out(VAL, vid_name, reason)
         if len(self._unreadable) == len(self.videos):
-            raise VideoError(f"no video of the split can be read; the last: {reason}")
+            raise DataError(f"no video of the split can be read; the last: {reason}")
 
     def plot(
         self,
@@ -255,3 +257,93 @@ def tables(rows: dict[str, dict[str, float]], datatype: str) -> list[str]:
     if levels:
         shown.append(level_table(levels))
     return shown
+
+
+def rank_videos(
+    embeddings: Embeddings, target: Tensor, normalize_events: bool = True, chunk: int = CHUNK
+) -> Tensor:
+    """The rank of every text's video among all of the split, from 1: int64 [T] on the CPU.
+
+    Args:
+        target: int64 [T], the right video of each text.
+        normalize_events: False is the authors' evaluation of ActivityNet, where longer vectors win.
+        chunk: cosines there is memory for, beside the embeddings and normalised texts.
+    """
+    texts, events = embeddings.texts, embeddings.events
+    # Half of the memory for a block's scores and the masks that they are ranked with.
+    step = max(1, chunk // (4 * len(events)))
+    blocks = zip(texts.split(step), target.to(texts.device).split(step), strict=True)
+    return torch.cat([
+        ranks_of(best_event_scores(some, events, normalize_events, chunk // 2), own)
+        for some, own in blocks
+    ]).cpu()  # fmt: skip
+
+
+def evaluate_prvr(
+    embeddings: Embeddings, target: Tensor, normalize_events: bool = True, chunk: int = CHUNK
+) -> dict[str, float]:
+    """Partially relevant video retrieval: recalls of `rank_videos`, whose arguments these are."""
+    return recall_metrics(rank_videos(embeddings, target, normalize_events, chunk))
+
+
+def predict_moments(
+    embeddings: Embeddings,
+    queries: Sequence[Query],
+    videos: Sequence[Video],
+    proposals: Tensor,
+    *,
+    per_video: int = 10,
+    limit: int = 1000,
+    chunk: int = CHUNK,
+) -> MomentPredictions:
+    """Weakly supervised moment retrieval: every event of the corpus is a proposed moment.
+
+    Args:
+        queries: what `embeddings.texts` are.
+        videos: what `embeddings.events` are of.
+        proposals: [N_e, 2] start and end of each event as a share of its video.
+        per_video: moments of one video that count, the best.
+        limit: moments kept of a query, the best.
+        chunk: cosines there is memory for, beside the embeddings, their normalised copy and the
+            result.
+    """
+    device = embeddings.texts.device
+    column = {video.vid_name: index for index, video in enumerate(videos)}
+    target = torch.tensor([column[query.vid_name] for query in queries], device=device)
+    step = max(1, chunk // (4 * len(videos)))  # as in `rank_videos`
+    ranked, ranks = [], []
+    for texts, own in zip(embeddings.texts.split(step), target.split(step), strict=True):
+        top = top_moments(texts, embeddings.events, per_video, limit, chunk // 2)
+        ranks.append(ranks_of(top.video_scores, own))
+        ranked.append((top.videos, top.events, top.scores))
+    top_videos, top_events, top_scores = map(torch.cat, zip(*ranked, strict=True))
+    return MomentPredictions(
+        desc_ids=[str(query.desc_id) for query in queries],
+        vid_names=list(column),
+        durations=torch.tensor([video.duration for video in videos], device=device),
+        proposals=proposals.to(device),
+        per_video=per_video,
+        videos=top_videos,
+        events=top_events,
+        scores=top_scores,
+        target=target,
+        target_rank=torch.cat(ranks),
+        target_scores=paired_event_scores(embeddings.texts, embeddings.events, target, chunk),
+    )
+
+
+def evaluate_vcmr(
+    predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
+) -> Rows:
+    """Video corpus moment retrieval, and with it PRVR, as rows of metrics.
+
+    Returns:
+        "cosine": what `evaluate_prvr` gives; the rows of `moment_report`; "levels/…": those of
+        `level_report`, if there are times.
+    """
+    rows = {"cosine": recall_metrics(predictions.target_rank)}
+    rows |= moment_report(predictions, queries, window_rule)
+    if any(query.windows for query in queries):
+        levels = level_report(predictions, queries)
+        rows |= {f"levels/{name}": row for name, row in levels.items()}
+    return rows

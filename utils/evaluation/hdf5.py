@@ -1,6 +1,6 @@
 """HDF5 files whose write errors are seen, as on a full disk, and whose contents are checked.
 
-HDF5's own file drivers lose write errors: closing a file that could not be written may end the process by a
+HDF5's own file drivers lose write errors: closing a file that could not be written may end it by a
 segmentation fault, or leave a file of wrong numbers behind. So HDF5 writes through a Python file
 that takes everything, and remembers what the system did not.
 """
@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import torch
 
+from utils import RunError
 from utils.files import writing
 
 
@@ -92,10 +93,6 @@ class Hdf5Writer:
             self.check()
 
 
-class Hdf5Error(ValueError):
-    """A file that is not what it should be; says why, not which."""
-
-
 def read_hdf5(
     path: Path,
     format_name: str,
@@ -112,22 +109,22 @@ def read_hdf5(
         attributes: and their types, int or str.
 
     Raises:
-        Hdf5Error: it cannot be read, or something in it is missing or of another kind.
+        RunError: it cannot be read, or something in it is missing or of another kind.
     """
     try:
         with h5py.File(path, "r") as file:
             found = file.attrs.get("format")
             if not isinstance(found, str) or found != format_name:
-                raise Hdf5Error(f"not a file of {format_name!r}")
+                raise RunError(f"not a file of {format_name!r}")
             contents = {name: _texts(file, name) for name in texts}
             contents |= {name: _numbers(file, name, kind) for name, kind in numbers.items()}
             return contents | {name: kind(file.attrs[name]) for name, kind in attributes.items()}
-    except Hdf5Error:
+    except RunError:
         raise
     except KeyError as error:
-        raise Hdf5Error(error.args[0]) from error
+        raise RunError(error.args[0]) from error
     except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise Hdf5Error(str(error)) from error
+        raise RunError(str(error)) from error
 
 
 def _texts(file: h5py.File, name: str) -> list[str]:
@@ -137,14 +134,14 @@ def _texts(file: h5py.File, name: str) -> list[str]:
         or data.ndim != 1
         or not h5py.check_string_dtype(data.dtype)
     ):
-        raise Hdf5Error(f"{name} is no list of texts")
+        raise RunError(f"{name} is no list of texts")
     return data.asstr()[()].tolist()
 
 
 def _numbers(file: h5py.File, name: str, kind: type) -> torch.Tensor:
     data = file[name]
     if not isinstance(data, h5py.Dataset) or data.shape in (None, ()):
-        raise Hdf5Error(f"{name} is no array")
+        raise RunError(f"{name} is no array")
     if data.dtype.kind != np.dtype(kind).kind:
-        raise Hdf5Error(f"{name} holds {data.dtype}, expected {np.dtype(kind)}")
+        raise RunError(f"{name} holds {data.dtype}, expected {np.dtype(kind)}")
     return torch.from_numpy(data[()])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dataloaders.annotations import Query
-from utils.moment_metrics import (
+from utils.evaluation.moment_metrics import (
     NEVER,
     RECALL_RANKS,
     THRESHOLDS,
@@ -26,8 +26,8 @@ from utils.moment_metrics import (
     temporal_iou,
     video_recalls,
 )
-from utils.predictions import MomentPredictions
-from utils.tables import metrics_table
+from utils.evaluation.predictions import MomentPredictions
+from utils.evaluation.tables import metrics_table
 
 MOMENT_COLUMNS = {f"{t}-r{k}": f"R{k}@{t}" for t in THRESHOLDS for k in RECALL_RANKS}
 VIDEO_COLUMNS = {f"r{k}": f"R@{k}" for k in VIDEO_RECALL_RANKS}
@@ -45,7 +45,7 @@ def moment_report(
     all events in random order. Without any times only the rows of VR.
 
     Raises:
-        PredictionsError: the predictions are not for these queries.
+        RunError: the predictions are not for these queries.
     """
     predictions = predictions.of(queries)
     rows: Rows = {}
@@ -115,7 +115,7 @@ def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Ro
         "whole video", "random event" (the mean of all) and "closest event" (the best there is).
 
     Raises:
-        PredictionsError: the predictions are not for these queries.
+        RunError: the predictions are not for these queries.
     """
     timed = torch.tensor([bool(query.windows) for query in queries])
     predictions = predictions.of(queries).rows(timed)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dataloaders.annotations import Query
+from utils import RunError
+from utils.evaluation.hdf5 import Hdf5Writer, read_hdf5
 from utils.files import whole_file, writing
-from utils.hdf5 import Hdf5Error, Hdf5Writer, read_hdf5
 
 FORMAT = "ProPy moment predictions, version 1"
 SAVED, EXPORTS = "predictions.h5", ("predictions_tvr.json", "predictions_qvhighlights.jsonl")
@@ -30,10 +31,6 @@ NUMBERS = {
     "target": np.int32, "target_rank": np.int32, "target_scores": np.float32,
 }  # fmt: skip
 PACKED = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-
-
-class PredictionsError(Exception):
-    """A predictions file that cannot be used, or does not belong to the annotations."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class MomentPredictions:
         """These predictions, for these queries in this order.
 
         Raises:
-            PredictionsError: the queries are not exactly those that were predicted for, or one has
+            RunError: the queries are not exactly those that were predicted for, or one has
                 another right video.
         """
         wanted = [str(query.desc_id) for query in queries]
@@ -106,7 +103,7 @@ class MomentPredictions:
             result = self.rows(torch.tensor([row[name] for name in wanted]))
         for query, target in zip(queries, result.target.tolist(), strict=True):
             if query.vid_name != self.vid_names[target]:
-                raise PredictionsError(
+                raise RunError(
                     f"query {query.desc_id!r} belongs to video {query.vid_name!r} in the "
                     f"annotations, to {self.vid_names[target]!r} in the predictions: use the "
                     "annotations that the predictions were made with"
@@ -132,7 +129,7 @@ def _compare_queries(predicted: Collection[str], wanted: Collection[str]) -> Non
     for names, where in ((missing, "predictions"), (surplus, "annotations")):
         if names:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            raise PredictionsError(
+            raise RunError(
                 f"{len(names)} queries are not in the {where} ({shown}): use the annotations that "
                 "the predictions were made with"
             )
@@ -161,19 +158,19 @@ def load_predictions(path: Path) -> MomentPredictions:
     """Read what `save_predictions` wrote.
 
     Raises:
-        PredictionsError: no such file, another format, or contents that contradict each other.
+        RunError: no such file, another format, or contents that contradict each other.
     """
     if not path.is_file():
-        raise PredictionsError(f"{path}: no such file: main.py --save_predictions 1 writes one")
+        raise RunError(f"{path}: no such file: main.py --save_predictions 1 writes one")
     remedy = "write it again with main.py --save_predictions 1"
     try:
         found = read_hdf5(path, FORMAT, TEXTS, NUMBERS, {"per_video": int})
-    except Hdf5Error as error:
-        raise PredictionsError(f"{path}: {error}: {remedy}") from error
+    except RunError as error:
+        raise RunError(f"{path}: {error}: {remedy}") from error
     predictions = MomentPredictions(**found)
     wrong = _contradiction(predictions)
     if wrong:
-        raise PredictionsError(f"{path}: {wrong}: {remedy}")
+        raise RunError(f"{path}: {wrong}: {remedy}")
     return predictions
 
 

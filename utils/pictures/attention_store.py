@@ -16,8 +16,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from utils.evaluation.hdf5 import Hdf5Writer
 from utils.files import partial_file, publish, writing
-from utils.hdf5 import Hdf5Writer
 
 ATTENTION, SCORES, HITS = "attn.hdf5", "event_scores.hdf5", "r1_ids.json"
 MAX_NAME = 150  # bytes; file systems end at 255

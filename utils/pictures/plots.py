@@ -1,6 +1,6 @@
 """Choosing the queries to draw, looking at their videos once more with attention, drawing them.
 
-Leaves in the folder: attn.hdf5, event_scores.hdf5, r1_ids.json (`utils.attention_store`) and per
+Leaves in the folder: attn.hdf5, event_scores.hdf5, r1_ids.json (`attention_store`) and per
 query attention/<id>/ with meta.json, figures/<frame>.jpg, tree.jpg and the overview.
 """
 
@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from dataloaders.annotations import Query
 from modules.similarity import event_scores
-from utils.attention_store import AttentionStore, query_name
-from utils.engine import Embeddings
+from utils import RunError
+from utils.evaluation.embed import Embeddings
 from utils.files import writing
-from utils.visualize import (
+from utils.pictures.attention_store import AttentionStore, query_name
+from utils.pictures.draw import (
     STYLES,
     EventAttention,
     QueryPicture,
@@ -33,10 +34,6 @@ from utils.visualize import (
 TEXT_BLOCK = 64  # texts compared with the whole corpus at a time
 
 
-class PlotError(ValueError):
-    """Nothing to draw, or a layer, head or query that does not exist."""
-
-
 @dataclass(frozen=True)
 class PlotSettings:
     """What is drawn, and how.
@@ -45,7 +42,7 @@ class PlotSettings:
         folder: where to.
         layer: whose attention is drawn, counted from 1; 0 the last.
         head: the attention head, counted from 1; 0 the mean of all.
-        style: one of `utils.visualize.STYLES`.
+        style: one of `utils.pictures.draw.STYLES`.
         file_format: of the overview, and of a further tree if it is a vector format.
     """
 
@@ -79,16 +76,16 @@ def check_request(
     """What can be said before anything is computed.
 
     Raises:
-        PlotError: the model has no such layer or head, the split no such query.
+        RunError: the model has no such layer or head, the split no such query.
     """
     layers = len(model.clip.visual.transformer.resblocks)
     counts = {"layer": (settings.layer, layers), "head": (settings.head, model.num_heads)}
     for name, (number, count) in counts.items():
         if not 0 <= number <= count:
-            raise PlotError(f"--plot_{name} {number}: the model has {name}s 1 to {count}")
+            raise RunError(f"--plot_{name} {number}: the model has {name}s 1 to {count}")
     unknown = set(ids) - {str(query.desc_id) for query in queries}
     if unknown:
-        raise PlotError(
+        raise RunError(
             f"--plot_ids: not in the split: {', '.join(sorted(unknown))}; its annotations have "
             f"desc_ids such as {queries[0].desc_id}"
         )
@@ -105,16 +102,16 @@ def choose_queries(
         limit: of these a random choice of so many; 0 for all. Named ones are all drawn.
 
     Raises:
-        PlotError: no query has its video at rank 1, or none of those named is left.
+        RunError: no query has its video at rank 1, or none of those named is left.
     """
     if ids:
         named = [row for row, query in enumerate(queries) if str(query.desc_id) in set(ids)]
         if not named:  # `check_request` has seen them, so their videos did not decode
-            raise PlotError(f"none of the videos of --plot_ids {' '.join(ids)} can be read")
+            raise RunError(f"none of the videos of --plot_ids {' '.join(ids)} can be read")
         return named
     hits = (ranks.cpu() == 1).nonzero()[:, 0].tolist()
     if not hits:
-        raise PlotError(
+        raise RunError(
             f"none of the {len(queries)} queries has its video at rank 1: name the queries to draw "
             "with --plot_ids"
         )

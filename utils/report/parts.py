@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from utils.visualize import event_rows
+from utils.pictures.draw import event_rows
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 320, 190, 46, 10, 10, 22  # of a chart, in its own units
 ROW_HEIGHT = 0.75  # rem of a pyramid's row

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dataloaders import DataError
 from dataloaders.annotations import Query
-from dataloaders.video import VideoError, load_clip
-from utils import report_parts as parts
-from utils.ffmpeg import FfmpegError, read_packets
-from utils.predictions import MomentPredictions
+from dataloaders.ffmpeg import FfmpegError, read_packets
+from dataloaders.video import load_clip
+from utils.evaluation.predictions import MomentPredictions
+from utils.report import parts as parts
 
 SAMPLED = 32  # frames of a video that thumbnails are taken from
 STRIP = 12  # thumbnails of the right video
@@ -60,13 +61,13 @@ class Thumbnails:
         path = self.video_dir / f"{vid_name}.mp4"
         try:
             if not path.is_file():
-                raise VideoError(f"{path}: no such video file")
+                raise DataError(f"{path}: no such video file")
             track = read_packets(path, limit=2)
             frames = load_clip(path, SAMPLED, min(track.width, track.height)).float()
         except FfmpegError as error:
             self.failed[vid_name] = f"{path}: {error}"
             return None
-        except VideoError as error:
+        except DataError as error:
             self.failed[vid_name] = str(error)
             return None
         side = min(THUMBNAIL, frames.shape[-1])

@@ -8,6 +8,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from utils import RunError
+from utils.files import read_records
+from utils.misc import is_number
+
 logger = logging.getLogger(__name__)
 
 # Counters of log.jsonl, nothing to look at as a curve.
@@ -27,69 +31,35 @@ MOMENT_RECALL = re.compile(r"(\w+)/([\d.]+)-r(\d+)")
 VIDEO_RECALL = re.compile(r"(\w+)/r(\d+)")
 
 
-class RunLogError(Exception):
-    """A folder that is not a run's, or a file in it that cannot be read."""
-
-
 def read_args(folder: Path) -> dict:
-    """args.json of a run; empty if there is none. RunLogError: it is not JSON."""
+    """args.json of a run; empty if there is none. RunError: it is not JSON."""
     path = folder / "args.json"
     if not path.is_file():
         return {}
     try:
         args = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise RunLogError(f"{path}: not JSON: {error}") from error
+        raise RunError(f"{path}: not JSON: {error}") from error
     if not isinstance(args, Mapping):
-        raise RunLogError(f"{path}: not an object of settings")
+        raise RunError(f"{path}: not an object of settings")
     return dict(args)
 
 
 def datatype(args: Mapping) -> str:
-    """The data set that args.json names, as a rule one of `utils.published.DATATYPES`."""
+    """The data set that args.json names, as a rule one of `published.DATATYPES`."""
     return str(args.get("datatype") or "custom")
-
-
-def read_records(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, each an object.
-
-    Other lines are left out with a warning: one was torn off if the run was killed while it wrote
-    (the run that went on began a new line), and may be anything if the power failed.
-
-    Raises:
-        RunLogError: no such file.
-    """
-    if not path.is_file():
-        raise RunLogError(f"{path}: no such file: give the folder of a run, such as logs/prvr_tvr")
-    records, unreadable = [], []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            unreadable.append(str(number))
-    if unreadable:
-        first = ", ".join(unreadable[:10]) + (", …" if len(unreadable) > 10 else "")
-        logger.warning("%s: unreadable lines left out: %d (line %s)", path, len(unreadable), first)
-    return records
 
 
 def read_epochs(folder: Path) -> list[dict]:
     """log.jsonl by epoch, in order; of an epoch that was run again after resuming, the last.
 
     Raises:
-        RunLogError: there is no log.jsonl, or it holds no epoch.
+        RunError: there is no log.jsonl, or it holds no epoch.
     """
     path = folder / "log.jsonl"
     records = [record for record in read_records(path) if _is_epoch(record.get("epoch"))]
     if not records:
-        raise RunLogError(f"{path}: no finished epoch in it")
+        raise RunError(f"{path}: no finished epoch in it")
     return sorted({record["epoch"]: record for record in records}.values(), key=_epoch)
 
 
@@ -116,26 +86,6 @@ def best_epoch(epochs: list[dict]) -> dict:
     """The record that the run itself called the best; the last one if it did not say."""
     best = epochs[-1].get("best_epoch")
     return next((record for record in epochs if record["epoch"] == best), epochs[-1])
-
-
-def reduced_size(record: Mapping, split: str = "val") -> str | None:
-    """What numbers were computed on, if the record says that videos were left out, else None.
-
-    Args:
-        record: with `dataloaders.preflight.LeftOut.numbers` in it, or without.
-    """
-    parts = []
-    for what in ("videos", "queries"):
-        left, lost = (record.get(f"{split}_{what}{end}") for end in ("", "_left_out"))
-        if not (isinstance(left, int) and isinstance(lost, int) and lost):
-            return None
-        parts.append(f"{left:,} of the {left + lost:,} {what}")
-    return "on " + " and ".join(parts)
-
-
-def is_number(value: object) -> bool:
-    """True for finite numbers, which True and False are not, of a size that can be drawn."""
-    return type(value) in (int, float) and -1e300 < value < 1e300
 
 
 def _is_epoch(value: object) -> bool:

@@ -9,97 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modules.torch_files import TorchFileError, is_plain, load_tensors
+from modules import ModelError
+from modules.torch_files import is_plain, load_tensors
+from utils import RunError
 from utils.files import whole_file
-from utils.misc import rng_state, set_rng_state
-from utils.run_log import is_number
+from utils.misc import is_number, rng_state, set_rng_state
+from utils.training.authors import NUMPY_SCALAR, convert_authors_state
+from utils.training.progress import Checkpoint, EpochSums
 
 LATEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"  # their names in the folder of a run
 FORMAT = "propy-2"
 EARLIER_FORMAT = "propy-1"  # written after whole epochs, without random states
 
-# The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
-# is a numpy float, pickled under the module name of numpy 1 or of numpy 2.
-_NUMPY_SCALAR = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
-    np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-]
 
 NOT_FINITE = "has values that are not finite"
-_AUTHORS_ADAPTER = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.temp_adapter\.(.+)")
 # Begins the fingerprint of all tensors of a backbone, and what was computed last for each model.
 _ALL_TENSORS = "all:"
 _fingerprints: WeakKeyDictionary[nn.Module, tuple[list[int], str]] = WeakKeyDictionary()
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, unreadable or of another model; names file, key and shapes."""
-
-
-@dataclass
-class EpochSums:
-    """Running sums over the steps of an epoch so far, from which its means are logged."""
-
-    steps: int = 0
-    skipped_steps: int = 0  # by the loss scaler, whose loss and gradient norm are left out
-    loss: float = 0.0
-    grad_norm: float = 0.0
-    data_time: float = 0.0  # seconds waiting for batches
-    step_time: float = 0.0  # seconds working on them
-
-    def add(
-        self, loss: float, grad_norm: float, skipped: bool, data_time: float, step_time: float
-    ) -> None:
-        """One more step."""
-        self.steps += 1
-        self.skipped_steps += skipped
-        self.loss += 0.0 if skipped else loss
-        self.grad_norm += 0.0 if skipped else grad_norm
-        self.data_time += data_time
-        self.step_time += step_time
-
-    def means(self) -> dict[str, float]:
-        """Means a step, and the numbers of steps."""
-        taken = self.steps - self.skipped_steps
-        return {
-            "loss": self.loss / taken if taken else math.nan,
-            "grad_norm": self.grad_norm / taken if taken else math.nan,
-            "data_time": self.data_time / self.steps,
-            "step_time": self.step_time / self.steps,
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-        }
-
-
-@dataclass
-class Checkpoint:
-    """What a checkpoint says of the run besides the weights, which are in the model by then."""
-
-    epoch: int = 0  # epochs done
-    global_step: int = 0  # optimizer steps done, those skipped by the loss scaler included
-    best_score: float | None = None
-    best_epoch: int | None = None
-    args: dict = field(default_factory=dict)
-    sums: EpochSums = field(default_factory=EpochSums)  # of the epoch under way
-    last_record: dict | None = None  # of log.jsonl, for the last epoch done
-    facts: dict = field(default_factory=dict)  # of the run besides its arguments, in words
-    has_optimizer: bool = False  # whether training can be resumed from it
-    from_authors: bool = False
 
 
 def save_checkpoint(
@@ -118,13 +54,13 @@ def save_checkpoint(
 
     Raises:
         OutputError: it could not be written.
-        CheckpointError: a weight is not finite.
+        RunError: a weight is not finite.
     """
     path = Path(path)
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: not written: {name} {NOT_FINITE}")
+            raise RunError(f"{path}: not written: {name} {NOT_FINITE}")
     trains_clip = any(name.startswith("clip.") for name in state)
     content = {
         "format": FORMAT,
@@ -162,7 +98,7 @@ def epochs_of(path: Path) -> int | None:
     """Epochs that a file is a checkpoint right after; None if it is no such checkpoint."""
     try:
         content = _read(path)
-    except CheckpointError:
+    except RunError:
         return None
     return None if content.get("sums", {}).get("steps") else content.get("epoch")
 
@@ -185,7 +121,7 @@ def load_checkpoint(
         Where the run stood.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, a missing, unexpected, misshapen or
+        RunError: no such file, not a checkpoint, a missing, unexpected, misshapen or
             non-finite tensor, or another CLIP or pyramid than it was trained with.
     """
     path = Path(path)
@@ -206,42 +142,14 @@ def load_checkpoint(
             _check_proposals(model, content)
         if progress.has_optimizer and optimizer is not None:
             _resume(content, model, optimizer, scaler)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from error
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(state[name])
     if progress.global_step and not from_authors:
         model.clamp_logit_scale()  # as after every step; a frozen one is in no checkpoint of ours
     return progress
-
-
-def convert_authors_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the authors' names and shapes to this program's.
-
-    Theirs: ``clip.visual.global_prompts`` [1, N_e, D_v]; ``clip.visual_prompt_embedding``
-    [1, N_p, L·D_v], layer by layer along the last axis; convolution weights [C, 1, k, 1, 1]; all
-    below ``clip.``. A tensor of another rank is left as it is, for the shape check to name it.
-    """
-    converted = {}
-    events = state.get("clip.visual.global_prompts")
-    for name, tensor in state.items():
-        adapter = _AUTHORS_ADAPTER.fullmatch(name)
-        if name == "clip.visual.global_prompts":
-            name, tensor = "prompts.event_prompts", tensor.squeeze(0)
-        elif name == "clip.visual_prompt_embedding":
-            name = "prompts.visual_prompts"
-            width = 0 if events is None or not events.dim() else events.shape[-1]
-            if tensor.dim() == 3 and width and tensor.shape[-1] % width == 0:
-                tensor = tensor.squeeze(0).unflatten(-1, (-1, width)).transpose(0, 1)
-        elif name.startswith(("clip.prefix_proj.", "clip.postfix_proj.")):
-            name = name.replace("clip.", "prompts.", 1)
-        elif adapter:
-            name = f"adapters.{adapter[1]}.{adapter[2]}"
-            if tensor.dim() == 5:
-                tensor = tensor.squeeze(-1)
-        converted[name] = tensor
-    return converted
 
 
 def backbone_fingerprint(clip: nn.Module) -> str:
@@ -274,16 +182,16 @@ def _read(path: Path) -> dict:
     if path.is_dir():
         names = [name for name in (BEST, LATEST) if (path / name).is_file()]
         found = f"name {' or '.join(names)} in it" if names else "there is no checkpoint in it"
-        raise CheckpointError(f"{path}: a folder, no checkpoint: {found}")
+        raise RunError(f"{path}: a folder, no checkpoint: {found}")
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise RunError(f"{path}: no such checkpoint")
     try:
-        with torch.serialization.safe_globals(_NUMPY_SCALAR):
+        with torch.serialization.safe_globals(NUMPY_SCALAR):
             content = load_tensors(path)
-    except TorchFileError as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint: {error}") from error
+    except ModelError as error:
+        raise RunError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
-        raise CheckpointError(f"{path}: not a checkpoint: it has no 'state_dict'")
+        raise RunError(f"{path}: not a checkpoint: it has no 'state_dict'")
     _check_content(path, content)
     return content
 
@@ -292,21 +200,21 @@ def _check_content(path: Path, content: dict) -> None:
     """That names are names, weights plain tensors, and the run's fields such as are saved."""
     for name, tensor in content["state_dict"].items():
         if not isinstance(name, str):
-            raise CheckpointError(f"{path}: {str(name)[:60]!r} is no name of a tensor")
+            raise RunError(f"{path}: {str(name)[:60]!r} is no name of a tensor")
         if not torch.is_tensor(tensor):
-            raise CheckpointError(f"{path}: {name} is no tensor, but a {type(tensor).__name__}")
+            raise RunError(f"{path}: {name} is no tensor, but a {type(tensor).__name__}")
         if not is_plain(tensor):
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise CheckpointError(f"{path}: {name} is {kind}, not a plain tensor of floats")
+            raise RunError(f"{path}: {name} is {kind}, not a plain tensor of floats")
     theirs = {"epoch": _is_count} if "epoch" in content else {}
     for key, is_right in _FIELDS.get(str(content.get("format")), theirs).items():
         if key not in content or not is_right(content[key]):
-            raise CheckpointError(f"{path}: its field '{key}' is missing or damaged")
+            raise RunError(f"{path}: its field '{key}' is missing or damaged")
     best = content.get("best_epoch")
     if not _is_from_authors(content) and (
         (best is None) != (content["best_score"] is None) or (best or 0) > content["epoch"]
     ):
-        raise CheckpointError(f"{path}: its fields 'best_epoch', 'best_score' and 'epoch' disagree")
+        raise RunError(f"{path}: its fields 'best_epoch', 'best_score' and 'epoch' disagree")
 
 
 def _is_from_authors(content: dict) -> bool:
@@ -394,8 +302,8 @@ def _check_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
     message = f"{'; '.join(sorted(problems)[:5])}{rest}"
     if all(problem.endswith(NOT_FINITE) for problem in problems):
-        raise CheckpointError(f"its weights are damaged: {message}")
-    raise CheckpointError(
+        raise RunError(f"its weights are damaged: {message}")
+    raise RunError(
         f"not a checkpoint of this model: {message}. Are the pyramid, CLIP, Nvp, temp_kernel_sz, "
         "adapter_channels and num_adapter_layers the same?"
     )
@@ -409,7 +317,7 @@ def _check_proposals(model: nn.Module, content: dict) -> None:
     plain = torch.is_tensor(theirs) and is_plain(theirs)
     # The shape first: a damaged one may claim more values than there is time for.
     if not plain or theirs.shape != ours.shape or not theirs.to(ours).equal(ours):
-        raise CheckpointError(
+        raise RunError(
             "trained with another pyramid, whose events cover other parts of a video: give the "
             "same --pyr_config_path as in the run's args.json"
         )
@@ -440,16 +348,16 @@ def _resume(
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)  # the file's were those of the flags it was made with
         if not all(is_number(value) for value in content["scaler"].values()):
-            raise CheckpointError("the state of its loss scaler is damaged")
+            raise RunError("the state of its loss scaler is damaged")
         if scaler is not None and content["scaler"]:  # empty: it was made without float16
             scaler.load_state_dict(content["scaler"])
         if content["format"] != EARLIER_FORMAT:
             set_rng_state(content["rng"])
-    except CheckpointError:
+    except RunError:
         raise
     except Exception as error:  # torch raises whatever it stumbles over
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise CheckpointError(f"its optimizer, scaler or rng does not fit: {reason}") from error
+        raise RunError(f"its optimizer, scaler or rng does not fit: {reason}") from error
 
 
 def _check_optimizer(state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -458,7 +366,7 @@ def _check_optimizer(state: dict, model: nn.Module, optimizer: torch.optim.Optim
     ours = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     theirs = [index for group in state["param_groups"] for index in group["params"]]
     if len(ours) != len(theirs):
-        raise CheckpointError(
+        raise RunError(
             f"its optimizer has {len(theirs)} parameters, this run's {len(ours)}. Is freeze_clip "
             "the same?"
         )
@@ -474,7 +382,7 @@ def _check_optimizer(state: dict, model: nn.Module, optimizer: torch.optim.Optim
         if not 0 <= float(moments["step"]) < math.inf:
             problems.append(f"the optimizer's step of {name} is {float(moments['step'])}")
     if problems:
-        raise CheckpointError("; ".join(problems[:5]))
+        raise RunError("; ".join(problems[:5]))
 
 
 def _check_backbone(model: nn.Module, fingerprint: str) -> None:
@@ -484,7 +392,7 @@ def _check_backbone(model: nn.Module, fingerprint: str) -> None:
         tensors = sorted(model.clip.state_dict().items())
         ours = _digest((name, tensor) for name, tensor in tensors if tensor.dim() == 1)
     if fingerprint != ours:
-        raise CheckpointError(
+        raise RunError(
             "trained on other CLIP weights than the model's: give the same --pretrained_clip_name "
             "and --pretrained_dir as in the run's args.json"
         )

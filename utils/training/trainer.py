@@ -15,24 +15,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dataloaders.datasets import TrainingLoader
-from dataloaders.video import VideoError
-from utils.checkpoint import (
-    BEST,
-    LATEST,
-    Checkpoint,
-    CheckpointError,
-    EpochSums,
-    copy_checkpoint,
-    epochs_of,
-    save_checkpoint,
-)
-from utils.engine import StepResult, TrainingError, train_one_epoch
-from utils.evaluation import Evaluation
-from utils.files import OutputError
+from dataloaders import DataError
+from dataloaders.loader import TrainingLoader
+from utils import OutputError, RunError
+from utils.evaluation.evaluator import Evaluation
 from utils.logger import EpochLog
-from utils.misc import OutOfMemoryError, memory_advice, peak_memory_gib
-from utils.signals import Stopped, StopSignals
+from utils.misc import memory_advice, peak_memory_gib
+from utils.training.checkpoint import BEST, LATEST, copy_checkpoint, epochs_of, save_checkpoint
+from utils.training.engine import StepResult, train_one_epoch
+from utils.training.progress import Checkpoint, EpochSums
+from utils.training.signals import Stopped, StopSignals
 
 # Settings with which another run would come out. The model's own are compared with its weights.
 CHANGE_A_RUN = (
@@ -43,7 +35,7 @@ CHANGE_A_RUN = (
 # Of them, and of what else is known of a run, those that the order of an epoch's videos depends on.
 CHANGE_AN_EPOCH = ("batch_size", "seed", "training annotations")
 
-EXPECTED_ERRORS = (CheckpointError, OutOfMemoryError, OutputError, TrainingError, VideoError)
+EXPECTED_ERRORS = (RunError, RunError, OutputError, RunError, DataError)
 
 LESS_MEMORY = (
     "use --checkpoint_activations 1 or raise --gradient_accumulation_steps (same result), or lower "
@@ -130,7 +122,7 @@ class Trainer:
         """All epochs that are left; returns the best checkpoint's path.
 
         Raises:
-            CheckpointError, OutOfMemoryError, OutputError, TrainingError, VideoError: the message
+            RunError, RunError, OutputError, RunError, DataError: the message
                 ends with the last good checkpoint.
             Stopped: a signal came, and everything is saved.
         """
@@ -253,7 +245,7 @@ class Trainer:
             if epochs_of(beside) == progress.best_epoch:
                 copy_checkpoint(beside, self.best)
             elif progress.epoch >= self.epochs:
-                raise CheckpointError(
+                raise RunError(
                     f"all {self.epochs} epochs are trained, but the best checkpoint, of epoch "
                     f"{progress.best_epoch}, is neither {self.best} nor {beside}: train on with "
                     f"more --epochs, or evaluate the last epoch: --do_train 0 --resume {source}"

@@ -1,0 +1,80 @@
+"""Recompute the metrics of predicted moments, without a model.
+
+.venv/bin/python -m scripts.score_predictions --predictions … --annotations …
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dataloaders import DataError
+from dataloaders.annotations import read_annotations
+from utils import OutputError, RunError
+from utils.evaluation.moment_metrics import WINDOW_RULES
+from utils.evaluation.moment_tables import (
+    level_report,
+    level_table,
+    moment_report,
+    report_tables,
+    times_missing,
+)
+from utils.evaluation.predictions import export_all, load_predictions
+from utils.missing_videos import left_numbers, reduced_size
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: metrics and exports of a predictions file."""
+    # fmt: off
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.score_predictions",
+        description="Recompute the metrics of predicted moments, without a model.",
+    )
+    add = parser.add_argument
+    add("--predictions", type=Path, required=True, metavar="HDF5",
+        help="what main.py --subtask_type VCMR --save_predictions 1 wrote")
+    add("--annotations", type=Path, required=True, metavar="JSONL",
+        help="the annotations that it predicted for")
+    add("--allow_missing", action="store_true",
+        help="go without the annotated videos that the predictions are without, and their queries, "
+        "as main.py --allow_missing 1 did that made them; the reduced size is said")
+    add("--window_rule", choices=WINDOW_RULES, default="half",
+        help="of a query with several windows a prediction must reach half, rounded down but at "
+        "least one (the published rule), or any; the other rule is shown beside (default half)")
+    add("--export", type=Path, metavar="FOLDER",
+        help="also write TVR's and QVHighlights' submission formats into this folder")
+    # fmt: on
+    args = parser.parse_args(argv)
+    try:
+        predictions = load_predictions(args.predictions)
+        annotated = read_annotations(args.annotations)
+        present = predictions.present(annotated)
+        queries = present if args.allow_missing else annotated
+        try:
+            predictions = predictions.of(queries)
+        except RunError as error:
+            hint = ", or go without what the predictions lack: --allow_missing"
+            raise RunError(
+                f"{args.predictions}, {args.annotations}: {error}{hint * (queries != present)}"
+            ) from None
+    except (DataError, RunError) as error:
+        sys.exit(f"error: {error}")
+    if size := reduced_size(left_numbers("val", annotated, queries)):
+        print(f"{size}\n")
+    missing = times_missing(queries)
+    if missing:
+        print(f"{args.annotations}: {missing}\n")
+    print(report_tables(moment_report(predictions, queries, args.window_rule)))
+    if any(query.windows for query in queries):
+        print(f"\n{level_table(level_report(predictions, queries))}")
+    try:
+        for path in export_all(args.export, predictions, queries) if args.export else ():
+            print(f"wrote {path}")
+    except OutputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Where a run stands besides its weights: what a checkpoint says of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EpochSums:
+    """Running sums over the steps of an epoch so far, from which its means are logged."""
+
+    steps: int = 0
+    skipped_steps: int = 0  # by the loss scaler, whose loss and gradient norm are left out
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    data_time: float = 0.0  # seconds waiting for batches
+    step_time: float = 0.0  # seconds working on them
+
+    def add(
+        self, loss: float, grad_norm: float, skipped: bool, data_time: float, step_time: float
+    ) -> None:
+        """One more step."""
+        self.steps += 1
+        self.skipped_steps += skipped
+        self.loss += 0.0 if skipped else loss
+        self.grad_norm += 0.0 if skipped else grad_norm
+        self.data_time += data_time
+        self.step_time += step_time
+
+    def means(self) -> dict[str, float]:
+        """Means a step, and the numbers of steps."""
+        taken = self.steps - self.skipped_steps
+        return {
+            "loss": self.loss / taken if taken else math.nan,
+            "grad_norm": self.grad_norm / taken if taken else math.nan,
+            "data_time": self.data_time / self.steps,
+            "step_time": self.step_time / self.steps,
+            "steps": self.steps,
+            "skipped_steps": self.skipped_steps,
+        }
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint says of the run besides the weights, which are in the model by then."""
+
+    epoch: int = 0  # epochs done
+    global_step: int = 0  # optimizer steps done, those skipped by the loss scaler included
+    best_score: float | None = None
+    best_epoch: int | None = None
+    args: dict = field(default_factory=dict)
+    sums: EpochSums = field(default_factory=EpochSums)  # of the epoch under way
+    last_record: dict | None = None  # of log.jsonl, for the last epoch done
+    facts: dict = field(default_factory=dict)  # of the run besides its arguments, in words
+    has_optimizer: bool = False  # whether training can be resumed from it
+    from_authors: bool = False
