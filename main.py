@@ -27,7 +27,7 @@ from dataloaders.clips import ClipSource, VideoFolder, listed
 from dataloaders.datasets import training_loader
 from dataloaders.frame_store import FrameStore, gpu_decoder_problem
 from dataloaders.loader import LeaveOut, TrainingLoader
-from dataloaders.preflight import find_unusable
+from dataloaders.preflight import probe_all
 from models import ProPy, build_model
 from models.clip_weights import weights_path
 from modules import ModelError
@@ -262,7 +262,7 @@ def check_videos(
     """Which videos cannot be used, by their headers: an error, or they are left out."""
     reasons = []
     for split, queries in splits.items():
-        unusable, doubtful = find_unusable(
+        unusable, doubtful = probe_all(
             corpus_videos(queries),
             clips,
             size,

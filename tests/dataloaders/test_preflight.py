@@ -15,7 +15,7 @@ from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import VideoFolder
 from dataloaders.datasets import evaluation_video_loader, training_loader
 from dataloaders.ffmpeg import run_ffmpeg, write_video
-from dataloaders.preflight import find_unusable
+from dataloaders.preflight import probe_all
 from scripts import report
 from tests.fuzz import mutations
 from tests.tiny_run import TinyRun, make_run
@@ -43,7 +43,7 @@ def damaged(data: bytes, count: int) -> bytes:
 def look(folder: Path, *names: str, seconds: float = 8.0, open_files: bool = True):
     videos = [Video(name, seconds) for name in names]
     clips = VideoFolder(folder)
-    return find_unusable(videos, clips, SIZE, open_files=open_files, num_threads=2)
+    return probe_all(videos, clips, SIZE, open_files=open_files, num_threads=2)
 
 
 def test_a_first_look_finds_what_headers_show(tmp_path, clip):
