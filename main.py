@@ -24,9 +24,8 @@ import torch
 from dataloaders import DataError
 from dataloaders.annotations import Query, corpus_videos, read_annotations, summary
 from dataloaders.clips import ClipSource, VideoFolder, listed
-from dataloaders.datasets import training_loader
+from dataloaders.datasets import TrainingLoader
 from dataloaders.frame_store import FrameStore, gpu_decoder_problem
-from dataloaders.loader import LeaveOut, TrainingLoader
 from dataloaders.preflight import probe_all
 from models import ProPy, build_model
 from models.clip_weights import weights_path
@@ -42,7 +41,7 @@ from utils.evaluation.published import split_size_warning
 from utils.files import check_outputs, locked_folder, whole_file, writing
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import git_revision, memory_advice, parameter_report, pick_device, set_seed
-from utils.missing_videos import LeftOut
+from utils.missing_videos import MissingVideos
 from utils.pictures.attention_store import ATTENTION, HITS, SCORES
 from utils.pictures.plots import PlotSettings, check_request
 from utils.training.checkpoint import BEST, LATEST, load_checkpoint
@@ -113,10 +112,9 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     else:
         clips = VideoFolder(args.video_dir)
     splits = {VAL: val_queries} | ({TRAIN: train_queries} if args.do_train else {})
-    left_out = LeftOut(args.output_dir / "missing_videos.jsonl", splits)
-    check_videos(args, splits, left_out, clips, model.input_resolution, log)
-    val_queries = left_out.kept(VAL, val_queries)
-    train_queries = left_out.kept(TRAIN, train_queries)
+    missing = check_videos(args, splits, clips, model.input_resolution, log)
+    val_queries = missing.remaining(VAL)
+    train_queries = missing.remaining(TRAIN) if args.do_train else []
     check_times(args, val_queries, log)
     check_settings(args, model, train_queries)
     evaluation = Evaluation(
@@ -128,7 +126,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         max_words=args.max_words,
         batch_size=args.batch_size_val,
         num_workers=args.num_thread_reader,
-        left_out=left_out if args.allow_missing else None,
+        missing=missing,
         **reading_settings(args),
     )
     plots = PlotSettings(
@@ -139,12 +137,9 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
 
     best = args.resume
     if args.do_train:
-        leave_out = partial(left_out.leave_out, TRAIN) if args.allow_missing else None
-        best = train(
-            args, model, evaluation, train_queries, clips, leave_out, device, precision, log
-        )
-        if note := left_out.note(TRAIN):
-            log.warning("trained %s", note)
+        best = train(args, model, evaluation, train_queries, clips, device, precision, log)
+        if size := missing.summary(TRAIN):
+            log.warning("trained %s", size)
     if args.do_eval or args.do_plot:
         checkpoint = load_weights(args, best, model, log)
         log.info("using %s, %d epochs trained", best, checkpoint.epoch)
@@ -206,11 +201,14 @@ def evaluate_kept(
 ) -> None:
     """Metrics of kept embeddings: needs no videos, no CLIP, and no checkpoint but to compare."""
     kept = load_embeddings(args.load_embeddings)
-    left_out = LeftOut(args.output_dir / "missing_videos.jsonl", {VAL: queries})
-    if args.allow_missing and (lacking := kept.lacking(queries)):
-        left_out.add(VAL, dict.fromkeys(lacking, f"{args.load_embeddings}: made without it"))
-        queries = left_out.kept(VAL, queries)
-        log.warning("%s: %s", VAL, left_out.note(VAL))
+    lacking = kept.lacking(queries) if args.allow_missing else []
+    reasons = dict.fromkeys(lacking, f"{args.load_embeddings}: made without it")
+    missing = MissingVideos(
+        args.output_dir / "missing_videos.jsonl", {VAL: queries}, {VAL: reasons}
+    )
+    queries = missing.remaining(VAL)
+    if reasons:
+        log.warning("%s: %s", VAL, missing.summary(VAL))
     check_times(args, queries, log)
     proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
     try:
@@ -218,7 +216,7 @@ def evaluate_kept(
     except RunError as error:
         raise RunError(f"{args.load_embeddings}: {error}") from None
     log.info("using %s, of %s after epoch %d", args.load_embeddings, kept.checkpoint, kept.epoch)
-    reading = Reading(queries, proposals, left_out=left_out, **reading_settings(args))
+    reading = Reading(queries, proposals, missing=missing, **reading_settings(args))
     embeddings = kept.embeddings.to(device)
     rows = reading.run(embeddings, args.output_dir if args.save_predictions else None)
     report(args, reading, rows, kept.checkpoint, kept.epoch, log)
@@ -254,41 +252,41 @@ def report(
 def check_videos(
     args: argparse.Namespace,
     splits: dict[str, list[Query]],
-    left_out: LeftOut,
     clips: ClipSource,
     size: int,
     log: logging.Logger,
-) -> None:
-    """Which videos cannot be used, by their headers: an error, or they are left out."""
-    reasons = []
+) -> MissingVideos:
+    """Which videos cannot be used, by their headers: an error, or they are skipped."""
+    reasons = {}
     for split, queries in splits.items():
-        unusable, doubtful = probe_all(
+        reasons[split], doubtful = probe_all(
             corpus_videos(queries),
             clips,
             size,
             open_files=not args.skip_check,
-            num_threads=args.num_thread_reader,
         )
-        left_out.add(split, unusable)
-        reasons += unusable.values()
         if doubtful:
             log.warning(
                 "%s: %d videos have less than half or more than twice the 3 frames a second that "
                 "their annotated length asks for: were they prepared?\n%s",
                 *(split, len(doubtful), listed(doubtful)),
             )
-        if unusable and args.allow_missing:
-            log.warning("%s: %s", split, left_out.note(split))
-        if args.allow_missing and not left_out.kept(split, queries):
-            raise DataError(f"no video of the {split} split can be used: {left_out.path} says why")
-    if reasons and not args.allow_missing:
-        reasons = list(dict.fromkeys(reasons))  # a video may be in both splits
+    missing = MissingVideos(args.output_dir / "missing_videos.jsonl", splits, reasons)
+    # A video may be in both splits.
+    unusable = list(dict.fromkeys(reason for some in reasons.values() for reason in some.values()))
+    if unusable and not args.allow_missing:
         raise DataError(
-            f"{len(reasons)} videos are missing or unreadable:\n{listed(reasons)}\n"
-            f"{left_out.path} has the whole list. Set --video_dir, make them with `bash "
-            "scripts/prepare.sh` (a frame store's with scripts/data/pack_frames.py), or go on "
+            f"{len(unusable)} videos are missing or unreadable:\n{listed(unusable)}\n"
+            f"{missing.path} has the whole list. Set --video_dir, make them with `bash "
+            "scripts/prepare.sh` (a frame store's with scripts/data/pack_frames.py), or continue "
             "without them: --allow_missing 1"
         )
+    for split in splits:
+        if reasons[split]:
+            log.warning("%s: %s", split, missing.summary(split))
+        if not missing.remaining(split):
+            raise DataError(f"no video of the {split} split can be used: {missing.path} says why")
+    return missing
 
 
 def gpu_decoder(device: torch.device, log: logging.Logger) -> torch.device | None:
@@ -347,13 +345,12 @@ def train(
     evaluation: Evaluation,
     queries: list[Query],
     clips: ClipSource,
-    leave_out: LeaveOut | None,
     device: torch.device,
     precision: str,
     log: logging.Logger,
 ) -> Path:
     """All epochs, each with its evaluation and checkpoint; returns the best checkpoint's path."""
-    loader: TrainingLoader = training_loader(
+    loader = TrainingLoader(
         queries,
         clips,
         num_frames=model.pyramid.num_frames,
@@ -362,8 +359,6 @@ def train(
         batch_size=args.batch_size,
         seed=args.seed,
         num_workers=args.num_thread_reader,
-        pin_memory=device.type == "cuda",
-        leave_out=leave_out,
     )
     optimizer = build_optimizer(model, args.lr, args.coef_lr, args.wd)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp")

@@ -27,6 +27,8 @@ def listed(lines: Sequence[str]) -> str:
 class ClipSource(ABC):
     """Clips by video name. Instances travel to worker processes, so they hold no open files."""
 
+    check_command = ""  # finds every clip that does not decode, if there is such a command
+
     @abstractmethod
     def missing(self, names: Sequence[str]) -> list[str]:
         """Those of the names that have no clip here, in order.
@@ -91,6 +93,10 @@ class VideoFolder(ClipSource):
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.check_command = (
+            ".venv/bin/python -m scripts.data.check_videos --decode"
+            f" --video_dir {self.folder} --annotations …"
+        )
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.mp4"

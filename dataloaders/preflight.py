@@ -15,20 +15,19 @@ from dataloaders.annotations import Video
 from dataloaders.clips import ClipSource
 from dataloaders.ffmpeg import PREPARED_FPS
 
-MIN_THREADS = 8  # probing is mostly waiting, on a net disk above all
+THREADS = 16  # probing is mostly waiting, on a net disk above all
 # A clip with so many times more or fewer frames than its annotated length asks for is doubtful.
 DOUBTFUL = 2.0
 
 
 def probe_all(
-    videos: Sequence[Video], clips: ClipSource, size: int, *, open_files: bool, num_threads: int
+    videos: Sequence[Video], clips: ClipSource, size: int, *, open_files: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Probe every video of a split.
 
     Args:
         size: side of the model's square frames, pixels.
         open_files: read their headers; else only the missing ones are found.
-        num_threads: files probed side by side, at least.
 
     Returns:
         Why the unusable ones are, by name; and the names of doubtful ones, with far more or fewer
@@ -48,7 +47,7 @@ def probe_all(
     doubtful = []
     present = [video for video in videos if video.vid_name not in unusable]
     shown = {"desc": "check videos", "unit": "video", "dynamic_ncols": True, "leave": False}
-    with ThreadPoolExecutor(max(num_threads, MIN_THREADS)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         probed = tqdm(pool.map(probe, present), total=len(present), **shown)
         for video, found in zip(present, probed, strict=True):
             if isinstance(found, DataError):

@@ -35,7 +35,7 @@ def embed_corpus(
     videos are; on a GPU nothing in here waits for its results.
 
     Args:
-        videos: batches {frames, indices} as ``evaluation_video_loader`` makes them, in order.
+        videos: batches {frames, indices} as ``EvaluationLoader`` gives them, in order.
         texts: batches {token_ids, indices} of ``evaluation_text_batches``, in any order.
     """
     model.eval()

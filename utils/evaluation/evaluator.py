@@ -6,7 +6,6 @@ Both tasks are readings of the same embeddings: videos and texts are embedded on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataloaders import DataError
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import ClipSource
-from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
-from dataloaders.loader import ClipLoader
+from dataloaders.datasets import EvaluationLoader, evaluation_text_batches
 from utils.evaluation.embed import Embeddings, embed_corpus
 from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
 from utils.evaluation.moment_tables import (
@@ -33,7 +30,7 @@ from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.ranking import CHUNK, best_event_scores, paired_event_scores, top_moments
 from utils.evaluation.retrieval_metrics import ranks_of, recall_metrics
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
-from utils.missing_videos import LeftOut
+from utils.missing_videos import MissingVideos
 from utils.pictures.plots import PlotSettings, choose_queries, plot_queries, score_queries
 
 VAL = "val"  # what records and lists call the split
@@ -50,7 +47,7 @@ class Reading:
         event_scores: "cosine", "dot" or "both": how texts and events are compared for PRVR.
         per_video, limit, window_rule: see `predict_moments` and `evaluate_vcmr`.
         memory_gib: for the scores of texts and videos, see `predict_moments`.
-        left_out: what the split is without, for tables and records.
+        missing: the videos that the split is without, for tables and records.
     """
 
     def __init__(
@@ -64,17 +61,14 @@ class Reading:
         limit: int = 1000,
         window_rule: str = "half",
         memory_gib: float = 1.0,
-        left_out: LeftOut | None = None,
+        missing: MissingVideos | None = None,
     ) -> None:
         self.scoring = {"cosine": [True], "dot": [False], "both": [True, False]}[event_scores]
         self.moments = moments
         self.per_video, self.limit, self.window_rule = per_video, limit, window_rule
         self.chunk = int(memory_gib * 2**28)  # of float32
         self.proposals = proposals
-        self.left_out = left_out
-        self._set_queries(queries)
-
-    def _set_queries(self, queries: list[Query]) -> None:
+        self.missing = missing
         self.queries = queries
         self.videos: list[Video] = corpus_videos(queries)
         column = {video.vid_name: index for index, video in enumerate(self.videos)}
@@ -112,31 +106,20 @@ class Reading:
         return rows
 
     def score(self, rows: dict[str, dict[str, float]]) -> float:
-        """What chooses the best epoch.
-
-        Raises:
-            DataError: it is moments, and no video of a query with times could be read.
-        """
-        if not self.moments:
-            score = next(iter(rows.values()))["SumR"]
-        elif "VCMR" in rows:
-            score = selection_score(rows["VCMR"])
-        else:
-            raise DataError(
-                "of the queries with times (ts) no video can be read, so no best epoch can be "
-                "chosen: mend the videos, or train with --subtask_type PRVR"
-            )
+        """What chooses the best epoch; if it is moments, there are times (ts)."""
+        first = next(iter(rows.values()))
+        score = selection_score(rows["VCMR"]) if self.moments else first["SumR"]
         return round(score, 6)  # equal sums of recalls are to tie, however they were rounded
 
     def numbers(self) -> dict[str, int]:
-        """For the records of a run: `LeftOut.numbers`, nothing where no video is left out."""
-        return self.left_out.numbers(VAL) if self.left_out else {}
+        """For the records of a run: `MissingVideos.counts`, nothing where no video is missing."""
+        return self.missing.counts(VAL) if self.missing else {}
 
     def tables(self, rows: dict[str, dict[str, float]], datatype: str) -> list[str]:
         """The metrics of `run` as tables; each names what the split lacks, if it does."""
-        note = self.left_out.note(VAL) if self.left_out else None
+        summary = self.missing.summary(VAL) if self.missing else None
         shown = tables(rows, datatype)
-        return [f"{table}\n{note}" for table in shown] if note else shown
+        return [f"{table}\n{summary}" for table in shown] if summary else shown
 
 
 class Evaluation(Reading):
@@ -147,8 +130,6 @@ class Evaluation(Reading):
         num_frames, size: of a clip, and the side of its square frames in pixels.
         max_words: tokens of a text that are read.
         batch_size, num_workers: of the loader of videos.
-        left_out: what the run goes without; gets the videos that turn out not to decode, which are
-            an error otherwise.
         queries, proposals, reading: see `Reading`.
 
     Raises:
@@ -166,50 +147,28 @@ class Evaluation(Reading):
         max_words: int,
         batch_size: int,
         num_workers: int,
-        left_out: LeftOut | None = None,
         **reading: Any,
     ) -> None:
-        super().__init__(queries, proposals, left_out=left_out, **reading)
-        self._unreadable: set[str] = set()
-        self.max_words = max_words
-        self.load_videos: Callable[..., ClipLoader] = partial(
-            evaluation_video_loader,
+        super().__init__(queries, proposals, **reading)
+        self.load_videos: Callable[..., EvaluationLoader] = partial(
+            EvaluationLoader,
             clips=clips,
             num_frames=num_frames,
             size=size,
             batch_size=batch_size,
             num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
         )
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self.texts = evaluation_text_batches(self.queries, self.max_words, TEXT_BATCH)
-        self.loader = self.load_videos(
-            self.videos, leave_out=self._note_unreadable if self.left_out else None
-        )
+        self.texts = evaluation_text_batches(queries, max_words, TEXT_BATCH)
+        self.loader = self.load_videos(self.videos)
 
     def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
-        """All videos and texts of the split; from then on it is without videos that do not decode.
+        """All videos and texts of the split.
 
         Raises:
-            DataError: a video cannot be read, and nobody said that it may be left out.
+            DataError: a video cannot be read.
         """
         with self.loader.worker_errors():
-            embeddings = embed_corpus(model, self.loader, self.texts, device)
-        if not self._unreadable:
-            return embeddings
-        kept = [i for i, q in enumerate(self.queries) if q.vid_name not in self._unreadable]
-        self._unreadable.clear()
-        self._set_queries([self.queries[i] for i in kept])
-        self._prepare()
-        return replace(embeddings, texts=embeddings.texts[kept])
-
-    def _note_unreadable(self, vid_name: str, reason: str) -> None:
-        self._unreadable.add(vid_name)
-        self.left_out.leave_out(VAL, vid_name, reason)
-        if len(self._unreadable) == len(self.videos):
-            raise DataError(f"no video of the split can be read; the last: {reason}")
+            return embed_corpus(model, self.loader, self.texts, device)
 
     def plot(
         self,

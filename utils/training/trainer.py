@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dataloaders import DataError
-from dataloaders.loader import TrainingLoader
+from dataloaders.datasets import TrainingLoader
 from utils import OutputError, RunError
 from utils.evaluation.evaluator import Evaluation
 from utils.logger import EpochLog
