@@ -275,7 +275,7 @@ class FrameStore(ClipSource):
     def label(self, name: str) -> str:
         return f"{self.path}: clip {name!r}"
 
-    def look_at(self, name: str, size: int) -> int:
+    def probe(self, name: str, size: int) -> int:
         return self.num_frames(name)  # `check` has the size, and reading verifies every frame
 
     def check(self, names: Sequence[str], size: int) -> None:

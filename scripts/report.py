@@ -30,7 +30,7 @@ from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import read_records, whole_file, writing
 from utils.misc import is_number
-from utils.missing_videos import left_numbers, reduced_size
+from utils.missing_videos import missing_counts, reduced_size
 from utils.pictures.attention_store import ATTENTION
 from utils.report import parts as parts
 from utils.report.queries import Thumbnails, best_and_worst, query_card
@@ -308,7 +308,7 @@ def build(
         predictions = load_predictions(run.folder / SAVED)
         queries = read_annotations(annotations)
         present = predictions.present(queries)
-        left, size = left_numbers("val", queries, present), ""
+        left, size = missing_counts("val", queries, present), ""
         if left and any(left.items() <= record.items() for record in run.evaluations):
             # An evaluation of this run says that it went without the others.
             queries, size = present, f", {reduced_size(left)}"

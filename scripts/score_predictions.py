@@ -22,7 +22,7 @@ from utils.evaluation.moment_tables import (
     times_missing,
 )
 from utils.evaluation.predictions import export_all, load_predictions
-from utils.missing_videos import left_numbers, reduced_size
+from utils.missing_videos import missing_counts, reduced_size
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ) from None
     except (DataError, RunError) as error:
         sys.exit(f"error: {error}")
-    if size := reduced_size(left_numbers("val", annotated, queries)):
+    if size := reduced_size(missing_counts("val", annotated, queries)):
         print(f"{size}\n")
     missing = times_missing(queries)
     if missing:

@@ -152,7 +152,7 @@ def train_one_epoch(
     """The batches of one epoch, from where `sums` says that it stands.
 
     Args:
-        batches: those that are left, as ``dataloaders.datasets.training_loader`` makes them.
+        batches: those that are left, as ``TrainingLoader`` gives them.
         sums: of the epoch so far; every step is added.
         num_steps: of the whole epoch, for the progress bar.
         learning_rate: the rate before a step, by its number counted from 0 over the whole run.
