@@ -25,9 +25,8 @@ import torch
 from dataloaders import DataError
 from dataloaders.annotations import TRAIN, VAL, Split
 from dataloaders.clips import ClipSource, VideoFolder
-from dataloaders.datasets import LoaderConfig, training_loader
+from dataloaders.datasets import LoaderConfig, TrainingLoader
 from dataloaders.frame_store import FrameStore
-from dataloaders.preflight import probe_all
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
 from modules import ModelError
@@ -48,7 +47,7 @@ from utils.misc import (
     parameter_report,
     set_seed,
 )
-from utils.missing_videos import MissingVideos
+from utils.missing_videos import MissingVideos, require_videos
 from utils.pictures.plots import PLOT_FILES, PlotSettings, check_request, plot_split
 from utils.training.checkpoint import BEST, LATEST, load_checkpoint
 from utils.training.engine import TrainConfig
@@ -90,13 +89,8 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     if args.compile:
         model.compile_encoders()
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
-    missing = probe_all(
-        splits,
-        clips,
-        model.input_resolution,
-        args.output_dir,
-        allow_missing=bool(args.allow_missing),
-        num_threads=args.num_thread_reader,
+    missing = require_videos(
+        splits, clips, model.input_resolution, args.output_dir, bool(args.allow_missing)
     )
     val, *train_split = (missing.remaining(split) for split in splits)
     evaluator = CorpusEvaluator(
@@ -197,7 +191,7 @@ def train(
     num_frames, config = model.pyramid.num_frames, config_from(TrainConfig, args)
     trainer = Trainer(
         model,
-        training_loader(split, clips, num_frames, model.input_resolution, evaluator.loading),
+        TrainingLoader(split, clips, num_frames, model.input_resolution, evaluator.loading),
         evaluator,
         args.output_dir,
         config,
@@ -221,7 +215,7 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
     """Metrics of saved embeddings: needs no videos, no CLIP, and no checkpoint but to compare."""
     saved = load_embeddings(args.load_embeddings)
     reasons = dict.fromkeys(saved.missing(split), f"{args.load_embeddings}: made without it")
-    missing = MissingVideos(args.output_dir, {split: reasons if args.allow_missing else {}})
+    missing = MissingVideos(args.output_dir, [(split, reasons if args.allow_missing else {})])
     split = missing.remaining(split)
     proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
     try:

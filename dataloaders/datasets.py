@@ -7,14 +7,27 @@ alone, never on the number of workers or on where a resumed epoch starts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders import DataError
+from dataloaders.annotations import Query, Split, Video
 from dataloaders.clips import ClipSource
 from dataloaders.loader import ClipLoader
 from dataloaders.tokenizer import tokenize
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are made; the fields are main.py's flags of the same names."""
+
+    max_words: int = 32
+    batch_size: int = 24  # videos of a training batch
+    batch_size_val: int = 16
+    seed: int = 42
+    num_thread_reader: int = 0  # worker processes
 
 
 class TrainingLoader(ClipLoader):
@@ -25,29 +38,27 @@ class TrainingLoader(ClipLoader):
     of a video keep the order of the annotations.
 
     Args:
-        settings: num_frames, size and num_workers of `ClipLoader`.
+        num_frames, size: see `ClipLoader`.
 
     Raises:
-        DataError: clips are missing (here); a clip cannot be read (when iterating).
-        ValueError: there are fewer videos than one batch takes.
+        DataError: clips are missing, or fewer than one batch takes (here); a clip cannot be read
+            (when iterating).
     """
 
     def __init__(
-        self, queries: Sequence[Query], clips: ClipSource, *, max_words: int, batch_size: int,
-        seed: int, **settings: int,
-    ):  # fmt: skip
-        super().__init__(corpus_videos(queries), clips, **settings)
-        self.max_words = max_words
-        self.batch_size = batch_size
-        self.seed = seed
+        self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig
+    ):
+        super().__init__(split.videos, clips, num_frames, size, config.num_thread_reader)
+        self.max_words = config.max_words
+        self.batch_size = config.batch_size
+        self.seed = config.seed
         captions: dict[str, list[str]] = {}
-        for query in queries:
+        for query in split.queries:
             captions.setdefault(query.vid_name, []).append(query.desc)
         self.captions = [captions[name] for name in self.names]
         if not len(self):
-            raise ValueError(
-                f"{len(self.names)} training videos do not fill one batch of {batch_size}:"
-                " lower batch_size or add videos"
+            raise DataError(
+                f"--batch_size {config.batch_size}: {split.path} has only {len(self.names)} videos"
             )
         self.set_epoch(0)
 
@@ -87,17 +98,22 @@ class EvaluationLoader(ClipLoader):
     positions in ``videos``.
 
     Args:
-        settings: num_frames, size and num_workers of `ClipLoader`.
+        num_frames, size: see `ClipLoader`.
 
     Raises:
         DataError: clips are missing (here); a clip cannot be read (when iterating).
     """
 
     def __init__(
-        self, videos: Sequence[Video], clips: ClipSource, *, batch_size: int, **settings: int
+        self,
+        videos: Sequence[Video],
+        clips: ClipSource,
+        num_frames: int,
+        size: int,
+        config: LoaderConfig,
     ):
-        super().__init__(videos, clips, **settings)
-        rows = range(len(videos))
+        super().__init__(videos, clips, num_frames, size, config.num_thread_reader)
+        rows, batch_size = range(len(videos)), config.batch_size_val
         self.keys = [list(rows[first : first + batch_size]) for first in rows[::batch_size]]
 
     def batch(self, key: list[int]) -> dict:

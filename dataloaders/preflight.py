@@ -21,7 +21,7 @@ DOUBTFUL = 2.0
 
 
 def probe_all(
-    videos: Sequence[Video], clips: ClipSource, size: int, *, open_files: bool
+    videos: Sequence[Video], clips: ClipSource, size: int
 ) -> tuple[dict[str, str], list[str]]:
     """Probe every video of a split.
 
@@ -35,8 +35,6 @@ def probe_all(
     """
     missing = clips.missing([video.vid_name for video in videos])
     unusable = {name: f"{clips.label(name)}: missing" for name in missing}
-    if not open_files:
-        return unusable, []
 
     def probe(video: Video) -> int | DataError | None:
         try:

@@ -4,22 +4,72 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from dataloaders.annotations import Query
+from dataloaders import DataError
+from dataloaders.annotations import Query, Split
+from dataloaders.clips import ClipSource, listed
+from dataloaders.preflight import probe_all
 from utils.files import whole_file
+
+logger = logging.getLogger("propy.missing_videos")
+
+LIST = "missing_videos.jsonl"
+
+
+def require_videos(
+    splits: Sequence[Split], clips: ClipSource, size: int, folder: Path, allow_missing: bool
+) -> MissingVideos:
+    """Probe all videos of a run before it starts.
+
+    Args:
+        size: side of the model's square frames, in pixels.
+        folder: of the run, for the list of those that cannot be used.
+        allow_missing: run without these.
+
+    Raises:
+        DataError: some cannot be used and the run is not to skip them, or none of a split can.
+        OutputError: the list cannot be written.
+    """
+    found = []
+    for split in splits:
+        reasons, doubtful = probe_all(split.videos, clips, size)
+        found.append((split, reasons))
+        if doubtful:
+            logger.warning(
+                "%s: %d videos have less than half or more than twice the 3 frames a second that "
+                "their annotated length asks for: were they prepared?\n%s",
+                *(split.name, len(doubtful), listed(doubtful)),
+            )
+    missing = MissingVideos(folder, found)
+    # A video may be in both splits.
+    reasons = list(dict.fromkeys(reason for _, some in found for reason in some.values()))
+    if reasons and not allow_missing:
+        raise DataError(
+            f"{len(reasons)} videos are missing or unreadable:\n{listed(reasons)}\n"
+            f"{missing.path} has the whole list. Set --video_dir, make them with `bash "
+            "scripts/prepare.sh` (a frame store's with scripts/data/pack_frames.py), or run "
+            "without them: --allow_missing 1"
+        )
+    for split, reasons in found:
+        if reasons:
+            logger.warning("%s: %s", split.name, missing.summary(split.name))
+        if not missing.remaining(split).queries:
+            raise DataError(f"no video of {split.path} can be used: {missing.path} says why")
+    return missing
 
 
 class MissingVideos:
     """The videos that a run skips, decided before it starts, and listed in a file if there are any.
 
     Args:
-        path: the list, one JSON object a line: split, vid_name, queries, reason. Lines of an
-            earlier run on other splits stay: an evaluation does not know about training's.
-        splits: the queries of each split as annotated, by its name.
-        reasons: why a video cannot be used, by its name, for each split.
+        folder: of the run. The list in it, missing_videos.jsonl, has one JSON object a line: split,
+            vid_name, queries, reason. Lines of an earlier run on other splits stay: an evaluation
+            does not know about training's.
+        splits: each split as annotated, and why some of its videos cannot be used, by their names.
 
     Raises:
         OutputError: the list cannot be written.
@@ -27,18 +77,16 @@ class MissingVideos:
 
     def __init__(
         self,
-        path: Path,
-        splits: Mapping[str, Sequence[Query]],
-        reasons: Mapping[str, Mapping[str, str]],
+        folder: Path,
+        splits: Sequence[tuple[Split, Mapping[str, str]]],
     ) -> None:
-        self.path = path
-        self._splits = splits
-        self._reasons = reasons
-        lines = _lines_on_others(path, splits)
-        for split, queries in splits.items():
-            counts = Counter(query.vid_name for query in queries)
-            for name, reason in reasons[split].items():
-                record = {"split": split, "vid_name": name, "queries": counts[name]}
+        self.path = path = folder / LIST
+        self._splits = {split.name: (split, split.without(missing)) for split, missing in splits}
+        lines = _lines_on_others(path, self._splits)
+        for split, reasons in splits:
+            counts = Counter(query.vid_name for query in split.queries)
+            for name, reason in reasons.items():
+                record = {"split": split.name, "vid_name": name, "queries": counts[name]}
                 lines.append(json.dumps(record | {"reason": reason}) + "\n")
         if lines:
             with whole_file(path) as part:
@@ -46,13 +94,14 @@ class MissingVideos:
         elif path.is_file():
             path.unlink()
 
-    def remaining(self, split: str) -> list[Query]:
-        """The queries whose videos are there."""
-        return [q for q in self._splits[split] if q.vid_name not in self._reasons[split]]
+    def remaining(self, split: Split) -> Split:
+        """The split without them."""
+        return self._splits[split.name][1]
 
     def counts(self, split: str) -> dict[str, int]:
         """For the records of a run: `missing_counts` of a split."""
-        return missing_counts(split, self._splits[split], self.remaining(split))
+        annotated, remaining = self._splits[split]
+        return missing_counts(split, annotated.queries, remaining.queries)
 
     def summary(self, split: str) -> str | None:
         """The reduced size of a split, to stand beside its results; None if nothing is missing."""

@@ -33,7 +33,7 @@ def embed_videos(
     On a GPU nothing in here waits for its results.
 
     Args:
-        batches: {frames [B, N_f, 3, H, W]} as ``evaluation_video_loader`` makes them.
+        batches: {frames [B, N_f, 3, H, W]} as ``EvaluationLoader`` gives them.
         total: their number, where `batches` is an iterator that does not know it.
     """
     model.eval()

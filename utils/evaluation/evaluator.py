@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from dataloaders.annotations import VAL, Query, Split, Video
 from dataloaders.clips import ClipSource
-from dataloaders.datasets import LoaderConfig, evaluation_text_batches, evaluation_video_loader
-from dataloaders.loader import ClipLoader
+from dataloaders.datasets import EvaluationLoader, LoaderConfig, evaluation_text_batches
 from modules.pyramid import PromptPyramid
 from modules.readout import Readout, best_event
 from utils import RunError
@@ -189,11 +188,9 @@ class CorpusEvaluator(Evaluator):
         self.texts = evaluation_text_batches(split.queries, loading.max_words, TEXT_BATCH)
         self.loader = self.load_videos(split.videos)
 
-    def load_videos(self, videos: Sequence[Video]) -> ClipLoader:
-        """Batches of some videos, as `evaluation_video_loader` makes them."""
-        return evaluation_video_loader(
-            videos, self.clips, num_frames=self.num_frames, size=self.size, config=self.loading
-        )
+    def load_videos(self, videos: Sequence[Video]) -> EvaluationLoader:
+        """Batches of some of the videos."""
+        return EvaluationLoader(videos, self.clips, self.num_frames, self.size, self.loading)
 
     def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
         """All videos and texts of the split. The loader's workers decode the first videos while

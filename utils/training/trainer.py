@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dataloaders import DataError
-from dataloaders.loader import TrainingLoader
+from dataloaders.datasets import TrainingLoader
 from models import ProPy
 from modules import ModelError
 from utils import OutputError, RunError
