@@ -82,10 +82,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokens of a caption, start and end included [published: 32; ActivityNet and "
         "QVHighlights 64] (default 32)")
     add("--skip_check", type=int, choices=[0, 1], default=0,
-        help="1 leaves out the look at every video's header before the run; only whether the files "
+        help="1 does not probe every video's header before the run; only whether the files "
         "are there is checked then (default 0)")
     add("--allow_missing", type=int, choices=[0, 1], default=0,
-        help="1 goes on without videos that are missing or unreadable, and without their queries: "
+        help="1 skips videos that are missing or of an unreadable header, and their queries: "
         "missing_videos.jsonl in the output folder lists them, results name the reduced size "
         "(default 0: an error)")
     add("--num_thread_reader", type=int, default=min(8, usable_cores()), metavar="N",
