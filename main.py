@@ -222,7 +222,7 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
         saved.check(split, proposals, max_words=args.max_words, checkpoint=args.resume)
     except RunError as error:
         raise RunError(f"{args.load_embeddings}: {error}") from None
-    logger.info("using %s, of %s after epoch %d", args.load_embeddings, saved.checkpoint, saved.epoch)
+    logger.info("using %s: %s, epoch %d", args.load_embeddings, saved.checkpoint, saved.epoch)
     evaluator = Evaluator(split, proposals, config_from(EvalConfig, args), missing)
     evaluator.check_times(training=False)
     report(args, evaluator, saved.embeddings.to(device), saved.checkpoint, saved.epoch)

@@ -23,15 +23,11 @@ DOUBTFUL = 2.0
 def probe_all(
     videos: Sequence[Video], clips: ClipSource, size: int
 ) -> tuple[dict[str, str], list[str]]:
-    """Probe every video of a split.
-
-    Args:
-        size: side of the model's square frames, pixels.
-        open_files: read their headers; else only the missing ones are found.
+    """Probe every video of a split, for a model of square frames with sides of `size` pixels.
 
     Returns:
-        Why the unusable ones are, by name; and the names of doubtful ones, with far more or fewer
-        frames than 3 a second.
+        Why videos cannot be used, by their names; and the names of doubtful ones, with far more or
+        fewer frames than 3 a second.
     """
     missing = clips.missing([video.vid_name for video in videos])
     unusable = {name: f"{clips.label(name)}: missing" for name in missing}
@@ -50,11 +46,8 @@ def probe_all(
         for video, found in zip(present, probed, strict=True):
             if isinstance(found, DataError):
                 unusable[video.vid_name] = str(found)
-            elif found is not None and not _plausible(found, video.duration):
-                doubtful.append(video.vid_name)
+            elif found is not None:
+                expected = video.duration * PREPARED_FPS
+                if not expected / DOUBTFUL - 1 <= found <= expected * DOUBTFUL + 1:
+                    doubtful.append(video.vid_name)
     return unusable, doubtful
-
-
-def _plausible(frames: int, seconds: float) -> bool:
-    expected = seconds * PREPARED_FPS
-    return expected / DOUBTFUL - 1 <= frames <= expected * DOUBTFUL + 1

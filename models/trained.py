@@ -134,7 +134,7 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     if "config" in content and model.config.clip_seconds is None:
         model.config = replace(model.config, clip_seconds=content["config"].get("clip_seconds"))
     for warning in _differences(content, model):
-        logger.warning("%s was trained with %s: scores differ from those of its training", path, warning)
+        logger.warning("%s was trained with %s: scores differ from its training's", path, warning)
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokens of a caption, start and end included [published: 32; ActivityNet and "
         "QVHighlights 64]")
     add("--allow_missing", **switch, default=0,
-        help="1 runs without videos that are missing or unreadable, and without their queries: "
+        help="1 skips videos that are missing or have an unreadable header, and their queries: "
         "missing_videos.jsonl in the output folder lists them, results name the reduced size; 0: "
         "they are an error")
     add("--num_thread_reader", type=number(int, 0, 1024), default=min(8, usable_cores()),

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dataloaders import DataError
@@ -75,14 +75,15 @@ class MissingVideos:
         OutputError: the list cannot be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        splits: Sequence[tuple[Split, Mapping[str, str]]],
-    ) -> None:
+    def __init__(self, folder: Path, splits: Sequence[tuple[Split, Mapping[str, str]]]) -> None:
         self.path = path = folder / LIST
         self._splits = {split.name: (split, split.without(missing)) for split, missing in splits}
-        lines = _lines_on_others(path, self._splits)
+        lines = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a torn line is dropped
+                    if json.loads(line)["split"] not in self._splits:
+                        lines.append(line + "\n")
         for split, reasons in splits:
             counts = Counter(query.vid_name for query in split.queries)
             for name, reason in reasons.items():
@@ -109,36 +110,19 @@ class MissingVideos:
         return size and f"{size}: {self.path} lists what is left out"
 
 
-def _lines_on_others(path: Path, splits: Collection[str]) -> list[str]:
-    lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn: it is made again
-                if json.loads(line)["split"] not in splits:
-                    lines.append(line + "\n")
-    return lines
-
-
 def missing_counts(
     split: str, queries: Sequence[Query], remaining: Sequence[Query]
 ) -> dict[str, int]:
-    """What is left of a split and what is missing: {} if all is there.
-
-    ``<split>_videos``, ``<split>_videos_left_out``, and the same of queries.
-
-    Args:
-        queries: all that are annotated.
-        remaining: those whose videos are there.
-    """
+    """How much is left of a split's annotated queries, and how much is not; {} if all is there."""
     if len(remaining) == len(queries):
         return {}
-    counts = {}
-    for what, left, all_ in (
-        ("videos", *(len({query.vid_name for query in some}) for some in (remaining, queries))),
-        ("queries", len(remaining), len(queries)),
-    ):
-        counts |= {f"{split}_{what}": left, f"{split}_{what}_left_out": all_ - left}
-    return counts
+    videos, all_videos = (len({q.vid_name for q in some}) for some in (remaining, queries))
+    return {
+        f"{split}_videos": videos,
+        f"{split}_videos_left_out": all_videos - videos,
+        f"{split}_queries": len(remaining),
+        f"{split}_queries_left_out": len(queries) - len(remaining),
+    }
 
 
 def reduced_size(record: Mapping, split: str = "val") -> str | None:

@@ -227,9 +227,7 @@ def _fill(
         first = videos.stop
 
 
-def _top_keys(
-    scores: Tensor, best: Tensor, per_video: int, limit: int, may_be_nan: bool
-) -> Tensor:
+def _top_keys(scores: Tensor, best: Tensor, per_video: int, limit: int, may_be_nan: bool) -> Tensor:
     """Sort keys [t, limit] of the best moments, best first; scores [t, V, N_e], best [t, V]."""
     num_texts, num_videos, num_events = scores.shape
     if may_be_nan:
