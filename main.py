@@ -39,7 +39,7 @@ from utils.evaluation.evaluator import VAL, Evaluation, Reading
 from utils.evaluation.moment_tables import times_missing
 from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
-from utils.files import check_outputs, locked_folder, whole_file, writing
+from utils.files import atomic_write, check_outputs, locked_folder, writing
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import git_revision, memory_advice, parameter_report, pick_device, set_seed
 from utils.missing_videos import LeftOut
@@ -383,7 +383,7 @@ def train(
     progress.args = {key: plain(value) for key, value in vars(args).items()}
     progress.facts = facts
     record = progress.args | report | {"git": git_revision(), "used_precision": precision}
-    with whole_file(args.output_dir / "args.json") as part:
+    with atomic_write(args.output_dir / "args.json") as part:
         part.write_text(json.dumps(record, indent=1) + "\n")
     log.info("%d epochs of %d steps", args.epochs, len(loader))
     rate = partial(

@@ -25,7 +25,7 @@ _held_locks: set[int] = set()
 
 
 @contextlib.contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
+def temporary_sibling(path: Path) -> Iterator[Path]:
     """A hidden, unique name beside `path` for a file being written; removed unless published."""
     handle, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, suffix=".part", dir=path.parent)
     os.close(handle)
@@ -36,7 +36,7 @@ def partial_file(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def publish(part: Path, path: Path) -> None:
+def commit(part: Path, path: Path) -> None:
     """Give a finished file its name, once its bytes are on the disk; the name is there too then."""
     with part.open("rb+") as file:
         os.fsync(file.fileno())
@@ -46,15 +46,15 @@ def publish(part: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """`partial_file`, published when the block ends without an error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """`temporary_sibling`, published when the block ends without an error.
 
     Raises:
         OutputError: it could not be written. What was there before is still there then.
     """
-    with writing(path), partial_file(path) as part:
+    with writing(path), temporary_sibling(path) as part:
         yield part
-        publish(part, path)
+        commit(part, path)
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def check_outputs(files: Iterable[Path]) -> None:
         OutputError: one is a folder, or its folder cannot be written to.
     """
     for path in files:
-        with writing(path), partial_file(path):
+        with writing(path), temporary_sibling(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from dataloaders.annotations import Query
-from utils.files import append_line, whole_file
+from utils.files import append_line, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class LeftOut:
                 if json.loads(line)["split"] not in splits:
                     kept.append(line + "\n")
         if kept:
-            with whole_file(self.path) as part:
+            with atomic_write(self.path) as part:
                 part.write_text("".join(kept), encoding="utf-8")
         else:
             self.path.unlink()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from modules import ModelError
 from modules.torch_files import is_plain, load_tensors
 from utils import RunError
-from utils.files import whole_file
+from utils.files import atomic_write
 from utils.misc import is_number, rng_state, set_rng_state
 from utils.training.authors import NUMPY_SCALAR, convert_authors_state
 from utils.training.progress import Checkpoint, EpochSums
@@ -79,7 +79,7 @@ def save_checkpoint(
         "facts": progress.facts,
         "rng": rng_state(),
     }
-    with whole_file(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # which torch makes of an error of the file's
@@ -90,7 +90,7 @@ def save_checkpoint(
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a file so that the target appears, or is replaced, only when it is complete."""
-    with whole_file(target) as part:
+    with atomic_write(target) as part:
         shutil.copyfile(source, part)
 
 
