@@ -41,7 +41,14 @@ from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
 from utils.files import atomic_write, check_outputs, locked_folder, writing
 from utils.logger import append_json, log_to_file, setup_logging
-from utils.misc import git_revision, memory_advice, parameter_report, pick_device, set_seed
+from utils.misc import (
+    choose_device,
+    disable_tf32,
+    git_revision,
+    memory_advice,
+    parameter_report,
+    set_seed,
+)
 from utils.missing_videos import LeftOut
 from utils.pictures.attention_store import ATTENTION, HITS, SCORES
 from utils.pictures.plots import PlotSettings, check_request
@@ -82,7 +89,8 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     """Wire everything up from the flags, then train, evaluate and plot as asked for."""
     log.info("propy %s, torch %s", git_revision(), torch.__version__)
     set_seed(args.seed)
-    device = pick_device()
+    disable_tf32()
+    device = choose_device()
     precision = args.precision or ("amp" if device.type == "cuda" else "fp32")
     log.info("device %s, precision %s; float32 is computed as such, TF32 is off", device, precision)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dataloaders import DataError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("propy.annotations")
 
 MAX_REPORTED = 20  # problems spelled out; the rest is counted
 MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer text is a mistake

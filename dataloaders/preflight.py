@@ -16,7 +16,7 @@ from dataloaders.annotations import Video
 from dataloaders.clips import ClipSource
 from dataloaders.ffmpeg import PREPARED_FPS
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("propy.preflight")
 
 MIN_THREADS = 8  # a look at a file is mostly waiting, on a net disk above all
 # A clip with so many times more or fewer frames than its annotated length asks for is doubtful.

@@ -12,7 +12,7 @@ from pathlib import Path
 from dataloaders.annotations import Query
 from utils.files import append_line, atomic_write
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("propy.missing_videos")
 
 
 class LeftOut:

@@ -81,11 +81,14 @@ def test_the_second_run_is_refused_and_told_of_the_first(tmp_path) -> None:
         with locked_folder(folder):
             pass
 
-    with locked_folder(folder):
-        with pytest.raises(OutputError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+    def refused() -> None:
+        first = f"process {os.getppid()} on {socket.gethostname()}"
+        with pytest.raises(OutputError, match=first):
             second()
-        assert in_a_child(second) == 1
-    second()
+
+    with locked_folder(folder):
+        assert in_a_child(refused) == 0
+        assert in_a_child(refused) == 0, "being refused has not taken the lock away"
     assert in_a_child(second) == 0
 
 

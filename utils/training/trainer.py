@@ -24,7 +24,7 @@ from utils.misc import memory_advice, peak_memory_gib
 from utils.training.checkpoint import BEST, LATEST, copy_checkpoint, epochs_of, save_checkpoint
 from utils.training.engine import StepResult, train_one_epoch
 from utils.training.progress import Checkpoint, EpochSums
-from utils.training.signals import Stopped, StopSignals
+from utils.training.signals import DeferredSignals, Stopped
 
 # Settings with which another run would come out. The model's own are compared with its weights.
 CHANGE_A_RUN = (
@@ -115,7 +115,7 @@ class Trainer:
         self.display_every, self.save_every = display_every, save_every
         self.datatype, self.on_step = datatype, on_step
         self.epoch_log = EpochLog(folder, progress.global_step if resumed_from else None)
-        self.signals = StopSignals()
+        self.signals = DeferredSignals()
         self._last_good = resumed_from
 
     def run(self) -> Path:
@@ -146,7 +146,7 @@ class Trainer:
         with memory_advice(LESS_MEMORY), self.loader.worker_errors(), self._saved_if_stopped():
             train_one_epoch(
                 self.model,
-                self.signals.at_once_between(self.loader),
+                self.signals.immediate_between(self.loader),
                 self.optimizer,
                 self.scaler,
                 progress.sums,
@@ -191,7 +191,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress = self.progress
-        with self.signals.at_once(), memory_advice(LESS_MEMORY_EVALUATING):
+        with self.signals.immediate(), memory_advice(LESS_MEMORY_EVALUATING):
             rows = self.evaluation.run(self.evaluation.embed(self.model, self.device))
         score = self.evaluation.score(rows)
         if progress.best_score is None or score >= progress.best_score:  # a tie: the later epoch
