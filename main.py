@@ -37,8 +37,8 @@ from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_e
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
-from utils.files import append_json, atomic_write, check_outputs, locked_folder
-from utils.logger import log_to_file, setup_logging
+from utils.files import atomic_write, check_outputs, locked_folder
+from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import (
     choose_device,
     disable_tf32,

@@ -22,7 +22,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from utils.files import partial_file, publish
+from utils.files import commit, temporary_sibling
 
 try:
     from resource import RLIMIT_AS, prlimit
@@ -385,12 +385,12 @@ def write_video(
         raise ValueError(f"{path}: no frames to write")
     feed = _frame_bytes(path, first, frames)
     arguments = ["-v", "level+error", *raw_input_arguments(first.shape[1], first.shape[0], fps)]
-    with partial_file(path) as part:
+    with temporary_sibling(path) as part:
         arguments += [*H264_ARGUMENTS, "-f", "mp4", "-y", f"file:{part}"]
         done = run_ffmpeg(arguments, feed=feed)
         if done.status != 0:
             raise FfmpegError(f"{path}: cannot be written: {done.reason}")
-        publish(part, path)
+        commit(part, path)
 
 
 def raw_input_arguments(width: int, height: int, fps: float) -> list[str]:

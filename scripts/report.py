@@ -28,7 +28,7 @@ from utils.evaluation.moment_tables import MOMENT_COLUMNS, VIDEO_COLUMNS
 from utils.evaluation.predictions import SAVED, MomentPredictions, load_predictions
 from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.tables import PRVR_COLUMNS
-from utils.files import read_records, whole_file, writing
+from utils.files import atomic_write, read_records, writing
 from utils.misc import is_number
 from utils.missing_videos import missing_counts, reduced_size
 from utils.pictures.attention_store import ATTENTION
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output or args.folder / "report.html"
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as part:
+    with atomic_write(output) as part:
         part.write_text(page, encoding="utf-8")
     for note in run.notes:
         print(f"left out: {note}", file=sys.stderr)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import json
 import logging
 import os
+import secrets
 import socket
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,41 +19,38 @@ from utils import OutputError, RunError
 PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 LOCK_NAME = ".lock"
 
-logger = logging.getLogger(__name__)
-_held_locks: set[int] = set()
+logger = logging.getLogger("propy.files")
 
 
 @contextlib.contextmanager
-def partial_file(path: Path) -> Iterator[Path]:
-    """A hidden, unique name beside `path` for a file being written; removed unless published."""
-    handle, name = tempfile.mkstemp(prefix=PARTIAL_PREFIX, suffix=".part", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """A hidden, unique, empty file beside `path` to write to; removed unless committed."""
+    part = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}.part"
+    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield part
     finally:
         part.unlink(missing_ok=True)
 
 
-def publish(part: Path, path: Path) -> None:
+def commit(part: Path, path: Path) -> None:
     """Give a finished file its name, once its bytes are on the disk; the name is there too then."""
     with part.open("rb+") as file:
         os.fsync(file.fileno())
-    part.chmod(0o666 & ~_umask())  # temporary files are private, others are not
     part.replace(path)
     _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """`partial_file`, published when the block ends without an error.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """`temporary_sibling`, committed when the block ends without an error.
 
     Raises:
         OutputError: it could not be written. What was there before is still there then.
     """
-    with writing(path), partial_file(path) as part:
+    with writing(path), temporary_sibling(path) as part:
         yield part
-        publish(part, path)
+        commit(part, path)
 
 
 @contextlib.contextmanager
@@ -77,7 +73,7 @@ def check_outputs(files: Iterable[Path]) -> None:
         OutputError: one is a folder, or its folder cannot be written to.
     """
     for path in files:
-        with writing(path), partial_file(path):
+        with writing(path), temporary_sibling(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
@@ -102,16 +98,15 @@ def append_line(path: Path, line: str) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and keep every other run out of it; the end of the process, however it comes
-    about, ends that too. Partial files of runs that were killed are removed.
+    """Make a folder and keep every other process out of it; the end of this one, however it comes
+    about, ends that too. Temporary files of runs that were killed are removed.
 
     Raises:
         OutputError: another run has it, which the message names, or it cannot be written to.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    _held_locks.add(descriptor)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(descriptor, folder)
         holder = f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n"
@@ -123,15 +118,16 @@ def locked_folder(folder: Path) -> Iterator[None]:
             part.unlink(missing_ok=True)
         yield
     finally:
-        _held_locks.discard(descriptor)
         os.close(descriptor)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
+    """A POSIX lock: unlike flock's it is the process's own, so a forked loader worker, which may
+    outlive a killed run by seconds, does not hold it. Within one process it excludes no one."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = (folder / LOCK_NAME).read_text(encoding="utf-8", errors="replace").strip()
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of them, POSIX leaves to the file system
+        holder = os.read(descriptor, 1000).decode(errors="replace").strip()
         raise OutputError(
             f"{folder}: another run is writing there: {holder or 'of unknown name'}. Wait for it, "
             "or give another --output_dir"
@@ -142,23 +138,11 @@ def _lock(descriptor: int, folder: Path) -> None:
         logger.warning("%s: its file system has no locks; start no second run there", folder)
 
 
-def _close_locks_in_child() -> None:
-    """A lock is held until all copies of its descriptor are closed: a loader worker that outlives
-    a killed run by seconds must not have one."""
-    for descriptor in _held_locks:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-    _held_locks.clear()
-
-
-os.register_at_fork(after_in_child=_close_locks_in_child)
-
-
 def _output_error(path: Path, error: OSError) -> OutputError:
     if isinstance(error, OutputError):
         return error
     return OutputError(
-        f"{path}: cannot be written: {error.strerror or error}. Make room, or mend what is wrong "
+        f"{path}: cannot be written: {error.strerror or error}. Make room, fix what is wrong "
         "there, or write elsewhere"
     )
 
@@ -172,18 +156,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@functools.cache
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def read_records(path: Path) -> list[dict]:
     """The lines of a .jsonl file, each an object.
 
     Other lines are left out with a warning: one was torn off if the run was killed while it wrote
-    (the run that went on began a new line), and may be anything if the power failed.
+    (the run that continued began a new line), and may be anything if the power failed.
 
     Raises:
         RunError: no such file.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-from torch.utils.tensorboard import SummaryWriter
 
 from utils import OutputError
 from utils.files import append_line, read_records, writing
@@ -21,7 +20,7 @@ MEASURED = ("data_time", "step_time", "memory_gib")
 def setup_logging(folder: Path) -> logging.Logger:
     """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``.
 
-    Warnings of libraries and of the other parts of the program go the same way.
+    Warnings of libraries go the same way.
 
     Raises:
         OutputError: log.txt cannot be opened.
@@ -64,8 +63,17 @@ def log_to_file(message: str) -> None:
 
 
 def append_json(path: Path, record: dict) -> None:
-    """Append one record as one line. OutputError: it could not be written."""
-    append_line(path, json.dumps(record))
+    """Append one record as one line of strict JSON. OutputError: it could not be written."""
+    append_line(path, json.dumps(_strict(record), allow_nan=False))
+
+
+def _strict(value: object) -> object:
+    """null in place of NaN and infinities, which JSON has no words for."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class EpochLog:
@@ -73,7 +81,7 @@ class EpochLog:
 
     Args:
         folder: of the run.
-        resumed_at: the step after which a resumed run goes on. What TensorBoard has beyond it is
+        resumed_at: the step after which a resumed run continues. What TensorBoard has beyond it is
             hidden, and an epoch that log.jsonl has already is not written a second time unless
             something else came out of it.
     """
@@ -83,6 +91,8 @@ class EpochLog:
         resumed = resumed_at is not None
         known = read_records(self.path) if resumed and self.path.is_file() else []
         self._known = {_outcome(record) for record in known}
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
         # Constructed last: it may not be closed by an error above.
         self.board = SummaryWriter(str(folder), purge_step=resumed_at + 1 if resumed else None)
 
@@ -125,4 +135,4 @@ class EpochLog:
 
 def _outcome(record: dict) -> str:
     """What is the same whenever an epoch is computed again."""
-    return json.dumps({key: value for key, value in record.items() if key not in MEASURED})
+    return json.dumps(_strict({k: value for k, value in record.items() if k not in MEASURED}))

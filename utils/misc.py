@@ -48,10 +48,14 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def pick_device() -> torch.device:
-    """The first CUDA GPU, or the CPU. float32 means float32: TF32 is switched off."""
+def disable_tf32() -> None:
+    """From here on a float32 product of this process is computed in float32, on any GPU."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+
+
+def choose_device() -> torch.device:
+    """The first CUDA GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -13,7 +13,7 @@ from dataloaders import DataError
 from dataloaders.annotations import Query, Split
 from dataloaders.clips import ClipSource, listed
 from dataloaders.preflight import probe_all
-from utils.files import whole_file
+from utils.files import atomic_write
 
 logger = logging.getLogger("propy.missing_videos")
 
@@ -90,7 +90,7 @@ class MissingVideos:
                 record = {"split": split.name, "vid_name": name, "queries": counts[name]}
                 lines.append(json.dumps(record | {"reason": reason}) + "\n")
         if lines:
-            with whole_file(path) as part:
+            with atomic_write(path) as part:
                 part.write_text("".join(lines), encoding="utf-8")
         elif path.is_file():
             path.unlink()

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from modules.pyramid import PromptPyramid
-from utils.misc import pick_device
+from utils.misc import disable_tf32
 
 SIDES = ("ours", "reference")
 # Dense peak of known GPUs in TFLOP/s: (float32 without TF32, 16 bit), by a part of the name.
@@ -194,7 +194,7 @@ class Result:
 
 def set_up(options: Options) -> torch.device:
     """Threads and device of this process; float32 is float32 as in main.py."""
-    pick_device()
+    disable_tf32()
     if options.threads:
         torch.set_num_threads(options.threads)
     return torch.device(options.device)

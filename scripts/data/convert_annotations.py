@@ -21,7 +21,7 @@ from pathlib import Path
 from dataloaders import DataError
 from dataloaders.annotations import corpus_videos, read_annotations
 from utils.evaluation.published import SPLIT_SIZES
-from utils.files import partial_file, publish
+from utils.files import commit, temporary_sibling
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,13 +216,13 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     content = "".join(lines).encode()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with partial_file(output) as part:
+    with temporary_sibling(output) as part:
         part.write_bytes(content)
         try:
             queries = read_annotations(part)
         except DataError as error:
             raise ConversionError(f"{source}: {str(error).replace(str(part), 'line')}") from error
-        publish(part, output)
+        commit(part, output)
     return {
         "queries": len(queries),
         "videos": len(corpus_videos(queries)),

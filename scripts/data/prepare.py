@@ -30,7 +30,7 @@ from dataloaders.ffmpeg import (
     read_packets,
     run_ffmpeg,
 )
-from utils.files import partial_file, publish
+from utils.files import commit, temporary_sibling
 
 FRAME_SUFFIXES = {".jpg", ".jpeg"}
 MAX_SIDE = 16384  # what H.264 can hold
@@ -157,7 +157,7 @@ def convert_video(source: Path, output: Path, settings: Settings) -> dict:
         *("-reinit_filter", "0", "-itsoffset", f"{-start:.6f}", *input_arguments(source)),
         *("-map", "0:V:0", *encode_arguments(size, seconds)),
     ]
-    with partial_file(output) as part:
+    with temporary_sibling(output) as part:
         arguments += [f"file:{part}", *listing_arguments()]
         done = run_ffmpeg(["-v", "level+error", "-y", *arguments], settings.time_limit)
         if done.status != 0:
@@ -170,7 +170,7 @@ def convert_video(source: Path, output: Path, settings: Settings) -> dict:
             raise PrepareError(f"{reason} (get it anew, or see --min_decoded)")
         ends = [decoded.times[:, 1].max(), *([] if seconds is None else [seconds])]
         count = verify(part, size, ends, settings.time_limit)
-        publish(part, output)
+        commit(part, output)
     return _result(count, size, ends[-1], share, reason if share < WARN_BELOW else None)
 
 
@@ -234,7 +234,7 @@ def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
     seconds = len(files) / PREPARED_FPS
     arguments = raw_input_arguments(frames.width, frames.height, PREPARED_FPS)
     arguments += encode_arguments(size, seconds)
-    with partial_file(output) as part:
+    with temporary_sibling(output) as part:
         command = ["-v", "level+error", "-y", *arguments, f"file:{part}"]
         done = run_ffmpeg(command, settings.time_limit, feed=frames)
         if done.status != 0:
@@ -244,7 +244,7 @@ def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
         if share < settings.min_decoded:
             raise PrepareError(f"{reason} (get it anew, or see --min_decoded)")
         count = verify(part, size, [seconds], settings.time_limit)
-        publish(part, output)
+        commit(part, output)
     return _result(count, size, seconds, share, reason if frames.broken else None)
 
 

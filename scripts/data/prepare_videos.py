@@ -27,7 +27,7 @@ from dataloaders.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHOR
 from dataloaders.mp4 import ContainerError, read_header
 from scripts.data.prepare import FRAME_SUFFIXES, WARN_BELOW, PrepareError, Settings, prepare
 from utils import OutputError
-from utils.files import PARTIAL_PREFIX, whole_file
+from utils.files import PARTIAL_PREFIX, atomic_write
 from utils.misc import usable_cores
 
 REPORT_NAME = "prepare_report.jsonl"
@@ -206,7 +206,7 @@ def write_report(path: Path, lines: list[dict]) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from utils import OutputError, RunError
 from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.files import whole_file, writing
+from utils.files import atomic_write, writing
 from utils.missing_videos import reduced_size
 from utils.report.run_log import (
     best_epoch,
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = args.output or args.folders[0] / "curves.png"
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as part:
+    with atomic_write(output) as part:
         figure.savefig(part, dpi=130, format=output.suffix[1:].lower())
     print(output)
 

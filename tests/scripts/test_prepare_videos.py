@@ -554,14 +554,14 @@ def test_a_report_that_cannot_be_written_is_said_after_the_work(
     assert main([*command, str(tmp_path / "a")]) == 2
     assert "prepare_report.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "a" / "small.mp4").exists()
-    publish = files.publish
+    commit = files.commit
 
     def full_disk(part: Path, path: Path) -> None:
         if path.suffix == ".jsonl":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        publish(part, path)
+        commit(part, path)
 
-    monkeypatch.setattr(files, "publish", full_disk)
+    monkeypatch.setattr(files, "commit", full_disk)
     assert main([*command, str(tmp_path / "b")]) == 1
     printed = capsys.readouterr()
     assert "prepare_report.jsonl: cannot be written: No space left" in printed.err

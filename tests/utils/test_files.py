@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from utils import OutputError
-from utils.files import append_line, locked_folder, whole_file
+from utils.files import append_line, atomic_write, locked_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,12 +35,12 @@ def test_a_file_appears_with_the_end_of_its_block(tmp_path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
     with path.open() as reader:
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             part.write_text("new")
             assert path.read_text() == "old"
         assert reader.read() == "old", "replaced, not overwritten"
     assert path.read_text() == "new" and path.stat().st_mode & 0o044
-    with pytest.raises(KeyError), whole_file(path) as part:
+    with pytest.raises(KeyError), atomic_write(path) as part:
         part.write_text("half")
         raise KeyError
     assert path.read_text() == "new"
@@ -54,7 +54,7 @@ def test_a_write_that_fails_is_named_and_changes_nothing(tmp_path) -> None:
     def write_too_much() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         message = f"{path}: cannot be written: File too large"
-        with pytest.raises(OutputError, match=message), whole_file(path) as part:
+        with pytest.raises(OutputError, match=message), atomic_write(path) as part:
             part.write_bytes(bytes(1000))
         with pytest.raises(OutputError, match="log: cannot be written: File too large"):
             append_line(tmp_path / "log", "x" * 1000)
@@ -81,11 +81,14 @@ def test_the_second_run_is_refused_and_told_of_the_first(tmp_path) -> None:
         with locked_folder(folder):
             pass
 
-    with locked_folder(folder):
-        with pytest.raises(OutputError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+    def refused() -> None:
+        first = f"process {os.getppid()} on {socket.gethostname()}"
+        with pytest.raises(OutputError, match=first):
             second()
-        assert in_a_child(second) == 1
-    second()
+
+    with locked_folder(folder):
+        assert in_a_child(refused) == 0
+        assert in_a_child(refused) == 0, "being refused has not taken the lock away"
     assert in_a_child(second) == 0
 
 
@@ -93,8 +96,9 @@ def test_a_killed_run_leaves_no_lock_though_its_child_lives_on(tmp_path) -> None
     """The child stands for a loader worker; the partial file for what was being written."""
     script = (
         "import os, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from utils.files import locked_folder, partial_file\n"
-        "with locked_folder(Path(sys.argv[1])), partial_file(Path(sys.argv[1], 'a')) as part:\n"
+        "from utils.files import locked_folder, temporary_sibling\n"
+        "folder = Path(sys.argv[1])\n"
+        "with locked_folder(folder), temporary_sibling(folder / 'a') as part:\n"
         "    if not os.fork(): print(part.name, flush=True)\n"  # it has started, so has no lock
         "    time.sleep(60)\n"
     )

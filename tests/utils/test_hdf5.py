@@ -18,7 +18,7 @@ from utils.evaluation.embeddings import KeptEmbeddings, load_embeddings, save_em
 from utils.evaluation.evaluator import Reading, predict_moments
 from utils.evaluation.hdf5 import Hdf5Writer
 from utils.evaluation.predictions import load_predictions, save_predictions
-from utils.files import whole_file
+from utils.files import atomic_write
 from utils.pictures.attention_store import ATTENTION, SCORES, AttentionStore, read_attention
 
 QUERIES = [Query(f"q{i}", f"text {i}", f"v{i % 20}", 9.0, None) for i in range(60)]
@@ -53,7 +53,7 @@ def attention(folder: Path) -> bool:
 def rereading(folder: Path) -> bool:
     """HDF5 reads back what it has written: where it gets something else, it crashes at random."""
     values, path = np.arange(20_000), folder / "r.h5"
-    with whole_file(path) as part, Hdf5Writer(part, path) as writer:
+    with atomic_write(path) as part, Hdf5Writer(part, path) as writer:
         for name in "ab":
             writer.file[name] = values
         writer.file["a"][::7] = -1

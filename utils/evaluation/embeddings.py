@@ -20,7 +20,7 @@ from dataloaders.annotations import Query, corpus_videos
 from utils import RunError
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.hdf5 import Hdf5Writer, read_hdf5
-from utils.files import whole_file
+from utils.files import atomic_write
 
 FORMAT = "ProPy embeddings, version 1"
 TEXTS = ("desc_ids", "captions", "vid_names")
@@ -151,7 +151,7 @@ def save_embeddings(path: Path, kept: KeptEmbeddings) -> None:
         OutputError: it cannot be written. What was there before is still there then.
     """
     tensors = vars(kept) | vars(kept.embeddings)
-    with whole_file(path) as part, Hdf5Writer(part, path) as writer:
+    with atomic_write(path) as part, Hdf5Writer(part, path) as writer:
         file = writer.file
         file.attrs["format"] = FORMAT
         for name in ATTRIBUTES:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dataloaders.annotations import Query
 from utils import RunError
 from utils.evaluation.hdf5 import Hdf5Writer, read_hdf5
-from utils.files import whole_file, writing
+from utils.files import atomic_write, writing
 
 FORMAT = "ProPy moment predictions, version 1"
 SAVED, EXPORTS = "predictions.h5", ("predictions_tvr.json", "predictions_qvhighlights.jsonl")
@@ -142,7 +142,7 @@ def save_predictions(path: Path, predictions: MomentPredictions) -> None:
         OutputError: it cannot be written. What was there before is still there then.
     """
     predictions = predictions.cpu()
-    with whole_file(path) as part, Hdf5Writer(part, path) as writer:
+    with atomic_write(path) as part, Hdf5Writer(part, path) as writer:
         writer.file.attrs["format"] = FORMAT
         writer.file.attrs["per_video"] = predictions.per_video
         for name in TEXTS:
@@ -274,5 +274,5 @@ def _lists(
 
 
 def _write_lines(path: Path, records: Iterable[dict]) -> None:
-    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as part, part.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

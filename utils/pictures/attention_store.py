@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from utils.evaluation.hdf5 import Hdf5Writer
-from utils.files import partial_file, publish, writing
+from utils.files import commit, temporary_sibling, writing
 
 ATTENTION, SCORES, HITS = "attn.hdf5", "event_scores.hdf5", "r1_ids.json"
 MAX_NAME = 150  # bytes; file systems end at 255
@@ -60,7 +60,7 @@ class AttentionStore:
     def __enter__(self) -> AttentionStore:
         with ExitStack() as files, writing(self.folder):
             self._parts = {
-                name: files.enter_context(partial_file(self.folder / name))
+                name: files.enter_context(temporary_sibling(self.folder / name))
                 for name in (ATTENTION, SCORES, HITS)
             }
             self._attention, self._scores = (
@@ -111,13 +111,13 @@ class AttentionStore:
             with self._attention, self._scores:
                 pass  # both are closed, whatever comes of one
             if kind is None:
-                self._publish()
+                self._commit()
 
-    def _publish(self) -> None:
+    def _commit(self) -> None:
         with writing(self.folder):
             self._parts[HITS].write_text(json.dumps(self._hits), encoding="utf-8")
             for name, part in self._parts.items():
-                publish(part, self.folder / name)
+                commit(part, self.folder / name)
 
 
 def read_attention(folder: Path, desc_id: str | int) -> np.ndarray:

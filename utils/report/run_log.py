@@ -12,7 +12,7 @@ from utils import RunError
 from utils.files import read_records
 from utils.misc import is_number
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("propy.run_log")
 
 # Counters of log.jsonl, nothing to look at as a curve.
 COUNTERS = (

@@ -23,7 +23,7 @@ from models.trained import (
 )
 from modules import ModelError
 from utils import RunError
-from utils.files import whole_file
+from utils.files import atomic_write
 from utils.misc import rng_state, set_rng_state
 from utils.training.progress import EpochSums, Progress
 
@@ -61,7 +61,7 @@ def save_checkpoint(
         "scaler": scaler.state_dict(),
         "rng": rng_state(),
     }
-    with whole_file(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # which torch makes of an error of the file's
@@ -72,7 +72,7 @@ def save_checkpoint(
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a file so that the target appears, or is replaced, only when it is complete."""
-    with whole_file(target) as part:
+    with atomic_write(target) as part:
         shutil.copyfile(source, part)
 
 

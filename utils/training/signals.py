@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that the training loop grants where nothing is lost by it."""
+"""SIGINT and SIGTERM as a request that the training loop grants where nothing is lost by it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import FrameType
 from typing import TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# `timeout` and some schedulers send a signal to a process and to its group: one wish, not two.
-SAME_WISH = 1.0  # seconds
+# `timeout` and some schedulers send a signal to a process and to its group: one request.
+DEBOUNCE_SECONDS = 1.0
 
 T = TypeVar("T")
 
@@ -26,17 +26,17 @@ class Stopped(BaseException):
         self.number = number
 
 
-class StopSignals:
-    """While entered, the first signal is only noted, or raises Stopped within ``at_once``; a
+class DeferredSignals:
+    """While entered, the first signal is only noted, or raises Stopped within ``immediate``; a
     second one ends the process as if there were no handler."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._time = 0.0
-        self._at_once = False
+        self._immediate = False
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> DeferredSignals:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -50,22 +50,22 @@ class StopSignals:
             raise Stopped(self.received)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediate(self) -> Iterator[None]:
         """A block in which nothing can be lost: a signal ends it where it is."""
-        self._at_once = True
+        self._immediate = True
         try:
             self.check()
             yield
         finally:
-            self._at_once = False
+            self._immediate = False
 
-    def at_once_between(self, items: Iterable[T]) -> Iterator[T]:
+    def immediate_between(self, items: Iterable[T]) -> Iterator[T]:
         """The items; waiting for the next one is such a block."""
         end = object()
-        with self.at_once():
+        with self.immediate():
             iterator = iter(items)
         while True:
-            with self.at_once():
+            with self.immediate():
                 item = next(iterator, end)
             if item is end:
                 return
@@ -76,8 +76,8 @@ class StopSignals:
             self.received, self._time = number, time.monotonic()
             name = signal.Signals(number).name
             print(f"\n{name}: saving; a second signal ends at once", file=sys.stderr, flush=True)
-            if self._at_once:
+            if self._immediate:
                 raise Stopped(number)
-        elif time.monotonic() - self._time > SAME_WISH:
+        elif time.monotonic() - self._time > DEBOUNCE_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -36,7 +36,7 @@ from utils.training.checkpoint import (
 from utils.training.engine import LOG_EVERY, StepResult, TrainConfig, train_one_epoch
 from utils.training.optim import build_optimizer, learning_rate
 from utils.training.progress import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, EpochSums, Progress
-from utils.training.signals import Stopped, StopSignals
+from utils.training.signals import DeferredSignals, Stopped
 
 logger = logging.getLogger("propy.trainer")
 # Settings that leave a run's results as they are.
@@ -142,7 +142,7 @@ class Trainer:
             peak=config.lr,
         )
         self.epoch_log = EpochLog(folder, self.progress.global_step if resume else None)
-        self.signals = StopSignals()
+        self.signals = DeferredSignals()
         self._last_good = resume
 
     def _resume(self, path: Path, flags: dict, facts: dict) -> Progress:
@@ -196,7 +196,7 @@ class Trainer:
         with memory_advice(LESS_MEMORY), self.loader.worker_errors(), self._saved_if_stopped():
             train_one_epoch(
                 self.model,
-                self.signals.at_once_between(self.loader),
+                self.signals.immediate_between(self.loader),
                 self.optimizer,
                 self.scaler,
                 progress.sums,
@@ -237,7 +237,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         progress = self.progress
-        with self.signals.at_once(), memory_advice(LESS_MEMORY_EVALUATING):
+        with self.signals.immediate(), memory_advice(LESS_MEMORY_EVALUATING):
             rows = self.evaluator.run(self.evaluator.embed(self.model, self.device))
         score = self.evaluator.score(rows)
         if progress.best_score is None or score >= progress.best_score:  # a tie: the later epoch
