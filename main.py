@@ -44,7 +44,7 @@ from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import git_revision, memory_advice, parameter_report, pick_device, set_seed
 from utils.missing_videos import LeftOut
 from utils.pictures.attention_store import ATTENTION, HITS, SCORES
-from utils.pictures.plots import PlotSettings, check_request
+from utils.pictures.plots import PlotSettings, check_request, plot_split
 from utils.training.checkpoint import BEST, LATEST, load_checkpoint
 from utils.training.optim import build_optimizer, learning_rate
 from utils.training.profiling import traced_steps
@@ -165,7 +165,8 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         rows = evaluation.run(embeddings, args.output_dir if args.save_predictions else None)
         report(args, evaluation, rows, str(best), checkpoint.epoch, log)
     if args.do_plot:
-        drawn, hits = evaluation.plot(
+        drawn, hits = plot_split(
+            evaluation,
             embeddings,
             model,
             plots,

@@ -12,10 +12,10 @@ from pathlib import Path
 from utils.evaluation.moment_metrics import WINDOW_RULES
 from utils.evaluation.published import DATATYPES
 from utils.misc import usable_cores
-from utils.pictures.draw import STYLES
 from utils.training.optim import MIN_LEARNING_RATE
 
 ROOT = Path(__file__).resolve().parent.parent
+PLOT_STYLES = ("readable", "authors")  # of utils.pictures.draw, which imports matplotlib
 AUTO = Path("auto")  # --resume: the output folder's own checkpoint
 
 # The lowest and the highest value of a flag, both of them allowed.
@@ -199,7 +199,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--plot_head", type=int, default=0, metavar="H",
         help="save and draw the attention of this head, counted from 1; 0 is the mean of all "
         "(default 0)")
-    add("--plot_style", choices=list(STYLES), default="readable",
+    add("--plot_style", choices=PLOT_STYLES, default="readable",
         help="colours: readable for all eyes, or those of the authors' figures, jet, red and "
         "orange (default readable)")
     add("--plot_format", choices=["png", "svg", "pdf"], default="png",

@@ -1,4 +1,4 @@
-"""One split from its annotations to metrics, tables and pictures.
+"""One split from its annotations to metrics and tables.
 
 Both tasks are readings of the same embeddings: videos and texts are embedded once.
 """
@@ -34,7 +34,6 @@ from utils.evaluation.ranking import CHUNK, best_event_scores, paired_event_scor
 from utils.evaluation.retrieval_metrics import ranks_of, recall_metrics
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.missing_videos import LeftOut
-from utils.pictures.plots import PlotSettings, choose_queries, plot_queries, score_queries
 
 VAL = "val"  # what records and lists call the split
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
@@ -210,38 +209,6 @@ class Evaluation(Reading):
         self.left_out.leave_out(VAL, vid_name, reason)
         if len(self._unreadable) == len(self.videos):
             raise DataError(f"no video of the split can be read; the last: {reason}")
-
-    def plot(
-        self,
-        embeddings: Embeddings,
-        model: nn.Module,
-        settings: PlotSettings,
-        *,
-        ids: Sequence[str],
-        limit: int,
-        seed: int,
-        source: str,
-    ) -> tuple[int, int]:
-        """Draw the queries with these ids, or `limit` of those with their video at rank 1.
-
-        Returns:
-            How many were drawn, and how many there are at rank 1.
-        """
-        normalize = self.scoring[0]
-        ranks = rank_videos(embeddings, self.target, normalize, self.chunk)
-        chosen = choose_queries(ranks, self.queries, ids, limit, seed)
-        videos = [self.videos[i] for i in self.target[chosen].unique().tolist()]
-        plot_queries(
-            model,
-            self.load_videos(videos),
-            [video.vid_name for video in videos],
-            score_queries(embeddings, chosen, self.target, ranks, normalize),
-            self.queries,
-            settings,
-            score_name="cosine" if normalize else "product",
-            source=source,
-        )
-        return len(chosen), int((ranks == 1).sum())
 
 
 def tables(rows: dict[str, dict[str, float]], datatype: str) -> list[str]:
