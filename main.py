@@ -34,7 +34,7 @@ from modules import ModelError
 from modules.pyramid import PromptPyramid
 from utils import OutputError, RunError
 from utils.arguments import AUTO, parse_args
-from utils.evaluation.embeddings import KeptEmbeddings, load_embeddings, save_embeddings
+from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_embeddings
 from utils.evaluation.evaluator import VAL, Evaluation, Reading
 from utils.evaluation.moment_tables import times_missing
 from utils.evaluation.predictions import EXPORTS, SAVED
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
         with memory_advice(LESS_MEMORY_EVALUATING):
             embeddings = evaluation.embed(model, device)
         if args.save_embeddings:
-            kept = KeptEmbeddings.of(
+            kept = SavedEmbeddings.from_queries(
                 embeddings,
                 evaluation.queries,
                 evaluation.proposals,
@@ -207,7 +207,9 @@ def evaluate_kept(
     """Metrics of kept embeddings: needs no videos, no CLIP, and no checkpoint but to compare."""
     kept = load_embeddings(args.load_embeddings)
     left_out = LeftOut(args.output_dir / "missing_videos.jsonl", {VAL: queries})
-    if args.allow_missing and (lacking := kept.lacking(queries)):
+    if args.allow_missing and (
+        lacking := sorted({query.vid_name for query in queries} - set(kept.vid_names))
+    ):
         left_out.add(VAL, dict.fromkeys(lacking, f"{args.load_embeddings}: made without it"))
         queries = left_out.kept(VAL, queries)
         log.warning("%s: %s", VAL, left_out.note(VAL))

@@ -21,17 +21,12 @@ from dataloaders.datasets import evaluation_text_batches, evaluation_video_loade
 from dataloaders.loader import ClipLoader
 from utils.evaluation.embed import Embeddings, embed_corpus
 from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
-from utils.evaluation.moment_tables import (
-    Rows,
-    level_report,
-    level_table,
-    moment_report,
-    report_tables,
-)
+from utils.evaluation.moment_tables import level_report, level_table, moment_report, report_tables
 from utils.evaluation.predictions import SAVED, MomentPredictions, export_all, save_predictions
 from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.ranking import CHUNK, best_event_scores, paired_event_scores, top_moments
 from utils.evaluation.retrieval_metrics import ranks_of, recall_metrics
+from utils.evaluation.rows import COSINE, DOT, LEVELS, VCMR, VR, Rows, breakdown, task_rows
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.missing_videos import LeftOut
 from utils.pictures.plots import PlotSettings, choose_queries, plot_queries, score_queries
@@ -106,7 +101,7 @@ class Reading:
                 save_predictions(predictions_dir / SAVED, predictions)
                 export_all(predictions_dir, predictions, self.queries)
         for normalize in self.scoring:
-            name = "cosine" if normalize else "dot"
+            name = COSINE if normalize else DOT
             if name not in rows:
                 rows[name] = evaluate_prvr(embeddings, self.target, normalize, self.chunk)
         return rows
@@ -119,8 +114,8 @@ class Reading:
         """
         if not self.moments:
             score = next(iter(rows.values()))["SumR"]
-        elif "VCMR" in rows:
-            score = selection_score(rows["VCMR"])
+        elif VCMR in rows:
+            score = selection_score(rows[VCMR])
         else:
             raise DataError(
                 "of the queries with times (ts) no video can be read, so no best epoch can be "
@@ -246,14 +241,14 @@ class Evaluation(Reading):
 
 def tables(rows: dict[str, dict[str, float]], datatype: str) -> list[str]:
     """The metrics of `Evaluation.run`, over the data set's published row where there is one."""
-    names = {"cosine": "ProPy", "dot": "ProPy, events not normalised"}
+    names = {COSINE: "ProPy", DOT: "ProPy, events not normalised"}
     table = {names[row]: numbers for row, numbers in rows.items() if row in names}
     if datatype in PRVR_RESULTS:
         table["published"] = PRVR_RESULTS[datatype]
     shown = [metrics_table(table, PRVR_COLUMNS)]
-    if "VR" in rows:
+    if VR in rows:
         shown.append(report_tables(rows, VCMR_RESULTS.get(datatype)))
-    levels = {row.split("/")[1]: rows[row] for row in rows if row.startswith("levels/")}
+    levels = {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}
     if levels:
         shown.append(level_table(levels))
     return shown
@@ -341,9 +336,9 @@ def evaluate_vcmr(
         "cosine": what `evaluate_prvr` gives; the rows of `moment_report`; "levels/…": those of
         `level_report`, if there are times.
     """
-    rows = {"cosine": recall_metrics(predictions.target_rank)}
+    rows = {COSINE: recall_metrics(predictions.target_rank)}
     rows |= moment_report(predictions, queries, window_rule)
     if any(query.windows for query in queries):
         levels = level_report(predictions, queries)
-        rows |= {f"levels/{name}": row for name, row in levels.items()}
+        rows |= {f"{LEVELS}/{name}": row for name, row in levels.items()}
     return rows

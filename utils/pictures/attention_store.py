@@ -16,7 +16,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from utils.evaluation.hdf5 import Hdf5Writer
 from utils.files import partial_file, publish, writing
 
 ATTENTION, SCORES, HITS = "attn.hdf5", "event_scores.hdf5", "r1_ids.json"
@@ -64,10 +63,10 @@ class AttentionStore:
                 for name in (ATTENTION, SCORES, HITS)
             }
             self._attention, self._scores = (
-                Hdf5Writer(self._parts[name], self.folder / name) for name in (ATTENTION, SCORES)
+                h5py.File(self._parts[name], "w") for name in (ATTENTION, SCORES)
             )
             self._files = files.pop_all()
-        self._attention.file.attrs.update(self.attributes)
+        self._attention.attrs.update(self.attributes)
         return self
 
     def add(
@@ -89,10 +88,10 @@ class AttentionStore:
         key = query_name(desc_id)
         first = self._first_of_video.setdefault(vid_name, key)
         if first != key:
-            self._attention.file[key] = self._attention.file[first]
+            self._attention[key] = self._attention[first]
         else:
             # Most of it is exactly zero, what an event may not see: a chunk a layer, compressed.
-            self._attention.file.create_dataset(
+            self._attention.create_dataset(
                 key,
                 data=attention,
                 chunks=(1, *attention.shape[1:]),
@@ -100,11 +99,9 @@ class AttentionStore:
                 compression_opts=1,
                 shuffle=True,
             )
-        self._scores.file.create_dataset(key, data=scores)
+        self._scores.create_dataset(key, data=scores)
         if rank == 1:
             self._hits.append((desc_id, vid_name))
-        self._attention.check()
-        self._scores.check()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._files:
