@@ -37,7 +37,7 @@ from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_e
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
-from utils.files import atomic_write, check_outputs, locked_folder
+from utils.files import atomic_write, check_outputs, locked_folder, writing
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import (
     choose_device,
@@ -48,7 +48,8 @@ from utils.misc import (
     set_seed,
 )
 from utils.missing_videos import MissingVideos, require_videos
-from utils.pictures.plots import PLOT_FILES, PlotSettings, check_request, plot_split
+from utils.pictures.attention_store import ATTENTION, HITS, SCORES
+from utils.pictures.plots import PlotSettings, check_request, plot_split
 from utils.training.checkpoint import BEST, LATEST, load_checkpoint
 from utils.training.engine import TrainConfig
 from utils.training.progress import run_facts
@@ -104,9 +105,11 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
         model.readout,
     )
     evaluator.check_times(training=bool(args.do_train))
-    plots = config_from(PlotSettings, args)
+    plots = PlotSettings(
+        args.plot_dir, args.plot_layer, args.plot_head, args.plot_style, args.plot_format
+    )
     if args.do_plot:
-        check_request(plots, val.queries, model)
+        check_request(plots, args.plot_ids, val.queries, model)
 
     best = args.resume
     if args.do_train:
@@ -131,7 +134,16 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     if args.do_eval:
         report(args, evaluator, embeddings, best, epoch)
     if args.do_plot:
-        plot_split(evaluator, embeddings, model, plots, source=str(best))
+        plot_split(
+            evaluator,
+            embeddings,
+            model,
+            plots,
+            ids=args.plot_ids,
+            limit=args.plot_limit,
+            seed=args.seed,
+            source=str(best),
+        )
 
 
 def outputs(args: argparse.Namespace) -> list[Path]:
@@ -147,7 +159,9 @@ def outputs(args: argparse.Namespace) -> list[Path]:
     if args.save_embeddings:
         files.append(args.save_embeddings)
     if args.do_plot:
-        files += [args.plot_dir / name for name in PLOT_FILES]
+        with writing(args.plot_dir):
+            args.plot_dir.mkdir(parents=True, exist_ok=True)
+        files += [args.plot_dir / name for name in (ATTENTION, SCORES, HITS)]
     return files
 
 
@@ -214,12 +228,15 @@ def train(
 def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device) -> None:
     """Metrics of saved embeddings: needs no videos, no CLIP, and no checkpoint but to compare."""
     saved = load_embeddings(args.load_embeddings)
-    reasons = dict.fromkeys(saved.missing(split), f"{args.load_embeddings}: made without it")
-    missing = MissingVideos(args.output_dir, [(split, reasons if args.allow_missing else {})])
+    reasons = {}
+    if args.allow_missing:
+        absent = {video.vid_name for video in split.videos} - set(saved.vid_names)
+        reasons = dict.fromkeys(sorted(absent), f"{args.load_embeddings}: made without it")
+    missing = MissingVideos(args.output_dir, [(split, reasons)])
     split = missing.remaining(split)
     proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
     try:
-        saved.check(split, proposals, max_words=args.max_words, checkpoint=args.resume)
+        saved.check(split.queries, proposals, max_words=args.max_words, checkpoint=args.resume)
     except RunError as error:
         raise RunError(f"{args.load_embeddings}: {error}") from None
     logger.info("using %s: %s, epoch %d", args.load_embeddings, saved.checkpoint, saved.epoch)

@@ -27,6 +27,7 @@ def listed(lines: Sequence[str]) -> str:
 class ClipSource(ABC):
     """Clips by video name. Instances travel to worker processes, so they hold no open files."""
 
+    kind: str  # what kind of thing the frames are read from: resuming says if it is another
     check_command = ""  # finds every clip that does not decode, if there is such a command
 
     @abstractmethod
@@ -90,6 +91,8 @@ class ClipSource(ABC):
 
 class VideoFolder(ClipSource):
     """A folder of ``<vid_name>.mp4``, prepared by ``scripts/prepare.sh``."""
+
+    kind = "video folder"
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)

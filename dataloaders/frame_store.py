@@ -223,6 +223,8 @@ class FrameStore(ClipSource):
         DataError: no such file, no frame store, a damaged one, or one of another version.
     """
 
+    kind = "frame store"
+
     def __init__(self, path: str | Path, decode_on: torch.device | None = None):
         self.path = Path(path)
         self.decode_on = decode_on

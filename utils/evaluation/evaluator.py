@@ -22,7 +22,6 @@ from utils import RunError
 from utils.evaluation.embed import Embeddings, embed_texts, embed_videos
 from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
 from utils.evaluation.moment_tables import (
-    Rows,
     level_report,
     level_table,
     moment_report,
@@ -33,6 +32,7 @@ from utils.evaluation.predictions import SAVED, MomentPredictions, export_all, s
 from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.ranking import predict_moments, rank_videos
 from utils.evaluation.retrieval_metrics import recall_metrics
+from utils.evaluation.rows import COSINE, DOT, LEVELS, VCMR, VR, Rows, breakdown, task_rows
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.missing_videos import MissingVideos
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("propy.evaluator")
 
 TEXT_BATCH = 256  # texts are short: encoding them takes seconds at any batch size
 EXPORTED_MOMENTS = 1000  # of a text, the best, in saved predictions (`max_event_per_text`, §4.1)
-COSINE, DOT = "cosine", "dot"  # rows of PRVR: whether the events' lengths are left out or in
+# The rows of PRVR, the first of which chooses the best epoch.
 SCORINGS = {"cosine": (COSINE,), "dot": (DOT,), "both": (COSINE, DOT)}
 
 
@@ -76,7 +76,7 @@ class Evaluator:
     ) -> None:
         self.split, self.proposals, self.config = split, proposals, config
         self.missing, self.readout = missing, readout
-        self.evaluate_vcmr = config.subtask_type == "VCMR"
+        self.evaluate_vcmr = config.subtask_type == VCMR
 
     @property
     def normalize_events(self) -> bool:
@@ -121,7 +121,7 @@ class Evaluator:
         """What chooses the best epoch: SumR, or for moments the sum of R@{1,10,100} at IoU 0.5
         and 0.7 (SPEC §8). Equal sums of recalls tie, however they were rounded."""
         if self.evaluate_vcmr:
-            return round(selection_score(rows["VCMR"]), 6)
+            return round(selection_score(rows[VCMR]), 6)
         return round(next(iter(rows.values()))["SumR"], 6)
 
     def check_times(self, training: bool) -> None:
@@ -152,9 +152,9 @@ class Evaluator:
         if datatype in PRVR_RESULTS:
             table["published"] = PRVR_RESULTS[datatype]
         shown = [metrics_table(table, PRVR_COLUMNS)]
-        if "VR" in rows:
+        if VR in rows:
             shown.append(report_tables(rows, VCMR_RESULTS.get(datatype)))
-        levels = {row.split("/")[1]: rows[row] for row in rows if row.startswith("levels/")}
+        levels = {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}
         if levels:
             shown.append(level_table(levels))
         note = self.missing.summary(VAL) if self.missing else None
@@ -219,5 +219,5 @@ def vcmr_rows(
     rows |= moment_report(predictions, queries, window_rule)
     if any(query.windows for query in queries):
         levels = level_report(predictions, queries)
-        rows |= {f"levels/{name}": row for name, row in levels.items()}
+        rows |= {f"{LEVELS}/{name}": row for name, row in levels.items()}
     return rows

@@ -7,6 +7,7 @@ query attention/<id>/ with meta.json, figures/<frame>.jpg, tree.jpg and the over
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,14 @@ from dataloaders.annotations import Query
 from modules.similarity import event_scores
 from utils import RunError
 from utils.evaluation.embed import Embeddings
-from utils.evaluation.evaluator import Evaluation, rank_videos
+from utils.evaluation.evaluator import CorpusEvaluator
 from utils.files import writing
 from utils.pictures.attention_store import AttentionStore, query_name
 
 if TYPE_CHECKING:  # it imports matplotlib, which most runs do without
     from utils.pictures.draw import QueryPicture
+
+logger = logging.getLogger("propy.plots")
 
 TEXT_BLOCK = 64  # texts compared with the whole corpus at a time
 
@@ -89,7 +92,7 @@ def check_request(
 
 
 def plot_split(
-    evaluation: Evaluation,
+    evaluator: CorpusEvaluator,
     embeddings: Embeddings,
     model: nn.Module,
     settings: PlotSettings,
@@ -98,35 +101,36 @@ def plot_split(
     limit: int,
     seed: int,
     source: str,
-) -> tuple[int, int]:
+) -> None:
     """Draw the queries with these ids, or `limit` of those with their video at rank 1.
 
     Args:
         embeddings: of the split that is evaluated.
         source: what the model is, kept in attn.hdf5.
 
-    Returns:
-        How many were drawn, and how many there are at rank 1.
-
     Raises:
         RunError: there is no query to draw. OutputError: something cannot be written.
     """
-    normalize = evaluation.scoring[0]
-    target = evaluation.target
-    ranks = rank_videos(embeddings, target, normalize, evaluation.chunk)
-    chosen = choose_queries(ranks, evaluation.queries, ids, limit, seed)
-    videos = [evaluation.videos[i] for i in target[chosen].unique().tolist()]
+    split, normalize = evaluator.split, evaluator.normalize_events
+    ranks = evaluator.ranks(embeddings)
+    chosen = choose_queries(ranks, split.queries, ids, limit, seed)
+    videos = [split.videos[i] for i in split.target[chosen].unique().tolist()]
     plot_queries(
         model,
-        evaluation.load_videos(videos),
+        evaluator.load_videos(videos),
         [video.vid_name for video in videos],
-        score_queries(embeddings, chosen, target, ranks, normalize),
-        evaluation.queries,
+        score_queries(embeddings, chosen, split.target, ranks, normalize),
+        split.queries,
         settings,
         score_name="cosine" if normalize else "product",
         source=source,
     )
-    return len(chosen), int((ranks == 1).sum())
+    logger.info(
+        "%d queries drawn, of %s the right video is ranked first: %s",
+        len(chosen),
+        f"{int((ranks == 1).sum()):,} of {len(split.queries):,}",
+        settings.folder / "attention",
+    )
 
 
 def choose_queries(

@@ -22,7 +22,8 @@ from models import ProPy
 from modules import ModelError
 from utils import OutputError, RunError
 from utils.arguments import AUTO
-from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Rows
+from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig
+from utils.evaluation.rows import VCMR, Rows
 from utils.logger import EpochLog
 from utils.misc import memory_advice, peak_memory_gib
 from utils.training.checkpoint import (
@@ -97,7 +98,7 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
 
 def _measure(settings: Mapping, task: str) -> tuple:
     """The settings that the score which chooses the best epoch depends on."""
-    if task == "VCMR":
+    if task == VCMR:
         return settings.get("npev"), settings.get("window_rule"), settings.get(VAL_ANNOTATIONS)
     return settings.get("event_scores") == "dot", settings.get(VAL_ANNOTATIONS)
 
