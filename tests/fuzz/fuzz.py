@@ -130,6 +130,7 @@ class Child:
         self.start()
 
     def start(self) -> None:
+        """A fresh process; an earlier one ends with its pool."""
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, context, _limit, (self.messages,))
 
