@@ -86,3 +86,6 @@ def test_a_finding_is_kept_and_replayed(tmp_path, monkeypatch, capsys) -> None:
     arguments = ["--cases", "1", "--kinds", "pyramid", "--findings", str(tmp_path)]
     assert fuzz.main(arguments) == 1
     assert (tmp_path / "pyramid_0_0.json.txt").read_text().startswith("KeyError")
+    capsys.readouterr()
+    assert fuzz.main(["--replay", str(tmp_path / "pyramid_0_0.json")]) == 1
+    assert "KeyError: 'x'" in capsys.readouterr().out
