@@ -22,7 +22,7 @@ from utils.evaluation.moment_tables import (
     times_missing,
 )
 from utils.evaluation.predictions import export_all, load_predictions
-from utils.missing_videos import left_numbers, reduced_size
+from utils.missing_videos import missing_counts, reduced_size
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def score(args: argparse.Namespace) -> None:
     except RunError as error:
         hint = ", or go without what the predictions lack: --allow_missing" * (queries != remaining)
         raise RunError(f"{args.predictions}, {args.annotations}: {error}{hint}") from None
-    if size := reduced_size(left_numbers("val", annotated, queries)):
+    if size := reduced_size(missing_counts("val", annotated, queries)):
         print(f"{size}\n")
     if untimed := times_missing(queries):
         print(f"{args.annotations}: {untimed}\n")
