@@ -25,7 +25,7 @@ from dataloaders import DataError
 from dataloaders.annotations import Query, corpus_videos, read_annotations, summary
 from dataloaders.clips import ClipSource, VideoFolder, listed
 from dataloaders.datasets import training_loader
-from dataloaders.frame_store import FrameStore, gpu_decoder_problem
+from dataloaders.frame_store import FrameStore
 from dataloaders.loader import LeaveOut, TrainingLoader
 from dataloaders.preflight import find_unusable
 from models import ProPy, build_model
@@ -107,11 +107,7 @@ def run(args: argparse.Namespace, log: logging.Logger) -> None:
     ).to(device)
     if args.compile:
         model.compile_encoders()
-    if args.frame_store:
-        decode_on = gpu_decoder(device, log) if args.gpu_decode else None
-        clips = FrameStore(args.frame_store, decode_on)
-    else:
-        clips = VideoFolder(args.video_dir)
+    clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
     splits = {VAL: val_queries} | ({TRAIN: train_queries} if args.do_train else {})
     left_out = LeftOut(args.output_dir / "missing_videos.jsonl", splits)
     check_videos(args, splits, left_out, clips, model.input_resolution, log)
@@ -289,15 +285,6 @@ def check_videos(
             "scripts/prepare.sh` (a frame store's with scripts/data/pack_frames.py), or go on "
             "without them: --allow_missing 1"
         )
-
-
-def gpu_decoder(device: torch.device, log: logging.Logger) -> torch.device | None:
-    """The device, if it is a GPU that decodes JPEGs as the CPU does; else None, with a warning."""
-    problem = "there is none" if device.type != "cuda" else gpu_decoder_problem(device)
-    if problem is None:
-        return device
-    log.warning("--gpu_decode 1: no decoding on a GPU (%s): the CPU does it", problem)
-    return None
 
 
 def check_settings(args: argparse.Namespace, model: ProPy, train_queries: list[Query]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dataloaders import DataError
-from dataloaders.video import load_clip, look_at_clip
+from dataloaders.video import load_clip, probe_clip
 
 MAX_LISTED = 20  # clips spelled out in a message; the rest is counted
 
@@ -59,8 +59,8 @@ class ClipSource(ABC):
         """
 
     @abstractmethod
-    def look_at(self, name: str, size: int) -> int | None:
-        """A first look at a clip, without decoding it.
+    def probe(self, name: str, size: int) -> int | None:
+        """Whether a clip can be used, as far as shows without decoding it.
 
         Args:
             size: side of the square frames, pixels.
@@ -69,7 +69,7 @@ class ClipSource(ABC):
             The number of its frames, if that is known.
 
         Raises:
-            DataError: the clip cannot be used, as far as can be seen.
+            DataError: it cannot.
         """
 
     @abstractmethod
@@ -79,7 +79,7 @@ class ClipSource(ABC):
     def check(self, names: Sequence[str], size: int) -> None:
         """Raises a DataError that lists the clips which are not there, or do not fit ``size``.
 
-        Cheap too: a folder's clips are only looked at when they are loaded.
+        Cheap too: a folder's clips are only read when they are loaded.
         """
         missing = self.missing(names)
         if missing:
@@ -98,7 +98,7 @@ class VideoFolder(ClipSource):
     def missing(self, names: Sequence[str]) -> list[str]:
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such video folder: set video_dir")
-        present = {path.name for path in self.folder.iterdir()}  # one look, however many names
+        present = {path.name for path in self.folder.iterdir()}  # one listing, however many names
         return [name for name in names if self.path(name).name not in present]
 
     def missing_message(self, missing: Sequence[str], total: int) -> str:
@@ -110,8 +110,8 @@ class VideoFolder(ClipSource):
     def label(self, name: str) -> str:
         return str(self.path(name))
 
-    def look_at(self, name: str, size: int) -> int | None:
-        return look_at_clip(self.path(name), size)
+    def probe(self, name: str, size: int) -> int | None:
+        return probe_clip(self.path(name), size)
 
     def load(
         self,

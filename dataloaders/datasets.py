@@ -16,7 +16,6 @@ from torch.utils.data import Sampler, default_collate
 from dataloaders import DataError
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import ClipSource
-from dataloaders.frame_store import EncodedClips
 from dataloaders.loader import ClipDataset, ClipLoader, LeaveOut, TrainingLoader, Unreadable
 from dataloaders.tokenizer import tokenize
 
@@ -168,23 +167,18 @@ def _collate(
 
 def _evaluation_batch(items: list[dict]) -> dict:
     indices = torch.tensor([item["indices"] for item in items])
-    return {"frames": _stack([item["frames"] for item in items]), "indices": indices}
+    # default_collate: in a worker, straight into shared memory
+    return {"frames": default_collate([item["frames"] for item in items]), "indices": indices}
 
 
 def _training_batch(items: list[dict], max_words: int) -> dict:
     counts = torch.tensor([len(item["captions"]) for item in items])
     return {
-        "frames": _stack([item["frames"] for item in items]),
+        "frames": default_collate([item["frames"] for item in items]),
         "token_ids": tokenize([text for item in items for text in item["captions"]], max_words),
         "text_to_video": torch.arange(len(items)).repeat_interleave(counts),
         "vid_names": [item["vid_name"] for item in items],
     }
-
-
-def _stack(clips: list[torch.Tensor | EncodedClips]) -> torch.Tensor | EncodedClips:
-    if isinstance(clips[0], EncodedClips):
-        return EncodedClips.stack(clips)
-    return default_collate(clips)  # in a worker: straight into shared memory
 
 
 def _chunks(count: int, size: int) -> list[range]:

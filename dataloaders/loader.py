@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dataloaders import DataError
 from dataloaders.annotations import Video
 from dataloaders.clips import ClipSource
-from dataloaders.frame_store import EncodedClips
 from dataloaders.video import DECODE_TIME_LIMIT
 
 # Seconds within which a worker at work has another clip in hand than before, whatever the size of
@@ -110,8 +109,6 @@ class ClipLoader:
                     raise item.error
                 self._leave_out(item.vid_name, str(item.error))
             if batch is not None:
-                if isinstance(batch["frames"], EncodedClips):
-                    batch["frames"] = batch["frames"].decode(self._dataset.clips.decode_on)
                 yield batch
             else:
                 self._refuse_empty(unreadable)

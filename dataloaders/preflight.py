@@ -45,9 +45,9 @@ def find_unusable(
     }
     present = [video for video in videos if video.vid_name not in missing]
 
-    def look_at(video: Video) -> int | DataError | None:
+    def probe(video: Video) -> int | DataError | None:
         try:
-            return clips.look_at(video.vid_name, size)
+            return clips.probe(video.vid_name, size)
         except DataError as error:
             return error
 
@@ -55,7 +55,7 @@ def find_unusable(
     if open_files:
         with ThreadPoolExecutor(max(num_threads, MIN_THREADS)) as pool:
             seen = tqdm(
-                pool.map(look_at, present),
+                pool.map(probe, present),
                 desc="check videos",
                 total=len(present),
                 unit="video",

@@ -48,7 +48,7 @@ fi
 [ "$do_train" = 0 ] || flags+=(--prvr_train_annos "$train_annos")
 [ -z "$resume" ] || flags+=(--resume "$resume")
 # the other flags, where they are set
-for name in prvr_train_annos prvr_val_annos skip_check allow_missing num_thread_reader gpu_decode \
+for name in prvr_train_annos prvr_val_annos skip_check allow_missing num_thread_reader \
   load_from_pretrained trust_clip_archive freeze_clip coef_lr wd warmup_proportion clip_grad_norm \
   gradient_accumulation_steps checkpoint_activations compile precision profile n_display \
   save_every_steps event_scores window_rule eval_memory_gib save_embeddings load_embeddings \

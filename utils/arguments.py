@@ -75,9 +75,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="read the frames from this file, made of such a folder by "
         "scripts/data/pack_frames.py, instead of --video_dir: faster, and the same frames up to "
         "JPEG's loss")
-    add("--gpu_decode", type=int, choices=[0, 1], default=0,
-        help="1: the GPU decodes what --frame_store holds, instead of the processes that read it "
-        "(default 0)")
     add("--max_words", type=int, default=32,
         help="tokens of a caption, start and end included [published: 32; ActivityNet and "
         "QVHighlights 64] (default 32)")
@@ -212,8 +209,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("nothing to do: give --do_train 1, --do_eval 1, --do_plot 1 or several")
     if not args.load_embeddings and bool(args.video_dir) == bool(args.frame_store):
         parser.error("give one of --video_dir and --frame_store: where the clips are")
-    if args.gpu_decode and not args.frame_store:
-        parser.error("--gpu_decode 1 needs --frame_store: a GPU decodes JPEGs, not videos")
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
     if args.load_embeddings and (args.do_train or args.do_plot or args.save_embeddings):
