@@ -33,7 +33,6 @@ NO_REPLACED_FRAMES = 1e-9
 # faster read whole.
 PIXELS_PER_SEEK = 140_000
 PREPARE = "remove it and prepare it again with `bash scripts/prepare.sh`"
-FIND_ALL = "`.venv/bin/python -m scripts.data.check_videos --decode …` finds all such files"
 
 T = TypeVar("T")
 _timed_out: set[Path] = set()  # each has left a thread behind in this process: once is enough
@@ -65,7 +64,7 @@ def load_clip(
             decoder did not finish within DECODE_TIME_LIMIT, now or earlier in this process.
     """
     choose = partial(sampled_indices, num_frames=num_frames, generator=generator)
-    return _load(Path(path), size, choose, generator, f"{PREPARE}; {FIND_ALL}")
+    return _load(Path(path), size, choose, generator)
 
 
 def probe_clip(path: str | Path, size: int) -> int | None:
@@ -81,7 +80,7 @@ def probe_clip(path: str | Path, size: int) -> int | None:
         DataError: as `load_clip`, for everything but damage to the frames themselves.
     """
     path = Path(path).absolute()
-    with _named(path, PREPARE):
+    with _named(path):
         header = _check_file(path)
         if header is None:
             track = decode_frames(path, DECODE_TIME_LIMIT, limit=1)
@@ -98,7 +97,7 @@ def load_every_frame(path: str | Path, size: int) -> torch.Tensor:
     Raises:
         DataError: as `load_clip`.
     """
-    return _load(Path(path), size, np.arange, None, PREPARE)
+    return _load(Path(path), size, np.arange, None)
 
 
 def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
@@ -138,16 +137,15 @@ def _load(
     size: int,
     choose: Callable[[int], np.ndarray],
     generator: np.random.RandomState | None,
-    remedy: str,
 ) -> torch.Tensor:
     path = path.absolute()  # so that no name is taken for a protocol such as "concat:"
-    with _named(path, remedy):
+    with _named(path):
         frames = _within_time_limit(path, lambda: _decode(path, size, choose, generator))
     return center_crop(torch.from_numpy(frames), size)
 
 
 @contextlib.contextmanager
-def _named(path: Path, remedy: str) -> Iterator[None]:
+def _named(path: Path) -> Iterator[None]:
     """Whatever goes wrong within, as a DataError that names the file."""
     try:
         yield
@@ -157,12 +155,12 @@ def _named(path: Path, remedy: str) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except DataError as error:
-        raise DataError(f"{path}: {error}: {remedy}") from error
+        raise DataError(f"{path}: {error}: {PREPARE}") from error
     except Exception as error:  # decord raises DECORDError, RuntimeError, StopIteration, …
         # decord's last words, without the times and places in its source that lead them in
         words = " ".join(re.sub(r"\[[\d:]+\] \S+:\d+:", "", str(error)).split())[-200:]
         reason = f"cannot be decoded ({words or 'no frame comes out'})"
-        raise DataError(f"{path}: {reason}: {remedy}") from error
+        raise DataError(f"{path}: {reason}: {PREPARE}") from error
 
 
 def _check_file(path: Path) -> Header | None:
