@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from dataloaders import DataError, frame_store
 from dataloaders.annotations import Video
@@ -332,6 +334,8 @@ def test_packing_is_continued_after_every_sigkill(tmp_path):
 
 
 def pack_quietly(flags: list[str]) -> None:
+    # tqdm's own is shared with the parent: a child that is killed would never let go of it
+    tqdm.set_lock(threading.RLock())
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
