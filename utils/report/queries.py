@@ -12,7 +12,7 @@ import torch
 
 from dataloaders import DataError
 from dataloaders.annotations import Query
-from dataloaders.ffmpeg import FfmpegError, read_packets
+from dataloaders.ffmpeg import read_packets
 from dataloaders.video import load_clip
 from utils.evaluation.predictions import MomentPredictions
 from utils.report import parts as parts
@@ -62,11 +62,11 @@ class Thumbnails:
         try:
             if not path.is_file():
                 raise DataError(f"{path}: no such video file")
-            track = read_packets(path, limit=2)
+            try:
+                track = read_packets(path, limit=2)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from error
             frames = load_clip(path, SAMPLED, min(track.width, track.height)).float()
-        except FfmpegError as error:
-            self.failed[vid_name] = f"{path}: {error}"
-            return None
         except DataError as error:
             self.failed[vid_name] = str(error)
             return None
