@@ -41,6 +41,7 @@ from utils.misc import is_number
 from utils.missing_videos import missing_counts, reduced_size
 from utils.pictures.attention_store import ATTENTION
 from utils.pictures.draw import VECTOR_TEXT
+from utils.report import run_log
 from utils.report.curves import PANEL, choose_names, draw_panel, published_values
 from utils.report.queries import (
     Thumbnails,
@@ -50,18 +51,6 @@ from utils.report.queries import (
     image_uri,
     query_card,
     seconds,
-)
-from utils.report.run_log import (
-    COUNTERS,
-    NOT_NORMALISED,
-    TRAINING,
-    best_epoch,
-    curve,
-    curve_names,
-    datatype,
-    label,
-    read_args,
-    read_epochs,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,17 +93,17 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> Run:
         """RunError: not a folder of a run, or its files are damaged."""
-        epochs = read_epochs(folder) if (folder / "log.jsonl").is_file() else []
+        epochs = run_log.read_epochs(folder) if (folder / "log.jsonl").is_file() else []
         evaluated = folder / "eval.jsonl"
         evaluations = read_records(evaluated) if evaluated.is_file() else []
         if not epochs and not evaluations:
             raise RunError(f"{folder}: neither log.jsonl nor eval.jsonl: not the folder of a run")
-        return cls(folder, read_args(folder), epochs, evaluations)
+        return cls(folder, run_log.read_args(folder), epochs, evaluations)
 
     @property
     def sizes(self) -> list[str]:
         """Of every source of `result_rows` its reduced size, "" where no video is missing."""
-        best = [best_epoch(self.epochs)] if self.epochs else []
+        best = [run_log.best_epoch(self.epochs)] if self.epochs else []
         return [reduced_size(record) or "" for record in best + self.evaluations[-SHOWN:]]
 
     def path(self, name: str) -> Path | None:
@@ -179,10 +168,10 @@ def result_rows(run: Run) -> dict[str, Rows]:
     """Rows of metrics as `Evaluator.run` gives them, by where they come from."""
     found = {}
     if run.epochs:
-        best = best_epoch(run.epochs)
+        best = run_log.best_epoch(run.epochs)
         rows: Rows = {}
         for name, value in best.items():
-            if is_number(value) and name not in (*COUNTERS, *TRAINING):
+            if is_number(value) and name not in (*run_log.COUNTERS, *run_log.TRAINING):
                 row, _, key = name.rpartition("/")
                 rows.setdefault(row or COSINE, {})[key] = value
         found[_source(f"epoch {best['epoch']}", best)] = rows
@@ -211,7 +200,7 @@ def result_tables(run: Run) -> list[dict]:
     found = result_rows(run)
     videos: Rows = {}
     for source, rows in found.items():
-        for row, name in ((COSINE, ""), (DOT, NOT_NORMALISED)):
+        for row, name in ((COSINE, ""), (DOT, run_log.NOT_NORMALISED)):
             if row in rows:
                 videos[source + name] = rows[row]
     shown = [("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos, PRVR_RESULTS)]
@@ -231,7 +220,7 @@ def result_tables(run: Run) -> list[dict]:
         shown.append((title + size, columns, levels, {}))
     tables = []
     for title, columns, rows, published in shown:
-        known = published.get(datatype(run.args))
+        known = published.get(run_log.datatype(run.args))
         rows = rows | {"published": known} if known else rows
         tables.append({"title": title, "columns": columns, "rows": rows})
     return tables
@@ -239,21 +228,21 @@ def result_tables(run: Run) -> list[dict]:
 
 def curves(run: Run) -> dict:
     """A chart for every number of log.jsonl but breakdowns."""
-    published = published_values({datatype(run.args)})
+    published = published_values({run_log.datatype(run.args)})
     charts = []
-    for name in choose_names(curve_names(run.epochs)):
+    for name in choose_names(run_log.curve_names(run.epochs)):
         figure = Figure(figsize=PANEL, layout="constrained")
         draw_panel(figure.subplots(), {"": run.epochs}, name, published.get(name))
         content = io.BytesIO()
         with matplotlib.rc_context(VECTOR_TEXT):
             figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-        (first, start), (last, end) = (curve(run.epochs, name)[i] for i in (0, -1))
-        alt = f"{label(name)}: {start:.4g} in epoch {first}, {end:.4g} in epoch {last}"
+        (first, start), (last, end) = (run_log.curve(run.epochs, name)[i] for i in (0, -1))
+        alt = f"{run_log.label(name)}: {start:.4g} in epoch {first}, {end:.4g} in epoch {last}"
         alt += f", published {published[name]:g}" if name in published else ""
         charts.append({"source": data_uri("image/svg+xml", content.getvalue()), "alt": alt})
     return {
         "charts": charts,
-        "best": best_epoch(run.epochs)["epoch"],
+        "best": run_log.best_epoch(run.epochs)["epoch"],
         "published": bool(published),
         "size": reduced_size(run.epochs[-1]),
     }
@@ -309,7 +298,7 @@ def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
     Raises:
         RunError: `given` is no folder of pictures.
     """
-    folder = given or run.path("plot_dir") or ROOT / "VIS" / datatype(run.args)
+    folder = given or run.path("plot_dir") or ROOT / "VIS" / run_log.datatype(run.args)
     path = folder / ATTENTION
     if not given and not path.is_file():
         return []
@@ -352,10 +341,10 @@ def facts(run: Run) -> dict[str, object]:
     """The head of the page; what is empty is not shown."""
     trained = run.args.get("trainable")
     return {
-        "data set": datatype(run.args),
+        "data set": run_log.datatype(run.args),
         "task": run.args.get("subtask_type"),
         "epochs": len(run.epochs),
-        "best epoch": best_epoch(run.epochs)["epoch"] if run.epochs else None,
+        "best epoch": run_log.best_epoch(run.epochs)["epoch"] if run.epochs else None,
         "evaluated": "; ".join(dict.fromkeys(filter(None, run.sizes))),
         "trained parameters": f"{trained / 1e6:.2f} M" if is_number(trained) else None,
         "precision": run.args.get("used_precision"),
