@@ -30,17 +30,15 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="LOGDIR", help="folders of runs")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="picture: .png, .svg or .pdf (default <first LOGDIR>/curves.png)",
-    )
-    parser.add_argument(
-        "--select", nargs="+", default=[], metavar="PATTERN",
+    add = parser.add_argument
+    # fmt: off
+    add("folders", nargs="+", type=Path, metavar="LOGDIR", help="folders of runs")
+    add("--output", type=Path,
+        help="picture: .png, .svg or .pdf (default <first LOGDIR>/curves.png)")
+    add("--select", nargs="+", default=[], metavar="PATTERN",
         help="numbers to draw, such as loss SumR 'VCMR/0.5*' (default: all but breakdowns by "
-        "query type, level and baseline)",
-    )  # fmt: skip
+        "query type, level and baseline)")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.output and args.output.suffix.lower() not in (".png", ".svg", ".pdf"):
         parser.error(f"--output {args.output}: its ending is to be .png, .svg or .pdf")

@@ -24,8 +24,8 @@ from scripts import report
 from tests.tiny_run import CAPTIONS, ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
-from utils.report.page import Run, curves, result_tables, templates, write_page
-from utils.report.queries import best_and_worst, pyramid, retrieved
+from utils.report.page import Run, curves, result_tables, write_page
+from utils.report.queries import best_and_worst, pyramid, retrieved, templates
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -230,11 +230,13 @@ def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
     for name in ("log.jsonl", "predictions.h5"):
         shutil.copy(tiny_run.logs / name, tmp_path / name)
     args = json.loads((tiny_run.logs / "args.json").read_text())
-    args |= {"frame_store": str(store), "video_dir": None}
+    args |= {"frame_store": str(store), "video_dir": None, "event_scores": "dot"}
     (tmp_path / "args.json").write_text(json.dumps(args))
     report.main([str(tmp_path), "--annotations", str(tiny_run.corpus / "annos.jsonl")])
     assert "Thumbnails" not in capsys.readouterr().err
-    assert (tmp_path / "report.html").read_text().count("data:image/jpeg") > 2 * 12
+    source = (tmp_path / "report.html").read_text()
+    assert source.count("data:image/jpeg") > 2 * 12
+    assert "by the largest lead, ranked by cosine." in source
 
 
 # ---------------------------------------------------------------- parts

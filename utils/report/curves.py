@@ -21,7 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "bl
 DASHES = ("-", "--", "-.", ":")
 COLUMNS = 4
 PANEL = (3.6, 2.7)  # inches
-WRAP = 32  # letters of a line under a run's name
+WRAP = 34  # letters of a line, in a title or under a run's name
 
 
 def draw_curves(runs: Mapping[str, list[dict]], names: Sequence[str], published: Mapping) -> Figure:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
@@ -35,7 +34,7 @@ from utils.evaluation.rows import (
     WHOLE_VIDEO,
     Rows,
 )
-from utils.evaluation.tables import PRVR_COLUMNS, cell
+from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import atomic_write, read_records, writing
 from utils.misc import is_number
 from utils.missing_videos import missing_counts, reduced_size
@@ -47,10 +46,9 @@ from utils.report.queries import (
     Thumbnails,
     best_and_worst,
     data_uri,
-    extent,
     image_uri,
     query_card,
-    seconds,
+    templates,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,15 +153,6 @@ def build(
     return page.render(name=name, facts=facts(run), sections=sections, notes=run.notes)
 
 
-def templates() -> jinja2.Environment:
-    """The pages of this folder, with what their macros call."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    pages.globals |= {"extent": extent, "seconds": seconds}
-    pages.filters |= {"cell": cell, "anchor": lambda title: title.lower().replace(" ", "-")}
-    return pages
-
-
 def result_rows(run: Run) -> dict[str, Rows]:
     """Rows of metrics as `Evaluator.run` gives them, by where they come from."""
     found = {}
@@ -264,6 +253,8 @@ def query_cards(
         # An evaluation of this run says that it went without the others.
         asked, size = present, f", {reduced_size(left)}"
     predictions = predictions.align(asked)
+    if run.args.get("event_scores") == DOT:
+        size += ", ranked by cosine"  # as moments are, whatever the run's PRVR metrics
     found = {}
     for (title, order), rows in zip(
         QUERIES.items(), best_and_worst(predictions, count), strict=True

@@ -1,4 +1,7 @@
-"""The report's queries: which are shown, and what templates/cards.html shows of each."""
+"""The report's queries: which are shown, and what templates/cards.html shows of each.
+
+The macros serve any page that shows videos found for a text: `templates`, `Hit`, `Thumbnails`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import functools
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from PIL import Image
 
 from dataloaders import DataError
@@ -19,14 +22,22 @@ from dataloaders.annotations import Query
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.ffmpeg import FfmpegError, read_packets
 from utils.evaluation.predictions import MomentPredictions
-from utils.pictures.draw import event_rows
+from utils.evaluation.tables import cell
 
 SAMPLED = 32  # frames of a video that thumbnails are taken from
 STRIP = 12  # thumbnails of the right video
 THUMBNAIL = 112  # pixels
 RETRIEVED = 5  # videos of a query that are shown
 ROW_HEIGHT = 0.75  # rem of a pyramid's row
-SCALE = colormaps["cividis"]
+
+
+def templates() -> jinja2.Environment:
+    """The pages of this folder, with what their macros call."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
+    pages.globals |= {"extent": extent, "seconds": seconds}
+    pages.filters |= {"cell": cell, "anchor": lambda title: title.lower().replace(" ", "-")}
+    return pages
 
 
 @dataclass(frozen=True)
@@ -185,6 +196,12 @@ def pyramid(proposals: np.ndarray, scores: np.ndarray, duration: float) -> dict:
         proposals: [N_e, 2] shares of the video.
         scores: [N_e].
     """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    from utils.pictures.draw import event_rows
+
+    scale = colormaps["cividis"]
     # Levels differ in length; one level's events differ by rounding.
     levels = np.unique((proposals[:, 1] - proposals[:, 0]).round(5), return_inverse=True)[1]
     rows, _ = event_rows(proposals.round(6).tolist(), levels.tolist())
@@ -198,7 +215,7 @@ def pyramid(proposals: np.ndarray, scores: np.ndarray, duration: float) -> dict:
         boxes.append({
             "chosen": event == chosen,
             "style": f"{extent(start, end, 1)};top:{top:.2f}rem;bottom:auto;"
-            f"height:{ROW_HEIGHT - 0.1:.2f}rem;background:{to_hex(SCALE(shade))}",
+            f"height:{ROW_HEIGHT - 0.1:.2f}rem;background:{to_hex(scale(shade))}",
             "title": f"event {event}, {spans[event]}: cosine {scores[event]:.3f}",
         })  # fmt: skip
     return {
@@ -206,7 +223,7 @@ def pyramid(proposals: np.ndarray, scores: np.ndarray, duration: float) -> dict:
         "height": f"{height:.2f}",
         "low": f"{low:.3f}",
         "high": f"{high:.3f}",
-        "stops": ",".join(to_hex(SCALE(x)) for x in np.linspace(0.0, 1.0, 9)),
+        "stops": ",".join(to_hex(scale(x)) for x in np.linspace(0.0, 1.0, 9)),
         "summary": f"{len(scores)} events of the pyramid, cosine from {low:.3f} to {high:.3f}; "
         f"the highest is event {chosen}, {spans[chosen]}",
     }
