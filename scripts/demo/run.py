@@ -1,7 +1,7 @@
 """The whole method on a corpus of its own: videos, a small CLIP, ProPy, and a table to compare.
 
 Run it through scripts/demo.sh. Everything is made here and depends on the seed alone: rendered
-videos with captions and times (dataloaders/synthetic.py), a CLIP that is trained on single frames,
+videos with captions and times (scripts/demo/world.py), a CLIP that is trained on single frames,
 and then main.py, called as for the real data sets.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dataloaders.annotations import Query, corpus_videos, read_annotations
+from dataloaders.annotations import Query, Video, corpus_videos, read_annotations
 from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
 from dataloaders.frame_store import FrameStore
 from dataloaders.sampling import eval_indices
@@ -50,16 +50,9 @@ from utils.training.optim import learning_rate, set_learning_rate
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64  # pixels, of videos and of the CLIP
 CLIP_SIZES = CLIPSizes(
-    embed_dim=64,
-    vision_width=64,
-    vision_layers=3,
-    patch_size=16,
-    grid=SIZE // 16,
-    text_width=64,
-    text_layers=3,
-    context_length=77,
-    vocab_size=49408,
-)
+    embed_dim=64, vision_width=64, vision_layers=3, patch_size=16, grid=SIZE // 16,
+    text_width=64, text_layers=3, context_length=77, vocab_size=49408,
+)  # fmt: skip
 PYRAMID = ROOT / "scripts/pyramids/cfg_32.json"
 ADAPTER_CHANNELS = 64
 PICTURE_FOLDER = ROOT / "VIS" / "demo"
@@ -76,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     folder, run = ROOT / "demo", ROOT / "logs" / "demo"
     settings = {
-        "world": zlib.crc32((ROOT / "dataloaders" / "synthetic.py").read_bytes()),
+        "world": zlib.crc32((ROOT / "scripts/demo/world.py").read_bytes()),
         "seed": args.seed,
         "videos": [args.train_videos, args.test_videos],
         "clip": [*astuple(CLIP_SIZES), PICTURES, PICTURE_BATCH, IMAGE_STEPS, TEXT_STEPS],
@@ -97,7 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     print("[4/4] what the same CLIP finds without ProPy")
     queries = read_annotations(folder / "test.jsonl")
-    show(queries, all_scores(folder, run, queries, args))
+    videos = corpus_videos(queries)
+    column = {video.vid_name: i for i, video in enumerate(videos)}
+    target = torch.tensor([column[query.vid_name] for query in queries])
+    show(queries, target, all_scores(folder, run, queries, videos, args))
     minutes = (time.perf_counter() - started) / 60
     print(
         f"\nThe run: {relative(run)} (log.txt, log.jsonl, checkpoints), as a page: "
@@ -233,7 +229,7 @@ def run_program(module: str, arguments: list[str]) -> None:
 
 @torch.inference_mode()
 def all_scores(
-    folder: Path, run: Path, queries: list[Query], args: argparse.Namespace
+    folder: Path, run: Path, queries: list[Query], videos: list[Video], args: argparse.Namespace
 ) -> dict[str, Tensor]:
     """Scores [T, V] of CLIP alone, with a video's mean and with its best frame, and of ProPy.
 
@@ -243,7 +239,7 @@ def all_scores(
     load_checkpoint(run / "ckpt.best.pth.tar", model)
     clip, cpu = model.clip, torch.device("cpu")
     loader = evaluation_video_loader(
-        corpus_videos(queries),
+        videos,
         FrameStore(folder / "frames.h5"),
         num_frames=model.pyramid.num_frames,
         size=SIZE,
@@ -279,17 +275,21 @@ def clear_frames(clips: Sequence[Clip], num_frames: int) -> Tensor:
     return torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
 
 
-def show(queries: list[Query], scores: dict[str, Tensor]) -> None:
-    """One table: all captions, then those of appearance and of motion alone."""
-    names = [video.vid_name for video in corpus_videos(queries)]
-    target = torch.tensor([names.index(query.vid_name) for query in queries])
+def show(queries: list[Query], target: Tensor, scores: dict[str, Tensor]) -> None:
+    """One table: all captions, then those of appearance and of motion alone.
+
+    Args:
+        target: int64 [T], the right video of each caption.
+        scores: [T, V] of every row of the table.
+    """
+    num_videos = scores["ProPy"].shape[1]
     # clips come in pairs of the same moving shots played forwards and backwards
     twin = target ^ 1
     columns = {key: PRVR_COLUMNS[key] for key in ("R1", "R5", "R10", "R100", "SumR")}
-    print(f"\n{len(queries)} captions, {len(names)} held-out videos; in %:")
+    print(f"\n{len(queries)} captions, {num_videos} held-out videos; in %:")
     for kind in (None, *QUERY_TYPES):
         chosen = torch.tensor([kind in (None, query.query_type) for query in queries])
-        rows = {"chance": chance(len(names))}
+        rows = {"chance": chance(num_videos)}
         for name, all_rows in scores.items():
             own, right = all_rows[chosen], target[chosen]
             rows[name] = dict(retrieval_metrics(own, right))
