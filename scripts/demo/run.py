@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dataloaders.annotations import Query, Video, corpus_videos, read_annotations
-from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
+from dataloaders.datasets import evaluation_text_batches
 from dataloaders.frame_store import FrameStore
 from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
@@ -237,25 +237,16 @@ def all_scores(
     """
     model = build_model(folder / "clip.pt", PYRAMID, adapter_channels=ADAPTER_CHANNELS)
     load_checkpoint(run / "ckpt.best.pth.tar", model)
-    clip, cpu = model.clip, torch.device("cpu")
-    loader = evaluation_video_loader(
-        videos,
-        FrameStore(folder / "frames.h5"),
-        num_frames=model.pyramid.num_frames,
-        size=SIZE,
-        batch_size=16,
-        num_workers=0,
-        pin_memory=False,
-    )
-    batches = list(tqdm(loader, desc="[4/4] videos", unit="batch"))
-    texts = evaluation_text_batches(queries, MAX_WORDS, len(queries))
-    propy = embed_corpus(model, batches, texts, cpu)
-    seen = torch.cat([b["frames"] for b in batches])
-    clear = clear_frames(draw_clips("test", args.test_videos, args.seed), seen.shape[1])
+    clip, num_frames, store = model.clip, model.pyramid.num_frames, FrameStore(folder / "frames.h5")
+    seen = torch.stack([store.load(video.vid_name, num_frames, SIZE) for video in videos])
+    clear = clear_frames(draw_clips("test", args.test_videos, args.seed), num_frames)
     frames, clear_features = (
         torch.stack([clip.encode_image(normalize(video)) for video in tqdm(x, desc=desc)])
         for x, desc in ((seen, "[4/4] frames"), (clear, "[4/4] clear frames"))
     )  # [V, N_f, D]
+    batches = [{"frames": some} for some in seen.split(16)]
+    texts = evaluation_text_batches(queries, MAX_WORDS, len(queries))
+    propy = embed_corpus(model, batches, texts, torch.device("cpu"))
     sentences = clip.encode_text(tokenize([query.desc for query in queries], MAX_WORDS))
     mean = F.normalize(frames, dim=-1).mean(dim=1, keepdim=True)
     return {
