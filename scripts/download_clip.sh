@@ -2,13 +2,13 @@
 # Fetch OpenAI's CLIP weights, checked, into CLIP_weights:
 #   bash scripts/download_clip.sh              ViT-B/32, which the paper uses
 #   bash scripts/download_clip.sh ViT-L/14     or ViT-B/16
-# A download that broke off is resumed. pretrained_dir=... chooses another folder;
+# A download that broke off is resumed. clip_dir=... chooses another folder;
 # a relative one counts from the checkout.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 name=${1:-ViT-B/32}
-folder=${pretrained_dir:-CLIP_weights}
+folder=${clip_dir:-CLIP_weights}
 # sha256 as OpenAI publishes them, inside the address
 case $name in
   ViT-B/32) sha256=40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af ;;

@@ -1,37 +1,50 @@
-#!/usr/bin/env python3
 """Time every stage of the program beside a plain reference that gives the same numbers.
 
     .venv/bin/python -m scripts.benchmark encode_video train_step
     .venv/bin/python -m scripts.benchmark all --device cuda --precision amp --json gpu.json
-    .venv/bin/python -m scripts.benchmark encode_video --frames 16 32 64 --plot cost.png
 
-Weights are random and of the true size, inputs are drawn: nothing has to be downloaded. The two
-sides run in turns, A B A B …; the ratio of their minima is what other programs on the machine
-disturb least.
+Weights are random and of the true size, inputs are drawn: nothing has to be downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from scripts.benchmark import harness, loader, model, tails
+from scripts.benchmark import loader, model, tails
+from scripts.benchmark.harness import Options, Stage, measure, ratio, relative_error, set_up, table
+from utils import RunError
 
-# Every stage by its name. A factory takes the options and returns a harness.Stage.
-STAGES: dict[str, harness.Factory] = {
-    "encode_video": model.encode_video,
-    "encode_text": model.encode_text,
-    "train_step": model.train_batch,
-    "prvr_tail": tails.prvr_tail,
-    "vcmr_tail": tails.vcmr_tail,
-    **{f"loader_{s}s": partial(loader.loader, s) for s in loader.SECONDS},
-    **{f"store_{s}s": partial(loader.store, s) for s in loader.SECONDS},
+FRAMES, TEXTS = "{videos} videos of {frames} frames", "{texts} texts of up to {words} tokens"
+CORPUS = "{texts} texts, {videos} videos"
+# Cosines agree to 1e-6, so of some thousand texts one may rank differently.
+STAGES = {
+    "encode_video": Stage(model.encode_video, FRAMES, (1e-4, 0.1), videos=1),
+    "encode_text": Stage(model.encode_text, TEXTS, (1e-4, 0.1), texts=64),
+    "train_step": Stage(
+        model.train, FRAMES + ", {texts} texts each", (2e-3, 0.5), videos=2, texts=4
+    ),
+    "prvr_tail": Stage(tails.prvr, CORPUS, (1e-3, 1e-3), texts=1024),
+    "vcmr_tail": Stage(tails.vcmr, CORPUS, (1e-3, 1e-3), texts=1024),
 }
+for kind, prepare, tolerance, error in (
+    ("loader", loader.by_index, 1e-6, loader.exact_error),
+    ("store", loader.from_store, 0.04, relative_error),
+):
+    for seconds in (30, 120, 300):
+        STAGES[f"{kind}_{seconds}s"] = Stage(
+            partial(prepare, seconds),
+            "{frames} frames of {videos} clips",
+            (tolerance, tolerance),
+            error,
+            videos=4,
+        )
 GROUPS = {
     "loader": [name for name in STAGES if name.startswith(("loader_", "store_"))],
     "all": list(STAGES),
@@ -40,8 +53,9 @@ GROUPS = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="python -m scripts.benchmark",
         description="Time every stage of the program, in turns with a plain reference that gives "
-        "the same numbers, and print how many times faster it is."
+        "the same numbers, and print how many times faster it is.",
     )
     add = parser.add_argument
     # fmt: off
@@ -49,18 +63,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"what to measure: {', '.join(STAGES)}; loader: all of loading; or all")
     add("--model", choices=list(model.SIZES), default="b32",
         help="CLIP's size; small is for a quick look (default b32)")
-    add("--videos", type=int,
-        help="videos in a batch (default: encode_video 1, train_step 2, loading 4)")
-    add("--texts", type=int,
-        help="texts: of a batch in encode_text (default 64), of each video in train_step (4)")
-    add("--words", type=int, default=32, help="tokens of the longest text (default 32)")
-    add("--frames", type=int, nargs="+", default=[32],
-        help="frames of a video, a power of two; several: one row for each (default 32)")
-    add("--overlap", choices=["published", "none", "all"], default="published",
-        help="levels of the pyramid whose events overlap by half, which sets the number of events "
-        "(default published: all but the lowest)")
+    add("--videos", type=_count,
+        help="videos in a batch (default: encode_video 1, train_step 2, loading 4) or in the "
+        "corpus of a tail (default: those of --split)")
+    add("--texts", type=_count,
+        help="texts of encode_text (default 64), a tail (1024), each video in train_step (4)")
+    add("--words", type=_count, default=32, help="tokens of the longest text (default 32)")
+    add("--frames", type=int, nargs="+", choices=[2**n for n in range(1, 10)], default=[32],
+        metavar="N", help="frames of a video; several: one row for each (default 32)")
     add("--split", choices=["charades", "tvr", "activitynet"], default="charades",
-        help="size of the corpus in stages of the evaluation (default charades)")
+        help="whose number of videos the tails have (default charades)")
     add("--clips", type=Path, metavar="DIR",
         help="loading: a folder of prepared clips whose frames the measured clips show, since what "
         "they show counts (default: rendered ones)")
@@ -69,61 +81,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: a GPU if there is one)")
-    add("--threads", type=int, help="threads on the CPU (default: torch's own choice)")
-    add("--repeats", type=int, default=5, help="timed repetitions of each side (default 5)")
+    add("--threads", type=_count, help="threads on the CPU (default: torch's own choice)")
+    add("--clock", choices=["wall", "cpu"], default="wall",
+        help="cpu: processor time of all threads, which other programs disturb less (default wall)")
+    add("--repeats", type=_count, default=5, help="timed repetitions of each side (default 5)")
     add("--memory", type=int, choices=[0, 1], default=1,
         help="1: measure memory, setting each side up once more in a process of its own (default)")
     add("--checkpoint_activations", type=int, choices=[0, 1], default=0,
         help="1: our train_step with main.py's --checkpoint_activations 1")
-    add("--compile", type=int, choices=[0, 1], default=0,
-        help="1: our encode_video and train_step with main.py's --compile 1")
-    add("--seed", type=int, default=0, help="of weights and inputs (default 0)")
     add("--json", type=Path, metavar="FILE", help="save every measured number")
-    add("--plot", type=Path, metavar="FILE", help="draw the ratios, with the aims as marks")
     # fmt: on
     args = parser.parse_args(argv)
-    for frames in args.frames:
-        if frames < 2 or frames & (frames - 1):
-            parser.error(f"--frames must be a power of two, at least 2: {frames}")
-    for name in ("videos", "texts", "words", "threads", "repeats"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1: {value}")
-    for name in ("json", "plot"):
-        file = getattr(args, name)
-        if file and (file.is_dir() or not file.parent.is_dir()):
-            parser.error(f"--{name}: this is a folder, or in none that is there: {file}")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"argument --json: this is a folder, or in none that is there: {args.json}")
     return args
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1: {value}")
+    return value
+
+
 def main(args: argparse.Namespace) -> None:
-    options = harness.Options(
-        model=args.model, videos=args.videos, texts=args.texts, overlap=args.overlap,
-        words=args.words, split=args.split, clips=args.clips, precision=args.precision,
-        device=args.device, threads=args.threads, seed=args.seed,
-        compile=bool(args.compile), checkpoint_activations=bool(args.checkpoint_activations),
-    )  # fmt: skip
-    harness.set_up(options)
-    print(f"{harness.machine(options)}; {args.model}, {args.precision}", flush=True)
+    values = vars(args) | {"frames": args.frames[0]}
+    options = Options(**{field.name: values[field.name] for field in fields(Options)})
+    set_up(options)
+    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else cpu
+    print(f"{machine}, torch {torch.__version__}; {args.model}, {args.precision}", flush=True)
     results = []
     for name in dict.fromkeys(s for chosen in args.stages for s in GROUPS.get(chosen, [chosen])):
         for frames in args.frames:
             row = f"{name}, {frames} frames" if len(args.frames) > 1 else name
-            its_options = replace(options, frames=frames)
-            result = harness.measure(
-                row, STAGES[name], its_options, args.repeats, bool(args.memory)
-            )
+            chosen = replace(options, frames=frames)
+            result = measure(row, STAGES[name], chosen, args.repeats, bool(args.memory))
             results.append(result)
-            print(f"{row}: {result.title}: {result.ratio():.2f} times faster", flush=True)
-    print("\n" + harness.report(results, options))
+            print(f"{row}: {result['title']}: {ratio(result):.2f} × faster", flush=True)
+    print("\n" + table(results))
     if args.json:
-        harness.save_json(args.json, results, options)
-    if args.plot:
-        harness.save_plot(args.plot, results, options)
+        record = {"machine": machine, "options": vars(args), "results": results}
+        args.json.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except harness.MismatchError as error:
+    except RunError as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """The whole method on a corpus of its own: videos, a small CLIP, ProPy, and a table to compare.
 
 Run it through scripts/demo.sh. Everything is made here and depends on the seed alone: rendered
-videos with captions and times (dataloaders/synthetic.py), a CLIP that is trained on single frames,
+videos with captions and times (scripts/demo/world.py), a CLIP that is trained on single frames,
 and then main.py, called as for the real data sets.
 """
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dataloaders.annotations import Query, corpus_videos, read_annotations
-from dataloaders.datasets import EvaluationLoader, evaluation_text_batches
+from dataloaders.annotations import VAL, Split
+from dataloaders.datasets import evaluation_text_batches
 from dataloaders.frame_store import FrameStore
 from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
-from models import build_model
+from models import load_propy
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
 from scripts.demo.world import (
     Clip,
@@ -39,27 +39,19 @@ from scripts.demo.world import (
     write_annotations,
     write_clips,
 )
-from utils.evaluation.embed import embed_corpus
-from utils.evaluation.ranking import best_event_scores
+from utils.evaluation.embed import embed_texts, embed_videos
+from utils.evaluation.ranking import video_scores
 from utils.evaluation.retrieval_metrics import retrieval_metrics
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.misc import usable_cores
-from utils.training.checkpoint import load_checkpoint
 from utils.training.optim import learning_rate, set_learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 64  # pixels, of videos and of the CLIP
 CLIP_SIZES = CLIPSizes(
-    embed_dim=64,
-    vision_width=64,
-    vision_layers=3,
-    patch_size=16,
-    grid=SIZE // 16,
-    text_width=64,
-    text_layers=3,
-    context_length=77,
-    vocab_size=49408,
-)
+    embed_dim=64, vision_width=64, vision_layers=3, patch_size=16, grid=SIZE // 16,
+    text_width=64, text_layers=3, context_length=77, vocab_size=49408,
+)  # fmt: skip
 PYRAMID = ROOT / "scripts/pyramids/cfg_32.json"
 ADAPTER_CHANNELS = 64
 PICTURE_FOLDER = ROOT / "VIS" / "demo"
@@ -76,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     folder, run = ROOT / "demo", ROOT / "logs" / "demo"
     settings = {
-        "world": zlib.crc32((ROOT / "dataloaders" / "synthetic.py").read_bytes()),
+        "world": zlib.crc32((ROOT / "scripts/demo/world.py").read_bytes()),
         "seed": args.seed,
         "videos": [args.train_videos, args.test_videos],
         "clip": [*astuple(CLIP_SIZES), PICTURES, PICTURE_BATCH, IMAGE_STEPS, TEXT_STEPS],
@@ -96,8 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     run_main(folder, run, args)
 
     print("[4/4] what the same CLIP finds without ProPy")
-    queries = read_annotations(folder / "test.jsonl")
-    show(queries, all_scores(folder, run, queries, args))
+    split = Split.read(folder / "test.jsonl", VAL)
+    show(split, all_scores(folder, run, split, args))
     minutes = (time.perf_counter() - started) / 60
     print(
         f"\nThe run: {relative(run)} (log.txt, log.jsonl, checkpoints), as a page: "
@@ -233,39 +225,31 @@ def run_program(module: str, arguments: list[str]) -> None:
 
 @torch.inference_mode()
 def all_scores(
-    folder: Path, run: Path, queries: list[Query], args: argparse.Namespace
+    folder: Path, run: Path, split: Split, args: argparse.Namespace
 ) -> dict[str, Tensor]:
     """Scores [T, V] of CLIP alone, with a video's mean and with its best frame, and of ProPy.
 
     CLIP alone also sees the videos as clear as the pictures it knows, which ProPy never does.
     """
-    model = build_model(folder / "clip.pt", PYRAMID, adapter_channels=ADAPTER_CHANNELS)
-    load_checkpoint(run / "ckpt.best.pth.tar", model)
-    clip, cpu = model.clip, torch.device("cpu")
-    loader = EvaluationLoader(
-        corpus_videos(queries),
-        FrameStore(folder / "frames.h5"),
-        num_frames=model.pyramid.num_frames,
-        size=SIZE,
-        batch_size=16,
-        num_workers=0,
-    )
-    batches = list(tqdm(loader, desc="[4/4] videos", unit="batch"))
-    texts = evaluation_text_batches(queries, MAX_WORDS, len(queries))
-    propy = embed_corpus(model, batches, texts, cpu)
-    seen = torch.cat([b["frames"] for b in batches])
-    clear = clear_frames(draw_clips("test", args.test_videos, args.seed), seen.shape[1])
+    model = load_propy(run / "ckpt.best.pth.tar")
+    clip, num_frames, store = model.clip, model.pyramid.num_frames, FrameStore(folder / "frames.h5")
+    seen = torch.stack([store.load(video.vid_name, num_frames, SIZE) for video in split.videos])
+    clear = clear_frames(draw_clips("test", args.test_videos, args.seed), num_frames)
     frames, clear_features = (
         torch.stack([clip.encode_image(normalize(video)) for video in tqdm(x, desc=desc)])
         for x, desc in ((seen, "[4/4] frames"), (clear, "[4/4] clear frames"))
     )  # [V, N_f, D]
-    sentences = clip.encode_text(tokenize([query.desc for query in queries], MAX_WORDS))
+    batches = [{"frames": some} for some in seen.split(16)]
+    texts = evaluation_text_batches(split.queries, MAX_WORDS, len(split.queries))
+    cpu = torch.device("cpu")
+    propy_texts, propy_events = embed_texts(model, texts, cpu), embed_videos(model, batches, cpu)
+    sentences = clip.encode_text(tokenize([query.desc for query in split.queries], MAX_WORDS))
     mean = F.normalize(frames, dim=-1).mean(dim=1, keepdim=True)
     return {
-        "zero-shot CLIP, mean frame": best_event_scores(sentences, mean),
-        "zero-shot CLIP, best frame": best_event_scores(sentences, frames),
-        "the same on clear videos": best_event_scores(sentences, clear_features),
-        "ProPy": best_event_scores(propy.texts, propy.events),
+        "zero-shot CLIP, mean frame": video_scores(sentences, mean),
+        "zero-shot CLIP, best frame": video_scores(sentences, frames),
+        "the same on clear videos": video_scores(sentences, clear_features),
+        "ProPy": video_scores(propy_texts, propy_events),
     }
 
 
@@ -278,17 +262,21 @@ def clear_frames(clips: Sequence[Clip], num_frames: int) -> Tensor:
     return torch.from_numpy(np.stack(videos)).permute(0, 1, 4, 2, 3)
 
 
-def show(queries: list[Query], scores: dict[str, Tensor]) -> None:
-    """One table: all captions, then those of appearance and of motion alone."""
-    names = [video.vid_name for video in corpus_videos(queries)]
-    target = torch.tensor([names.index(query.vid_name) for query in queries])
+def show(split: Split, scores: dict[str, Tensor]) -> None:
+    """One table: all captions, then those of appearance and of motion alone.
+
+    Args:
+        scores: [T, V] of every row of the table.
+    """
+    queries, target = split.queries, split.target
+    num_videos = scores["ProPy"].shape[1]
     # clips come in pairs of the same moving shots played forwards and backwards
     twin = target ^ 1
     columns = {key: PRVR_COLUMNS[key] for key in ("R1", "R5", "R10", "R100", "SumR")}
-    print(f"\n{len(queries)} captions, {len(names)} held-out videos; in %:")
+    print(f"\n{len(queries)} captions, {num_videos} held-out videos; in %:")
     for kind in (None, *QUERY_TYPES):
         chosen = torch.tensor([kind in (None, query.query_type) for query in queries])
-        rows = {"chance": chance(len(names))}
+        rows = {"chance": chance(num_videos)}
         for name, all_rows in scores.items():
             own, right = all_rows[chosen], target[chosen]
             rows[name] = dict(retrieval_metrics(own, right))

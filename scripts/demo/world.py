@@ -75,11 +75,6 @@ class Shot:
     num_frames: int
     seed: int  # placement, speed and tints; the backwards shot has the same
 
-    def shows(self, thing: Thing) -> bool:
-        """True if a caption that speaks of `thing` can mean this shot's object."""
-        size_fits = None in (thing.size, self.thing.size) or thing.size == self.thing.size
-        return size_fits and (thing.colour, thing.shape) == (self.thing.colour, self.thing.shape)
-
     def backwards(self) -> Shot:
         """The same frames in the opposite order."""
         return replace(self, action=OPPOSITE.get(self.action, self.action))
@@ -96,15 +91,6 @@ class Meaning:
     thing: Thing
     action: str | None = None
     background: str | None = None
-
-    def true_of(self, shots: Sequence[Shot]) -> bool:
-        """True if the row of shots contains such a moment: found by looking."""
-        return any(
-            shot.shows(self.thing)
-            and self.action in (None, shot.action)
-            and self.background in (None, shot.background)
-            for shot in shots
-        )
 
 
 @dataclass(frozen=True)
@@ -149,8 +135,7 @@ def _path(shot: Shot, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     radius = RADII.get(shot.thing.size, 0.2) * rng.uniform(0.92, 1.08)
     x, y = rng.uniform(0.3, 0.7, 2)
     reach, cycles = rng.uniform(0.27, 0.33), rng.integers(2, 4)
-    one = np.ones_like(u)
-    x, y, radius, opacity = x * one, y * one, radius * one, one
+    x, y, radius, opacity = (value * np.ones_like(u) for value in (x, y, radius, 1.0))
     if action == "left":
         x = 0.5 + reach * (1 - 2 * u)
     elif action == "up":
@@ -177,9 +162,8 @@ def _backdrop(shot: Shot, size: int) -> np.ndarray:
     """The still background, float64 [size, size, 3] in 0..255: two tones of one pattern."""
     rng = np.random.default_rng([shot.seed, 2])
     dark, light = np.array(BACKGROUNDS[shot.background][1:]) + rng.uniform(-12, 12)
-    y, x = np.mgrid[:size, :size] / size
-    height = y
-    y, x = y + rng.uniform(), x + rng.uniform()
+    height, x = np.mgrid[:size, :size] / size
+    y, x = height + rng.uniform(), x + rng.uniform()
     count = rng.uniform(4, 6)
     wave = 2 * math.pi * count
     if shot.background == "grass":
@@ -240,6 +224,10 @@ def _phrase(thing: Thing, rng: np.random.Generator) -> str:
     return " ".join(["a", *words, thing.colour, thing.shape])
 
 
+def _in_place(subject: str, place: str, rng: np.random.Generator) -> str:
+    return str(rng.choice((f"{subject} over {place}", f"{place} behind {subject}")))
+
+
 def _sentence(meaning: Meaning, rng: np.random.Generator) -> str:
     """One of the grammar's sentences with this meaning."""
     subject = _phrase(meaning.thing, rng)
@@ -247,8 +235,7 @@ def _sentence(meaning: Meaning, rng: np.random.Generator) -> str:
         subject = f"{subject} {rng.choice(VERBS[meaning.action])}"
     if meaning.background is None:
         return subject
-    place = str(rng.choice(BACKGROUNDS[meaning.background][0]))
-    return str(rng.choice((f"{subject} over {place}", f"{place} behind {subject}")))
+    return _in_place(subject, str(rng.choice(BACKGROUNDS[meaning.background][0])), rng)
 
 
 def _captions(shots: Sequence[Shot], rng: np.random.Generator) -> tuple[Caption, ...]:
@@ -397,22 +384,10 @@ def _still_caption(shot: Shot, frame: int, rng: np.random.Generator) -> str:
     place = str(rng.choice(BACKGROUNDS[shot.background][0]))
     if not opacity:
         return place
-    words = []
-    if size is not None and rng.random() < 0.6:
-        words.append(str(rng.choice(SIZE_WORDS[size])))
-    text = " ".join(["a", *words, shot.thing.colour, shot.thing.shape])
-    sides = [
-        side
-        for side, there in {
-            "left": x < 0.38,
-            "right": x > 0.62,
-            "top": y < 0.38,
-            "bottom": y > 0.62,
-        }.items()
-        if there
-    ]
+    named = size if size is not None and rng.random() < 0.6 else None
+    text = _phrase(replace(shot.thing, size=named), rng)
+    places = {"left": x < 0.38, "right": x > 0.62, "top": y < 0.38, "bottom": y > 0.62}
+    sides = [side for side, there in places.items() if there]
     if sides and rng.random() < 0.9:
         text += f" {rng.choice(('on', 'at'))} the {rng.choice(sides)}"
-    if rng.random() < 0.4:
-        text = str(rng.choice((f"{text} over {place}", f"{place} behind {text}")))
-    return text
+    return _in_place(text, place, rng) if rng.random() < 0.4 else text

@@ -94,7 +94,7 @@ def test_an_archive_is_loaded_if_published_or_trusted(files, monkeypatch) -> Non
     loaded = []
     load = torch.jit.load
     monkeypatch.setattr(torch.jit, "load", lambda *a, **k: loaded.append(1) or load(*a, **k))
-    with pytest.raises(ModelError, match=r"s1-fp16\.jit\.pt: .*--trust_clip_archive 1"):
+    with pytest.raises(ModelError, match=r"s1-fp16\.jit\.pt: .*TRUST_CLIP_ARCHIVE=1"):
         read_weights(files["archive"])
     assert not loaded
     read_weights(files["archive"], trust_archive=True)
