@@ -121,5 +121,5 @@ def _check_published(path: Path) -> None:
         raise ModelError(
             f"{path}: a TorchScript archive, but none of OpenAI's (its sha256 is {sha256}). "
             "Loading one runs code that is in it: fetch OpenAI's with `bash "
-            "scripts/download_clip.sh`, or, if you trust this one, set TRUST_CLIP_ARCHIVE=1 in the environment"
+            "scripts/download_clip.sh`, or, if you trust this one, set TRUST_CLIP_ARCHIVE=1"
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models import ProPy, reference
+from models import ProPy, ProPyConfig, reference
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
 from modules.pyramid import PromptPyramid
 from scripts.benchmark.harness import Options
@@ -40,7 +40,8 @@ def build(options: Options) -> ProPy:
     clip = CLIP(SIZES[options.model])
     clip.initialize()
     checkpoint = bool(options.checkpoint_activations)
-    model = ProPy(clip, pyramid_of(options.frames), checkpoint_activations=checkpoint)
+    config = ProPyConfig(pyramid=pyramid_of(options.frames).config)
+    model = ProPy(clip, config, checkpoint_activations=checkpoint)
     for adapter in model.adapters:  # they start as nothing
         nn.init.normal_(adapter.conv.weight, std=0.2)
     return model.to(options.device).eval()
