@@ -72,8 +72,8 @@ def relative_error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
         a, b = torch.as_tensor(ours[name]).float(), torch.as_tensor(value).float()
         if a.shape != b.shape:
             return float("nan")
-        errors.append((a - b).norm() / b.norm().clamp_min(1e-30))
-    return torch.stack(errors).max().item()  # NaN if one is
+        errors.append(((a - b).norm() / b.norm().clamp_min(1e-30)).item())
+    return torch.tensor(errors).max().item()  # NaN if one is
 
 
 @dataclass(frozen=True)
