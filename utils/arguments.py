@@ -33,8 +33,8 @@ RANGES = {
 }  # fmt: skip
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; an impossible combination ends the program with a message."""
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, with their published values."""
     parser = argparse.ArgumentParser(
         description="Train and evaluate ProPy for partially relevant video retrieval, and for "
         "weakly supervised moment retrieval from a corpus of videos.",
@@ -206,8 +206,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the overview; svg and pdf draw the pyramid's picture in that format too "
         "(default png)")
     # fmt: on
-    args = parser.parse_args(argv)
+    return parser
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; an impossible combination ends the program with a message."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if not (args.do_train or args.do_eval or args.do_plot):
         parser.error("nothing to do: give --do_train 1, --do_eval 1, --do_plot 1 or several")
     if not args.load_embeddings and bool(args.video_dir) == bool(args.frame_store):

@@ -17,8 +17,8 @@ from dataloaders.datasets import evaluation_video_loader, training_loader
 from dataloaders.ffmpeg import run_ffmpeg, write_video
 from dataloaders.preflight import find_unusable
 from scripts import report
+from tests.corpus import TinyRun, make_run
 from tests.fuzz import mutations
-from tests.tiny_run import TinyRun, make_run
 from utils.evaluation import moment_metrics
 from utils.missing_videos import LeftOut
 

@@ -18,7 +18,7 @@ import torch
 
 from dataloaders.annotations import read_annotations
 from scripts import report
-from tests.tiny_run import CAPTIONS, ROOT, TinyRun, make_run
+from tests.corpus import CAPTIONS, ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
 from utils.report.parts import lane, legend, line_chart, pyramid, table

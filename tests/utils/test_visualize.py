@@ -26,8 +26,8 @@ from dataloaders.video import load_clip
 from models import ProPy, build_model
 from modules.pyramid import PromptPyramid
 from modules.similarity import event_scores
+from tests.corpus import ROOT, TinyRun, make_run
 from tests.golden_model import GoldenModel
-from tests.tiny_run import ROOT, TinyRun, make_run
 from utils import RunError
 from utils.pictures.attention_store import AttentionStore, query_name, read_attention, read_scores
 from utils.pictures.draw import (
