@@ -9,13 +9,19 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from dataloaders import DataError
 
 logger = logging.getLogger("propy.annotations")
+
+TRAIN, VAL = "train", "val"  # names of the two splits of a run
 
 MAX_REPORTED = 20  # problems spelled out; the rest is counted
 MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer text is a mistake
@@ -49,6 +55,61 @@ class Video:
 
     vid_name: str
     duration: float
+
+
+def corpus_videos(queries: Iterable[Query]) -> list[Video]:
+    """The videos in the order of their first appearance, with the duration of that line."""
+    videos: dict[str, Video] = {}
+    for query in queries:
+        videos.setdefault(query.vid_name, Video(query.vid_name, query.duration))
+    return list(videos.values())
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set: its queries, in the order of the annotations, and their videos.
+
+    Attributes:
+        name: what records and lists call it: TRAIN or VAL.
+        queries: T captions.
+        path: the annotation file, for messages.
+    """
+
+    name: str
+    queries: Sequence[Query]
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, path: str | Path, name: str) -> Split:
+        """The split in an annotation file. DataError: see `read_annotations`."""
+        return cls(name, read_annotations(path), Path(path))
+
+    @cached_property
+    def videos(self) -> list[Video]:
+        """V videos, in the order of their first appearance, with the duration of that line."""
+        return corpus_videos(self.queries)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """int64 [T]: the column of each query's video."""
+        column = {video.vid_name: index for index, video in enumerate(self.videos)}
+        return torch.tensor([column[query.vid_name] for query in self.queries], dtype=torch.int64)
+
+    def without(self, names: Collection[str]) -> Split:
+        """The split without these videos and their queries."""
+        names = set(names)
+        return replace(self, queries=[q for q in self.queries if q.vid_name not in names])
+
+    def summary(self) -> str:
+        """Numbers of queries and videos, and the beginning of a hash that tells contents apart."""
+        fields = ("desc_id", "desc", "vid_name", "duration", "windows", "query_type")
+        lines = (
+            f"Query({', '.join(f'{name}={getattr(query, name)!r}' for name in fields)})"
+            for query in self.queries
+        )
+        content = f"[{', '.join(lines)}]"
+        digest = hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()[:12]
+        return f"{len(self.queries):,} queries of {len(self.videos):,} videos, {digest}"
 
 
 def read_annotations(path: str | Path) -> list[Query]:
@@ -93,21 +154,6 @@ def read_annotations(path: str | Path) -> list[Query]:
             f" as they are:\n{_shorten(reversed_windows)}"
         )
     return queries
-
-
-def corpus_videos(queries: Iterable[Query]) -> list[Video]:
-    """The videos in the order of their first appearance, with the duration of that line."""
-    videos: dict[str, Video] = {}
-    for query in queries:
-        videos.setdefault(query.vid_name, Video(query.vid_name, query.duration))
-    return list(videos.values())
-
-
-def summary(queries: Sequence[Query]) -> str:
-    """Numbers of queries and videos, and the beginning of a hash that tells contents apart."""
-    videos = len(corpus_videos(queries))
-    digest = hashlib.sha256(repr(queries).encode("utf-8", "replace")).hexdigest()[:12]
-    return f"{len(queries):,} queries of {videos:,} videos, {digest}"
 
 
 def _read_bytes(path: Path) -> bytes:

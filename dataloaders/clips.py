@@ -27,6 +27,9 @@ def listed(lines: Sequence[str]) -> str:
 class ClipSource(ABC):
     """Clips by video name. Instances travel to worker processes, so they hold no open files."""
 
+    kind: str  # what kind of thing the frames are read from: resuming says if it is another
+    check_command = ""  # finds every clip that does not decode, if there is such a command
+
     @abstractmethod
     def missing(self, names: Sequence[str]) -> list[str]:
         """Those of the names that have no clip here, in order.
@@ -59,8 +62,8 @@ class ClipSource(ABC):
         """
 
     @abstractmethod
-    def look_at(self, name: str, size: int) -> int | None:
-        """A first look at a clip, without decoding it.
+    def probe(self, name: str, size: int) -> int | None:
+        """What a clip shows without being decoded.
 
         Args:
             size: side of the square frames, pixels.
@@ -79,7 +82,7 @@ class ClipSource(ABC):
     def check(self, names: Sequence[str], size: int) -> None:
         """Raises a DataError that lists the clips which are not there, or do not fit ``size``.
 
-        Cheap too: a folder's clips are only looked at when they are loaded.
+        Cheap too: a folder's clips are only opened when they are loaded.
         """
         missing = self.missing(names)
         if missing:
@@ -89,8 +92,14 @@ class ClipSource(ABC):
 class VideoFolder(ClipSource):
     """A folder of ``<vid_name>.mp4``, prepared by ``scripts/prepare.sh``."""
 
+    kind = "video folder"
+
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.check_command = (
+            ".venv/bin/python -m scripts.data.check_videos --decode"
+            f" --video_dir {self.folder} --annotations …"
+        )
 
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.mp4"
@@ -98,7 +107,7 @@ class VideoFolder(ClipSource):
     def missing(self, names: Sequence[str]) -> list[str]:
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such video folder: set video_dir")
-        present = {path.name for path in self.folder.iterdir()}  # one look, however many names
+        present = {path.name for path in self.folder.iterdir()}  # one listing, however many names
         return [name for name in names if self.path(name).name not in present]
 
     def missing_message(self, missing: Sequence[str], total: int) -> str:
@@ -110,7 +119,7 @@ class VideoFolder(ClipSource):
     def label(self, name: str) -> str:
         return str(self.path(name))
 
-    def look_at(self, name: str, size: int) -> int | None:
+    def probe(self, name: str, size: int) -> int | None:
         return look_at_clip(self.path(name), size)
 
     def load(

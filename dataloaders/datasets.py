@@ -6,34 +6,31 @@ alone, never on the number of workers or on where a resumed epoch starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler, default_collate
 
 from dataloaders import DataError
-from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.annotations import Query, Split, Video
 from dataloaders.clips import ClipSource
-from dataloaders.frame_store import EncodedClips
-from dataloaders.loader import ClipDataset, ClipLoader, LeaveOut, TrainingLoader, Unreadable
+from dataloaders.loader import ClipLoader
 from dataloaders.tokenizer import tokenize
 
 
-def training_loader(
-    queries: Sequence[Query],
-    clips: ClipSource,
-    *,
-    num_frames: int,
-    size: int,
-    max_words: int,
-    batch_size: int,
-    seed: int,
-    num_workers: int,
-    pin_memory: bool,
-    leave_out: LeaveOut | None = None,
-) -> TrainingLoader:
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How batches are made; the fields are main.py's flags of the same names."""
+
+    max_words: int = 32
+    batch_size: int = 24  # videos of a training batch
+    batch_size_val: int = 16
+    seed: int = 42
+    num_thread_reader: int = 0  # worker processes
+
+
+class TrainingLoader(ClipLoader):
     """Shuffled batches of videos with all their captions; an incomplete last batch is dropped.
 
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size], ``token_ids`` int64 [T, W] (0-padded),
@@ -41,51 +38,86 @@ def training_loader(
     of a video keep the order of the annotations.
 
     Args:
-        leave_out: called for a video that cannot be read, whose place in its batch stays empty.
+        num_frames, size: see `ClipLoader`.
 
     Raises:
-        DataError: clips are missing (here); a clip cannot be read (when iterating), or with
-            `leave_out` all those of a batch.
-        ValueError: there are fewer videos than one batch takes.
+        DataError: clips are missing, or fewer than one batch takes (here); a clip cannot be read
+            (when iterating).
     """
-    dataset = _TrainingClips(queries, seed, clips, num_frames, size, num_workers)
-    if len(dataset) < batch_size:
-        raise ValueError(
-            f"{len(dataset)} training videos do not fill one batch of {batch_size}:"
-            " lower batch_size or add videos"
-        )
-    batches = _ShuffledBatches(len(dataset), batch_size, seed)
-    collate = partial(_collate, make_batch=partial(_training_batch, max_words=max_words))
-    return TrainingLoader(dataset, batches, collate, num_workers, pin_memory, leave_out)
+
+    def __init__(
+        self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig
+    ):
+        super().__init__(split.videos, clips, num_frames, size, config.num_thread_reader)
+        self.max_words = config.max_words
+        self.batch_size = config.batch_size
+        self.seed = config.seed
+        captions: dict[str, list[str]] = {}
+        for query in split.queries:
+            captions.setdefault(query.vid_name, []).append(query.desc)
+        self.captions = [captions[name] for name in self.names]
+        if not len(self):
+            raise DataError(
+                f"--batch_size {config.batch_size}: {split.path} has only {len(self.names)} videos"
+            )
+        self.set_epoch(0)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self.names) // self.batch_size
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the epoch of the next iteration, which starts at its batch ``first_batch``.
+
+        Raises:
+            ValueError: there is no such batch.
+        """
+        if not 0 <= first_batch <= len(self):
+            raise ValueError(f"first_batch is {first_batch}, but an epoch has {len(self)} batches")
+        order = np.random.RandomState([self.seed, epoch]).permutation(len(self.names))
+        whole = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
+        self.keys = [(epoch, videos) for videos in whole[first_batch:].tolist()]
+
+    def batch(self, key: tuple[int, list[int]]) -> dict:
+        epoch, videos = key
+        generators = [np.random.RandomState([self.seed, epoch, video]) for video in videos]
+        texts = [text for video in videos for text in self.captions[video]]
+        counts = torch.tensor([len(self.captions[video]) for video in videos])
+        return {
+            "frames": self.load(videos, generators),
+            "token_ids": tokenize(texts, self.max_words),
+            "text_to_video": torch.arange(len(videos)).repeat_interleave(counts),
+            "vid_names": [self.names[video] for video in videos],
+        }
 
 
-def evaluation_video_loader(
-    videos: Sequence[Video],
-    clips: ClipSource,
-    *,
-    num_frames: int,
-    size: int,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    leave_out: LeaveOut | None = None,
-) -> ClipLoader:
+class EvaluationLoader(ClipLoader):
     """The videos in their order, all of them, with the evaluation frames.
 
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size] and ``indices`` int64 [B], which are
     positions in ``videos``.
 
     Args:
-        leave_out: called for a video that cannot be read, whose index is then in no batch.
+        num_frames, size: see `ClipLoader`.
 
     Raises:
-        DataError: clips are missing (here); without `leave_out`, a clip cannot be read (when
-            iterating).
+        DataError: clips are missing (here); a clip cannot be read (when iterating).
     """
-    dataset = _EvaluationClips(videos, clips, num_frames, size, num_workers)
-    batches = [list(rows) for rows in _chunks(len(dataset), batch_size)]
-    collate = partial(_collate, make_batch=_evaluation_batch)
-    return ClipLoader(dataset, batches, collate, num_workers, pin_memory, leave_out)
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        clips: ClipSource,
+        num_frames: int,
+        size: int,
+        config: LoaderConfig,
+    ):
+        super().__init__(videos, clips, num_frames, size, config.num_thread_reader)
+        rows, batch_size = range(len(videos)), config.batch_size_val
+        self.keys = [list(rows[first : first + batch_size]) for first in rows[::batch_size]]
+
+    def batch(self, key: list[int]) -> dict:
+        return {"frames": self.load(key, [None] * len(key)), "indices": torch.tensor(key)}
 
 
 def evaluation_text_batches(
@@ -98,94 +130,9 @@ def evaluation_text_batches(
         int64 [T], the captions' positions in ``queries``. Shorter ones first, else in their order.
     """
     token_ids = tokenize([query.desc for query in queries], max_words)
-    behind = (token_ids.flip(1) != 0).int().argmax(1)  # 0 is a token too, but never the last one
-    lengths = token_ids.shape[1] - behind
+    padding = (token_ids.flip(1) != 0).int().argmax(1)  # 0 is a token too, but never the last one
+    lengths = token_ids.shape[1] - padding
     return [
         {"token_ids": token_ids[rows, : lengths[rows].max()], "indices": rows}
         for rows in lengths.argsort(stable=True).split(batch_size)
     ]
-
-
-class _EvaluationClips(ClipDataset):
-    """Item i: video i."""
-
-    def __getitem__(self, item: int) -> dict | Unreadable:
-        try:
-            return {"frames": self._load(item), "indices": item}
-        except DataError as error:
-            return Unreadable(self.names[item], error)
-
-
-class _TrainingClips(ClipDataset):
-    """Item (epoch, i): video i and all its captions."""
-
-    def __init__(self, queries: Sequence[Query], seed: int, *clips):
-        super().__init__(corpus_videos(queries), *clips)
-        self.seed = seed
-        captions: dict[str, list[str]] = {}
-        for query in queries:
-            captions.setdefault(query.vid_name, []).append(query.desc)
-        self.captions = [captions[name] for name in self.names]
-
-    def __getitem__(self, key: tuple[int, int]) -> dict | Unreadable:
-        epoch, item = key
-        generator = np.random.RandomState([self.seed, epoch, item])
-        try:
-            frames = self._load(item, generator)
-        except DataError as error:
-            return Unreadable(self.names[item], error)
-        return {"frames": frames, "captions": self.captions[item], "vid_name": self.names[item]}
-
-
-class _ShuffledBatches(Sampler):
-    """Batches of keys (epoch, item), in an order drawn from (seed, epoch)."""
-
-    def __init__(self, num_items: int, batch_size: int, seed: int):
-        self.num_items = num_items
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.first_batch = 0
-
-    def __len__(self) -> int:
-        return self.num_items // self.batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.RandomState([self.seed, self.epoch]).permutation(self.num_items)
-        whole = order[: len(self) * self.batch_size].reshape(len(self), self.batch_size)
-        for items in whole[self.first_batch :].tolist():
-            yield [(self.epoch, item) for item in items]
-
-
-def _collate(
-    items: list[dict | Unreadable], make_batch: Callable[[list[dict]], dict]
-) -> tuple[dict | None, list[Unreadable]]:
-    """The batch of what could be read, if there is anything, and what could not."""
-    unreadable = [item for item in items if isinstance(item, Unreadable)]
-    readable = [item for item in items if not isinstance(item, Unreadable)]
-    return make_batch(readable) if readable else None, unreadable
-
-
-def _evaluation_batch(items: list[dict]) -> dict:
-    indices = torch.tensor([item["indices"] for item in items])
-    return {"frames": _stack([item["frames"] for item in items]), "indices": indices}
-
-
-def _training_batch(items: list[dict], max_words: int) -> dict:
-    counts = torch.tensor([len(item["captions"]) for item in items])
-    return {
-        "frames": _stack([item["frames"] for item in items]),
-        "token_ids": tokenize([text for item in items for text in item["captions"]], max_words),
-        "text_to_video": torch.arange(len(items)).repeat_interleave(counts),
-        "vid_names": [item["vid_name"] for item in items],
-    }
-
-
-def _stack(clips: list[torch.Tensor | EncodedClips]) -> torch.Tensor | EncodedClips:
-    if isinstance(clips[0], EncodedClips):
-        return EncodedClips.stack(clips)
-    return default_collate(clips)  # in a worker: straight into shared memory
-
-
-def _chunks(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -223,6 +223,8 @@ class FrameStore(ClipSource):
         DataError: no such file, no frame store, a damaged one, or one of another version.
     """
 
+    kind = "frame store"
+
     def __init__(self, path: str | Path, decode_on: torch.device | None = None):
         self.path = Path(path)
         self.decode_on = decode_on
@@ -275,7 +277,7 @@ class FrameStore(ClipSource):
     def label(self, name: str) -> str:
         return f"{self.path}: clip {name!r}"
 
-    def look_at(self, name: str, size: int) -> int:
+    def probe(self, name: str, size: int) -> int:
         return self.num_frames(name)  # `check` has the size, and reading verifies every frame
 
     def check(self, names: Sequence[str], size: int) -> None:

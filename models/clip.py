@@ -119,6 +119,7 @@ class CLIP(nn.Module):
     def __init__(self, sizes: CLIPSizes) -> None:
         super().__init__()
         self.sizes = sizes
+        self.fingerprint: str | None = None  # of its weights, once it was asked for
         self.visual = VisionTransformer(sizes)
         self.transformer = Transformer(sizes.text_width, sizes.text_layers)
         self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.text_width)

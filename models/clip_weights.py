@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from models.clip import CLIP, CLIPSizes
 from modules import ModelError
-from modules.torch_files import check_sums, is_plain, load_tensors
+from modules.torch_files import check_sums, is_plain, load_tensors, sha256_of
 
 # Besides its parameters OpenAI's archive states three sizes.
 ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
@@ -117,11 +116,7 @@ def _read_archive(path: Path) -> Mapping[str, Tensor]:
 
 
 def _check_published(path: Path) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    sha256 = digest.hexdigest()
+    sha256 = sha256_of(path)
     if sha256 not in PUBLISHED_ARCHIVES:
         raise ModelError(
             f"{path}: a TorchScript archive, but none of OpenAI's (its sha256 is {sha256}). "

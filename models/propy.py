@@ -11,6 +11,7 @@ Symbols, here and in every module:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from modules.interaction import (
     video_layer,
 )
 from modules.prompts import PyramidPrompts
-from modules.pyramid import PromptPyramid
+from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
+from modules.readout import readout_of
 from modules.similarity import event_scores
 from modules.transformer import HEAD_WIDTH
 
@@ -37,33 +39,58 @@ from modules.transformer import HEAD_WIDTH
 MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.1, 4.6052
 
 
-class ProPy(nn.Module):
-    """Videos and sentences into one space, an embedding per event of the pyramid.
+@dataclass(frozen=True)
+class ProPyConfig:
+    """Everything that makes the network besides its weights; every checkpoint holds it.
 
-    Args:
-        clip: the backbone; everything below ``clip`` is frozen unless ``freeze_clip`` is False.
-        pyramid: the events.
+    The defaults are the published setting. A checkpoint is refused by a model that differs in a
+    field that is not among `NOT_COMPARED`.
+
+    Attributes:
+        pyramid: as `PromptPyramid.config` gives it: {"Nf": N_f, "H": [[window, stride], …]}.
         num_prompts: N_p.
         adapter_channels: C of the temporal adapters.
         adapter_kernel: k of the temporal adapters, in frames.
         num_adapter_layers: the first so many layers have an adapter; all, if there are fewer.
+        readout: how a video's score is read off the cosines of its events, see modules.readout.
+        max_words: tokens of a caption that training reads, start and end included.
+        clip_name: where CLIP's weights come from: OpenAI's name of a model, or a file.
+        clip_seconds: mean length of the training videos; None if it is not known.
+    """
+
+    pyramid: Mapping = field(default_factory=lambda: dict(PUBLISHED_PYRAMID))
+    num_prompts: int = 4
+    adapter_channels: int = 384
+    adapter_kernel: int = 5
+    num_adapter_layers: int = 12
+    readout: str = "max"
+    max_words: int = 32
+    clip_name: str = "ViT-B/32"
+    clip_seconds: float | None = None
+
+
+# The pyramid is compared by its events, max_words with a warning; the others describe, no more.
+NOT_COMPARED = {"pyramid", "max_words", "clip_name", "clip_seconds"}
+
+
+class ProPy(nn.Module):
+    """Videos and sentences into one space, an embedding per event of the pyramid.
+
+    Args:
+        clip: the backbone; it is frozen unless ``freeze_clip`` is False.
+        config: the rest of the network.
         freeze_clip: train the prompts, their projections and the adapters only.
         checkpoint_activations: in training keep each layer's inputs only, and compute the rest
             again for the gradient: the same numbers, less memory, a third more work.
 
     Raises:
-        ModelError: more text than visual layers.
-        ValueError: a negative number.
+        ModelError: more text than visual layers, a setting out of range, or no pyramid.
     """
 
     def __init__(
         self,
         clip: CLIP,
-        pyramid: PromptPyramid,
-        num_prompts: int = 4,
-        adapter_channels: int = 384,
-        adapter_kernel: int = 5,
-        num_adapter_layers: int = 12,
+        config: ProPyConfig,
         freeze_clip: bool = True,
         checkpoint_activations: bool = False,
     ) -> None:
@@ -74,33 +101,40 @@ class ProPy(nn.Module):
                 f"this CLIP has {sizes.text_layers} text layers, but only {sizes.vision_layers} "
                 "visual ones whose prompts they could take"
             )
-        if min(num_prompts, num_adapter_layers) < 0:
-            raise ValueError("the numbers of visual prompts and adapter layers cannot be negative")
+        if min(config.num_prompts, config.num_adapter_layers) < 0:
+            raise ModelError("the numbers of visual prompts and adapter layers cannot be negative")
+        self.config = config
         self.clip = clip.requires_grad_(not freeze_clip)
-        self.pyramid = pyramid
-        self.num_prompts = num_prompts
+        self.pyramid = pyramid = PromptPyramid.from_config(config.pyramid)
+        self.num_prompts = config.num_prompts
+        self.readout = readout_of(config.readout)
         self.checkpoint_activations = checkpoint_activations
         self.prompts = PyramidPrompts(
             pyramid.num_events,
-            num_prompts,
+            config.num_prompts,
             sizes.vision_layers,
             sizes.vision_width,
             sizes.text_width,
             sizes.patch_size,
         )
         self.adapters = nn.ModuleList(
-            TemporalAdapter(sizes.vision_width, adapter_channels, adapter_kernel)
-            for _ in range(min(num_adapter_layers, sizes.vision_layers))
+            TemporalAdapter(sizes.vision_width, config.adapter_channels, config.adapter_kernel)
+            for _ in range(min(config.num_adapter_layers, sizes.vision_layers))
         )
         grid_tokens = sizes.grid**2 + 1
         constants = {
-            "visibility": pyramid.visibility(num_prompts, grid_tokens),
-            "event_key_counts": event_key_counts(pyramid, num_prompts, grid_tokens),
+            "visibility": pyramid.visibility(self.num_prompts, grid_tokens),
+            "event_key_counts": event_key_counts(pyramid, self.num_prompts, grid_tokens),
             "image_mean": torch.tensor(IMAGE_MEAN).view(3, 1, 1),
             "image_std": torch.tensor(IMAGE_STD).view(3, 1, 1),
         }
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
+
+    def backbone_names(self) -> set[str]:
+        """Names of the parameters that are CLIP's: what freezing, the optimizer's groups, and
+        checkpoints ask, instead of matching names."""
+        return {f"clip.{name}" for name, _ in self.clip.named_parameters()}
 
     @property
     def input_resolution(self) -> int:
@@ -173,13 +207,13 @@ class ProPy(nn.Module):
         prefixes = self.prompts.text_prefixes()  # [L, N_p, D_t]
         blocks = self.clip.transformer.resblocks
         for layer, block in enumerate(blocks):
-            # nothing but the end-of-text token is read behind the last layer
+            # nothing but the end-of-text token is read after the last layer
             read = end if layer == len(blocks) - 1 else None
             x = self._layer(text_layer, block, x, prefixes[layer], read)
         return self.clip.text_head(x.squeeze(1))
 
     def scores(self, texts: Tensor, events: Tensor) -> Tensor:
-        """Scaled similarity of texts and videos: the best event's cosine × exp(logit_scale).
+        """Scaled similarity of texts and videos: the read-out of the cosines × exp(logit_scale).
 
         Args:
             texts: [T, D].
@@ -188,7 +222,7 @@ class ProPy(nn.Module):
         Returns:
             [T, B], at least float32.
         """
-        return event_scores(texts, events).amax(dim=-1) * self.clip.logit_scale.exp()
+        return self.readout(event_scores(texts, events)) * self.clip.logit_scale.exp()
 
     def forward(self, frames: Tensor, token_ids: Tensor) -> Tensor:
         """Scores of every text against every video of a batch, [T, B]."""
@@ -208,8 +242,8 @@ class ProPy(nn.Module):
     def unreachable_parameters(self) -> set[str]:
         """Names of parameters that never get a gradient, kept for the authors' checkpoint format.
 
-        Text postfixes stand behind the token that is read; the last layer's frames are not used
-        beyond their keys and values, so its adapter works for nobody.
+        Text postfixes stand after the token that is read, and nothing reads the last layer's frames
+        beyond their keys and values, so its adapter has no effect.
         """
         dead = {f"prompts.postfix_proj.{name}" for name in ("weight", "bias")}
         if len(self.adapters) == self.clip.sizes.vision_layers:
@@ -236,13 +270,11 @@ class ProPy(nn.Module):
 def build_model(
     clip_weights: Path | str | Mapping[str, Tensor],
     pyramid: Path | str | Mapping,
-    num_prompts: int = 4,
-    adapter_channels: int = 384,
-    adapter_kernel: int = 5,
-    num_adapter_layers: int = 12,
+    *,
     freeze_clip: bool = True,
     trust_archive: bool = False,
     checkpoint_activations: bool = False,
+    **settings: Any,
 ) -> ProPy:
     """ProPy with the published setting as defaults, new parameters drawn from torch's generator.
 
@@ -250,22 +282,15 @@ def build_model(
         clip_weights: OpenAI's file, a state dict's file, or a state dict.
         pyramid: a JSON file or its content (see ``PromptPyramid.from_config``).
         trust_archive: see ``models.clip_weights.read_weights``.
+        settings: the other fields of `ProPyConfig`.
 
     Raises:
-        ModelError, ModelError: from the two files; ValueError: settings that do not fit them.
+        ModelError: from the two files, or settings that do not fit them.
     """
-    clip, pyramid = build_clip(clip_weights, trust_archive), PromptPyramid.from_config(pyramid)
+    config = ProPyConfig(pyramid=PromptPyramid.from_config(pyramid).config, **settings)
+    clip = build_clip(clip_weights, trust_archive)
     try:
-        return ProPy(
-            clip,
-            pyramid,
-            num_prompts,
-            adapter_channels,
-            adapter_kernel,
-            num_adapter_layers,
-            freeze_clip,
-            checkpoint_activations,
-        )
+        return ProPy(clip, config, freeze_clip, checkpoint_activations)
     except ModelError as error:
         name = "the state dict" if isinstance(clip_weights, Mapping) else clip_weights
         raise ModelError(f"{name}: {error}") from None

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from modules import ModelError
 
+# The paper's: 32 frames; 16, 15, 7, 3 and 1 events (scripts/pyramids/cfg_32.json).
+PUBLISHED_PYRAMID = {"Nf": 32, "H": [[2, 2], [2, 1], [3, 2], [3, 2], [3, 1]]}
+
 # Guards against typing errors: far beyond what fits in a GPU's memory.
 MAX_FRAMES = 4096
 MAX_EVENTS = 10_000
@@ -29,6 +32,7 @@ class PromptPyramid:
         levels: (c, o) of every level over the one below, bottom level first.
 
     Attributes:
+        config: these arguments as a configuration file holds them.
         events_per_level: events of each level, bottom first: n_1 … n_K.
         num_events: N_e, over all levels.
         spans: int64 [N_e, 2], first frame and last frame + 1 of each event.
@@ -68,6 +72,7 @@ class PromptPyramid:
             raise ModelError(
                 f"level {len(levels)} (the top) has {len(below)} events; it must be the whole video"
             )
+        self.config = {"Nf": num_frames, "H": [list(level) for level in levels]}
         self.num_events = sum(self.events_per_level)
         self.num_bottom_events = self.events_per_level[0]
         top_first = list(enumerate(spans_bottom_up, start=1))[::-1]

@@ -5,6 +5,7 @@ torch itself looks at no checksum, and explains a refusal with how to switch its
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import zipfile
 from pathlib import Path
@@ -46,6 +47,15 @@ def check_sums(path: Path) -> None:
         raise ModelError(f"it is a damaged archive: {_first_line(error)}") from error
     if damaged:
         raise ModelError(f"it is damaged: the checksum of {damaged} in it is wrong")
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ProPy on Charades-STA: the published settings. Each variable can also be set from outside, and further
-# flags are passed on to main.py; scripts/launch.sh has examples and the settings all splits share.
+# ProPy on Charades-STA: the published settings. Every variable and every flag of main.py can be set
+# from outside, and flags are passed on; scripts/launch.sh has examples.
 
 do_train=${do_train:-1}
 do_eval=${do_eval:-0}

@@ -30,7 +30,7 @@ from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import atomic_write, read_records, writing
 from utils.misc import is_number
-from utils.missing_videos import left_numbers, reduced_size
+from utils.missing_videos import missing_counts, reduced_size
 from utils.pictures.attention_store import ATTENTION
 from utils.report import parts as parts
 from utils.report.queries import Thumbnails, best_and_worst, query_card
@@ -198,7 +198,7 @@ def queries_sections(
     size: str,
 ) -> dict[str, str]:  # fmt: skip
     """Cards of the best and the worst queries. Args: size: what they are chosen from."""
-    predictions = predictions.of(queries)
+    predictions = predictions.align(queries)
     sections = {}
     hint = (
         '<p class="soft hint">Keys <b>j</b> and <b>k</b> go to the next and the previous query.</p>'
@@ -307,8 +307,9 @@ def build(
             raise DataError("no annotations: name them with --annotations")
         predictions = load_predictions(run.folder / SAVED)
         queries = read_annotations(annotations)
-        present = predictions.present(queries)
-        left, size = left_numbers("val", queries, present), ""
+        corpus = set(predictions.vid_names)
+        present = [query for query in queries if query.vid_name in corpus]
+        left, size = missing_counts("val", queries, present), ""
         if left and any(left.items() <= record.items() for record in run.evaluations):
             # An evaluation of this run says that it went without the others.
             queries, size = present, f", {reduced_size(left)}"

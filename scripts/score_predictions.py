@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: metrics and exports of a predictions file."""
     # fmt: off
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.score_predictions",
-        description="Recompute the metrics of predicted moments, without a model.",
+        prog="python -m scripts.score_predictions", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
     add("--predictions", type=Path, required=True, metavar="HDF5",
@@ -38,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--annotations", type=Path, required=True, metavar="JSONL",
         help="the annotations that it predicted for")
     add("--allow_missing", action="store_true",
-        help="go without the annotated videos that the predictions are without, and their queries, "
-        "as main.py --allow_missing 1 did that made them; the reduced size is said")
+        help="skip annotated videos that are not in the predictions, and their queries, as "
+        "main.py --allow_missing 1 did that made them; the reduced size is printed")
     add("--window_rule", choices=WINDOW_RULES, default="half",
         help="of a query with several windows a prediction must reach half, rounded down but at "
         "least one (the published rule), or any; the other rule is shown beside (default half)")
@@ -48,32 +47,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     # fmt: on
     args = parser.parse_args(argv)
     try:
-        predictions = load_predictions(args.predictions)
-        annotated = read_annotations(args.annotations)
-        present = predictions.present(annotated)
-        queries = present if args.allow_missing else annotated
-        try:
-            predictions = predictions.of(queries)
-        except RunError as error:
-            hint = ", or go without what the predictions lack: --allow_missing"
-            raise RunError(
-                f"{args.predictions}, {args.annotations}: {error}{hint * (queries != present)}"
-            ) from None
-    except (DataError, RunError) as error:
+        score(args)
+    except (DataError, OutputError, RunError) as error:
         sys.exit(f"error: {error}")
+
+
+def score(args: argparse.Namespace) -> None:
+    """Print the tables and write the exports."""
+    predictions = load_predictions(args.predictions)
+    annotated = read_annotations(args.annotations)
+    corpus = set(predictions.vid_names)
+    remaining = [query for query in annotated if query.vid_name in corpus]
+    queries = remaining if args.allow_missing else annotated
+    try:
+        predictions = predictions.align(queries)
+    except RunError as error:
+        hint = ", or skip what the predictions lack: --allow_missing" * (queries != remaining)
+        raise RunError(f"{args.predictions}, {args.annotations}: {error}{hint}") from None
     if size := reduced_size(left_numbers("val", annotated, queries)):
         print(f"{size}\n")
-    missing = times_missing(queries)
-    if missing:
-        print(f"{args.annotations}: {missing}\n")
+    if untimed := times_missing(queries):
+        print(f"{args.annotations}: {untimed}\n")
     print(report_tables(moment_report(predictions, queries, args.window_rule)))
     if any(query.windows for query in queries):
         print(f"\n{level_table(level_report(predictions, queries))}")
-    try:
-        for path in export_all(args.export, predictions, queries) if args.export else ():
+    if args.export:
+        for path in export_all(args.export, predictions, queries):
             print(f"wrote {path}")
-    except OutputError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which videos a run goes without, and why."""
+"""Which videos a run skips, and why."""
 
 from __future__ import annotations
 
@@ -6,116 +6,130 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dataloaders.annotations import Query
-from utils.files import append_line, atomic_write
+from dataloaders import DataError
+from dataloaders.annotations import Query, Split
+from dataloaders.clips import ClipSource, listed
+from dataloaders.preflight import probe_all
+from utils.files import atomic_write
 
 logger = logging.getLogger("propy.missing_videos")
 
+LIST = "missing_videos.jsonl"
 
-class LeftOut:
-    """The videos that a run goes without, each recorded once and listed in a file.
+
+def require_videos(
+    splits: Sequence[Split], clips: ClipSource, size: int, folder: Path, allow_missing: bool
+) -> MissingVideos:
+    """Probe all videos of a run before it starts.
 
     Args:
-        path: the list, one JSON object a line: split, vid_name, queries, reason. Lines of an
-            older one on these splits are removed; it appears with the first video.
-        splits: the queries of each split as annotated, by its name.
+        size: side of the model's square frames, in pixels.
+        folder: of the run, for the list of those that cannot be used.
+        allow_missing: run without these.
+
+    Raises:
+        DataError: some cannot be used and the run is not to skip them, or none of a split can.
+        OutputError: the list cannot be written.
+    """
+    found = []
+    for split in splits:
+        reasons, doubtful = probe_all(split.videos, clips, size)
+        found.append((split, reasons))
+        if doubtful:
+            logger.warning(
+                "%s: %d videos have less than half or more than twice the 3 frames a second that "
+                "their annotated length asks for: were they prepared?\n%s",
+                *(split.name, len(doubtful), listed(doubtful)),
+            )
+    missing = MissingVideos(folder, found)
+    # A video may be in both splits.
+    reasons = list(dict.fromkeys(reason for _, some in found for reason in some.values()))
+    if reasons and not allow_missing:
+        raise DataError(
+            f"{len(reasons)} videos are missing or unreadable:\n{listed(reasons)}\n"
+            f"{missing.path} has the whole list. Set --video_dir, make them with `bash "
+            "scripts/prepare.sh` (a frame store's with scripts/data/pack_frames.py), or run "
+            "without them: --allow_missing 1"
+        )
+    for split, reasons in found:
+        if reasons:
+            logger.warning("%s: %s", split.name, missing.summary(split.name))
+        if not missing.remaining(split).queries:
+            raise DataError(f"no video of {split.path} can be used: {missing.path} says why")
+    return missing
+
+
+class MissingVideos:
+    """The videos that a run skips, decided before it starts, and listed in a file if there are any.
+
+    Args:
+        folder: of the run. The list in it, missing_videos.jsonl, has one JSON object a line: split,
+            vid_name, queries, reason. Lines of an earlier run on other splits stay: an evaluation
+            does not know about training's.
+        splits: each split as annotated, and why some of its videos cannot be used, by their names.
+
+    Raises:
+        OutputError: the list cannot be written.
     """
 
-    def __init__(self, path: Path, splits: dict[str, Sequence[Query]]) -> None:
-        self.path = path
-        self._forget(splits)
-        self._splits = splits
-        self._queries = {
-            split: Counter(query.vid_name for query in queries) for split, queries in splits.items()
-        }
-        self._names: dict[str, dict[str, None]] = {split: {} for split in splits}
-
-    def add(self, split: str, reasons: Mapping[str, str]) -> list[str]:
-        """Record videos by name with the reasons; returns those that were not known already.
-
-        Raises:
-            OutputError: the list cannot be written.
-        """
-        known = self._names[split]
-        new = {name: reason for name, reason in reasons.items() if name not in known}
-        known.update(dict.fromkeys(new))
-        lines = [
-            json.dumps(
-                {
-                    "split": split,
-                    "vid_name": name,
-                    "queries": self._queries[split][name],
-                    "reason": reason,
-                }
-            )
-            for name, reason in new.items()
-        ]
+    def __init__(self, folder: Path, splits: Sequence[tuple[Split, Mapping[str, str]]]) -> None:
+        self.path = path = folder / LIST
+        self._splits = {split.name: (split, split.without(missing)) for split, missing in splits}
+        lines = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a torn line is dropped
+                    if json.loads(line)["split"] not in self._splits:
+                        lines.append(line + "\n")
+        for split, reasons in splits:
+            counts = Counter(query.vid_name for query in split.queries)
+            for name, reason in reasons.items():
+                record = {"split": split.name, "vid_name": name, "queries": counts[name]}
+                lines.append(json.dumps(record | {"reason": reason}) + "\n")
         if lines:
-            append_line(self.path, "\n".join(lines))
-        return list(new)
+            with atomic_write(path) as part:
+                part.write_text("".join(lines), encoding="utf-8")
+        elif path.is_file():
+            path.unlink()
 
-    def _forget(self, splits: Collection[str]) -> None:
-        """Take lines on these splits out of the list: an evaluation does not look at training's."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # torn: it is made again
-                if json.loads(line)["split"] not in splits:
-                    kept.append(line + "\n")
-        if kept:
-            with atomic_write(self.path) as part:
-                part.write_text("".join(kept), encoding="utf-8")
-        else:
-            self.path.unlink()
+    def remaining(self, split: Split) -> Split:
+        """The split without them."""
+        return self._splits[split.name][1]
 
-    def leave_out(self, split: str, vid_name: str, reason: str) -> None:
-        """Record a video that turned out not to decode, with a warning."""
-        if self.add(split, {vid_name: reason}):
-            logger.warning("%s is left out of the %s split: %s", vid_name, split, reason)
+    def counts(self, split: str) -> dict[str, int]:
+        """For the records of a run: `missing_counts` of a split."""
+        annotated, remaining = self._splits[split]
+        return missing_counts(split, annotated.queries, remaining.queries)
 
-    def kept(self, split: str, queries: Sequence[Query]) -> list[Query]:
-        """Those of the queries whose videos are not left out."""
-        return [query for query in queries if query.vid_name not in self._names[split]]
-
-    def numbers(self, split: str) -> dict[str, int]:
-        """For the records of a run: `left_numbers` of a split."""
-        queries = self._splits[split]
-        return left_numbers(split, queries, self.kept(split, queries))
-
-    def note(self, split: str) -> str | None:
-        """The reduced size of a split, to stand beside its results; None if nothing is left out."""
-        size = reduced_size(self.numbers(split), split)
+    def summary(self, split: str) -> str | None:
+        """The reduced size of a split, to stand beside its results; None if nothing is missing."""
+        size = reduced_size(self.counts(split), split)
         return size and f"{size}: {self.path} lists what is left out"
 
 
-def left_numbers(split: str, queries: Sequence[Query], kept: Sequence[Query]) -> dict[str, int]:
-    """What is left of a split and what is not: {} if all is there.
-
-    ``<split>_videos``, ``<split>_videos_left_out``, and the same of queries.
-
-    Args:
-        queries: all that are annotated; kept: those whose videos are there.
-    """
-    if len(kept) == len(queries):
+def missing_counts(
+    split: str, queries: Sequence[Query], remaining: Sequence[Query]
+) -> dict[str, int]:
+    """How much is left of a split's annotated queries, and how much is not; {} if all is there."""
+    if len(remaining) == len(queries):
         return {}
-    numbers = {}
-    for what, left, all_ in (
-        ("videos", *(len({query.vid_name for query in some}) for some in (kept, queries))),
-        ("queries", len(kept), len(queries)),
-    ):
-        numbers |= {f"{split}_{what}": left, f"{split}_{what}_left_out": all_ - left}
-    return numbers
+    videos, all_videos = (len({q.vid_name for q in some}) for some in (remaining, queries))
+    return {
+        f"{split}_videos": videos,
+        f"{split}_videos_left_out": all_videos - videos,
+        f"{split}_queries": len(remaining),
+        f"{split}_queries_left_out": len(queries) - len(remaining),
+    }
 
 
 def reduced_size(record: Mapping, split: str = "val") -> str | None:
-    """What numbers were computed on, if the record says that videos were left out, else None.
+    """What numbers were computed on, if the record says that videos were missing, else None.
 
     Args:
-        record: with `utils.missing_videos.LeftOut.numbers` in it, or without.
+        record: with `missing_counts` in it, or without.
     """
     parts = []
     for what in ("videos", "queries"):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dataloaders.annotations import Query, corpus_videos, read_annotations
-from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader
+from dataloaders.datasets import EvaluationLoader, evaluation_text_batches
 from dataloaders.frame_store import FrameStore
 from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
@@ -242,14 +242,13 @@ def all_scores(
     model = build_model(folder / "clip.pt", PYRAMID, adapter_channels=ADAPTER_CHANNELS)
     load_checkpoint(run / "ckpt.best.pth.tar", model)
     clip, cpu = model.clip, torch.device("cpu")
-    loader = evaluation_video_loader(
+    loader = EvaluationLoader(
         corpus_videos(queries),
         FrameStore(folder / "frames.h5"),
         num_frames=model.pyramid.num_frames,
         size=SIZE,
         batch_size=16,
         num_workers=0,
-        pin_memory=False,
     )
     batches = list(tqdm(loader, desc="[4/4] videos", unit="batch"))
     texts = evaluation_text_batches(queries, MAX_WORDS, len(queries))

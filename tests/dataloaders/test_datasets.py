@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataloaders import DataError, clips, datasets, video
+from dataloaders import DataError, clips, video
 from dataloaders.annotations import Query, Video, corpus_videos
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import evaluation_text_batches, evaluation_video_loader, training_loader
+from dataloaders.datasets import EvaluationLoader, TrainingLoader, evaluation_text_batches
 from dataloaders.ffmpeg import write_video
 from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
@@ -45,7 +47,7 @@ def make_queries() -> list[Query]:
 
 
 def make_training_loader(folder, queries=None, *, num_workers=0, batch_size=4, seed=42):
-    return training_loader(
+    return TrainingLoader(
         make_queries() if queries is None else queries,
         VideoFolder(folder),
         num_frames=FRAMES,
@@ -54,19 +56,17 @@ def make_training_loader(folder, queries=None, *, num_workers=0, batch_size=4, s
         batch_size=batch_size,
         seed=seed,
         num_workers=num_workers,
-        pin_memory=False,
     )
 
 
 def make_evaluation_loader(folder, videos, *, num_workers=0, batch_size=4):
-    return evaluation_video_loader(
+    return EvaluationLoader(
         videos,
         VideoFolder(folder),
         num_frames=FRAMES,
         size=SIZE,
         batch_size=batch_size,
         num_workers=num_workers,
-        pin_memory=False,
     )
 
 
@@ -235,6 +235,7 @@ def test_a_broken_clip_is_named_without_a_traceback(video_dir, tmp_path, num_wor
         with pytest.raises(DataError) as raised:
             list(loader)
         assert str(raised.value).startswith(f"{tmp_path}/v6.mp4: cannot be decoded")
+        assert f"check_videos --decode --video_dir {tmp_path} --annotations" in str(raised.value)
         assert "Traceback" not in str(raised.value)
 
 
@@ -268,7 +269,7 @@ def test_a_clip_that_hangs_in_a_worker_is_named(video_dir, monkeypatch):
         list(loader)
 
 
-def test_a_worker_that_dies_names_the_files_in_hand(video_dir, monkeypatch):
+def test_a_worker_that_dies_names_the_clips_being_read(video_dir, monkeypatch):
     def die_on_v5(path, *rest):
         if path.name == "v5.mp4":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -282,7 +283,7 @@ def test_a_worker_that_dies_names_the_files_in_hand(video_dir, monkeypatch):
     assert str(video_dir / "v5.mp4") in str(raised.value)
 
 
-def test_a_worker_that_hangs_names_the_files_in_hand(video_dir, monkeypatch):
+def test_a_worker_that_hangs_names_the_clips_being_read(video_dir, monkeypatch):
     """Stopped as by storage that does not answer: nothing in the worker itself runs any more."""
 
     def stop_at_v5(path, *rest):
@@ -291,31 +292,68 @@ def test_a_worker_that_hangs_names_the_files_in_hand(video_dir, monkeypatch):
         return load_clip(path, *rest)
 
     monkeypatch.setattr(clips, "load_clip", stop_at_v5)
-    monkeypatch.setattr(datasets, "WORKER_TIME_LIMIT", 2)
+    monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 2)
     loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=1)
-    try:
-        with pytest.raises(DataError, match=r"a loader worker hangs: .*v5\.mp4"):
-            list(loader)
-    finally:
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGCONT)
+    with pytest.raises(DataError, match=r"a loader worker hangs: .*v5\.mp4"):
+        list(loader)
 
 
-def test_a_signal_does_not_end_workers_that_are_starting(video_dir, monkeypatch):
-    """They are copies of the main process, whose handler may raise."""
-    prepare = datasets._leave_signals_to_the_main_process
-
-    def after_a_signal(worker: int) -> None:
+def test_a_signal_does_not_end_workers(video_dir, monkeypatch):
+    def after_signals(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        prepare(worker)
+        return load_clip(*arguments)
 
-    monkeypatch.setattr(datasets, "_leave_signals_to_the_main_process", after_a_signal)
+    monkeypatch.setattr(clips, "load_clip", after_signals)
     videos = corpus_videos(make_queries())
     assert len(list(make_evaluation_loader(video_dir, videos, num_workers=1))) == 3
 
 
-def test_a_worker_that_goes_on_reading_is_waited_for(video_dir, monkeypatch):
+def test_workers_end_with_the_iteration(video_dir):
+    loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=2)
+    for ended in (lambda: list(loader), lambda: next(iter(loader))):
+        ended()
+        assert not multiprocessing.active_children()
+
+
+PROGRAM = """
+import atexit, multiprocessing, os, signal, sys, time
+from pathlib import Path
+
+handlers, hooks = [signal.getsignal(number) for number in signal.valid_signals()], []
+register = atexit.register
+atexit.register = lambda hook, *rest: hooks.append(hook) or register(hook, *rest)
+import dataloaders.datasets, dataloaders.preflight
+assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]
+assert not [hook for hook in hooks if str(hook.__module__).startswith("dataloaders")]
+
+def child(path):
+    time.sleep(2)
+    Path(path).touch()
+
+folder, work, mark = sys.argv[1:]
+multiprocessing.Process(target=child, args=(mark,)).start()
+if work == "hang":
+    dataloaders.clips.load_clip = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+videos = [dataloaders.annotations.Video(f"v{i}", 1.0) for i in range(8)]
+clips = dataloaders.clips.VideoFolder(folder)
+batches = iter(dataloaders.datasets.EvaluationLoader(
+    videos, clips, batch_size=2, num_frames=4, size=32, num_workers=2
+))
+time.sleep(1) if work == "hang" else next(batches)
+"""
+
+
+@pytest.mark.parametrize("work", ["read", "hang"])
+def test_a_program_keeps_its_own_children(video_dir, tmp_path, work):
+    """And ends, whatever the workers do."""
+    command = [sys.executable, "-c", PROGRAM, str(video_dir), work, str(tmp_path / "mark")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "mark").exists()
+
+
+def test_a_worker_that_continues_to_read_is_waited_for(video_dir, monkeypatch):
     """For a batch that takes many times as long as one clip may."""
 
     def slowly(*arguments):
@@ -323,7 +361,7 @@ def test_a_worker_that_goes_on_reading_is_waited_for(video_dir, monkeypatch):
         return load_clip(*arguments)
 
     monkeypatch.setattr(clips, "load_clip", slowly)
-    monkeypatch.setattr(datasets, "WORKER_TIME_LIMIT", 1)
+    monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 1)
     loader = make_training_loader(video_dir, num_workers=1, batch_size=11)
     assert [len(batch["vid_names"]) for batch in loader] == [11]
 

@@ -17,7 +17,7 @@ import torch
 from dataloaders import DataError, frame_store
 from dataloaders.annotations import Query, Video
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import evaluation_video_loader, training_loader
+from dataloaders.datasets import EvaluationLoader, TrainingLoader
 from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import (
     FrameStore,
@@ -133,9 +133,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(store):
     videos = [Video(name, 1.0) for name in LENGTHS]
 
     def load(num_workers: int) -> torch.Tensor:
-        loader = evaluation_video_loader(
+        loader = EvaluationLoader(
             videos, store, num_frames=8, size=SIZE, batch_size=2, num_workers=num_workers,
-            pin_memory=False,
         )  # fmt: skip
         return torch.cat([batch["frames"] for batch in loader])
 
@@ -149,14 +148,12 @@ def test_batches_may_be_decoded_where_they_are_used(store, num_workers):
     """As on a GPU, here by the CPU; one clip is short, so that frames are repeated."""
     later = FrameStore(store.path, decode_on=torch.device("cpu"))
     queries = [Query(name, "text", name, 1.0, None) for name in LENGTHS]
-    settings = {"num_frames": 8, "size": SIZE, "num_workers": num_workers, "pin_memory": False}
+    settings = {"num_frames": 8, "size": SIZE, "num_workers": num_workers}
     for make in (
-        lambda clips: evaluation_video_loader(
+        lambda clips: EvaluationLoader(
             [Video(name, 1.0) for name in LENGTHS], clips, batch_size=4, **settings
         ),
-        lambda clips: training_loader(
-            queries, clips, batch_size=3, max_words=8, seed=1, **settings
-        ),
+        lambda clips: TrainingLoader(queries, clips, batch_size=3, max_words=8, seed=1, **settings),
     ):
         for ours, theirs in zip(make(store), make(later), strict=True):
             assert theirs.keys() == ours.keys()
@@ -400,15 +397,15 @@ def test_a_clip_that_crashes_its_decoder_costs_only_itself(video_dir, monkeypatc
 
 def test_what_does_not_fit_is_refused(store, video_dir, tmp_path, monkeypatch):
     videos = [Video(name, 1.0) for name in ("one", "gone")]
-    loader = {"num_frames": 8, "batch_size": 2, "num_workers": 0, "pin_memory": False}
+    loader = {"num_frames": 8, "batch_size": 2, "num_workers": 0}
     with pytest.raises(DataError) as raised:
-        evaluation_video_loader(videos, store, size=SIZE, **loader)
+        EvaluationLoader(videos, store, size=SIZE, **loader)
     first, *listed = str(raised.value).splitlines()
     assert first.startswith(f"{store.path}: 1 of 2 clips are missing from the frame store")
     assert "scripts/data/pack_frames.py" in first
     assert listed == ["gone"]
     with pytest.raises(DataError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
-        evaluation_video_loader(videos[:1], store, size=224, **loader)
+        EvaluationLoader(videos[:1], store, size=224, **loader)
     with pytest.raises(DataError, match="no such frame store"):
         FrameStore(tmp_path / "no.h5")
     for size, quality in [(SIZE, 80), (32, 90)]:
@@ -454,9 +451,9 @@ def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
     message = r"f\.h5: clip 'long': frame 150 is damaged"
     with pytest.raises(DataError, match=message):
         list(damaged.verify())
-    loader = evaluation_video_loader(
+    loader = EvaluationLoader(
         [Video(name, 1.0) for name in LENGTHS], damaged, num_frames=200, size=SIZE, batch_size=2,
-        num_workers=num_workers, pin_memory=False,
+        num_workers=num_workers,
     )  # fmt: skip
     with pytest.raises(DataError, match=message) as raised:
         list(loader)

@@ -1,4 +1,4 @@
-"""Videos that cannot be used: found before a run, or while it decodes; refused, or left out."""
+"""Videos that cannot be used: found before a run and refused or skipped; or they stop it later."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dataloaders import DataError, video
-from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.annotations import Query, Video
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import evaluation_video_loader, training_loader
 from dataloaders.ffmpeg import run_ffmpeg, write_video
-from dataloaders.preflight import find_unusable
-from scripts import report
+from dataloaders.preflight import probe_all
+from scripts import report, score_predictions
 from tests.corpus import TinyRun, make_run
 from tests.fuzz import mutations
-from utils.evaluation import moment_metrics
-from utils.missing_videos import LeftOut
+from utils.missing_videos import MissingVideos
 
 SIZE, FRAMES = 64, 4
 
@@ -34,19 +31,13 @@ def clip(tmp_path_factory) -> Path:
     return path
 
 
-def damaged(data: bytes, count: int) -> bytes:
-    """A clip whose header is whole and whose first frame's bytes are not."""
-    start = data.index(b"mdat") + 4
-    return data[:start] + bytes(count) + data[start + count :]
-
-
-def look(folder: Path, *names: str, seconds: float = 8.0, open_files: bool = True):
+def probe(folder: Path, *names: str, seconds: float = 8.0, open_files: bool = True):
     videos = [Video(name, seconds) for name in names]
     clips = VideoFolder(folder)
-    return find_unusable(videos, clips, SIZE, open_files=open_files, num_threads=2)
+    return probe_all(videos, clips, SIZE, open_files=open_files)
 
 
-def test_a_first_look_finds_what_headers_show(tmp_path, clip):
+def test_probing_finds_what_headers_show(tmp_path, clip):
     good = clip.read_bytes()
     wide = np.zeros((3, 32, 80, 3), np.uint8)
     write_video(tmp_path / "small.mp4", wide)
@@ -62,22 +53,22 @@ def test_a_first_look_finds_what_headers_show(tmp_path, clip):
     for name, content in contents.items():
         (tmp_path / f"{name}.mp4").write_bytes(content)
     names = ["good", "mkv", "gone", "small", *contents]
-    unusable, doubtful = look(tmp_path, *names)
+    unusable, doubtful = probe(tmp_path, *names)
     assert set(unusable) == set(names) - {"good", "mkv"} and not doubtful
     assert all(str(tmp_path / f"{name}.mp4") in reason for name, reason in unusable.items())
     assert "80×32 pixels" in unusable["small"]
-    assert set(look(tmp_path, *names, open_files=False)[0]) == {"gone"}
+    assert set(probe(tmp_path, *names, open_files=False)[0]) == {"gone"}
     with pytest.raises(DataError, match="no such video folder"):
-        look(tmp_path / "nowhere", "good")
+        probe(tmp_path / "nowhere", "good")
 
 
 @pytest.mark.parametrize(("seconds", "doubt"), [(8, False), (5, False), (15, False), (80, True)])
 def test_frames_that_do_not_fit_the_length_are_doubtful(tmp_path, clip, seconds, doubt):
     shutil.copy(clip, tmp_path / "good.mp4")
-    assert look(tmp_path, "good", seconds=seconds) == ({}, ["good"] if doubt else [])
+    assert probe(tmp_path, "good", seconds=seconds) == ({}, ["good"] if doubt else [])
 
 
-def test_what_a_first_look_refuses_does_not_load(tmp_path, clip):
+def test_what_probing_refuses_does_not_load(tmp_path, clip):
     """And whatever the damage, each of the two ends in an answer."""
     good = clip.read_bytes()
     counts = {True: 0, False: 0}
@@ -85,7 +76,7 @@ def test_what_a_first_look_refuses_does_not_load(tmp_path, clip):
         rng = np.random.default_rng(seed)
         spoil = mutations.spoil_mp4 if seed % 2 else mutations.spoil_bytes
         (tmp_path / "v.mp4").write_bytes(spoil(good, rng, good))
-        unusable, _ = look(tmp_path, "v")
+        unusable, _ = probe(tmp_path, "v")
         counts["v" in unusable] += 1
         try:
             video.load_clip(tmp_path / "v.mp4", FRAMES, SIZE)
@@ -98,121 +89,57 @@ def test_what_a_first_look_refuses_does_not_load(tmp_path, clip):
 def test_nasty_files_in_place_of_videos(shared_data, tmp_path, monkeypatch):
     monkeypatch.setattr(video, "_check_size", lambda *args: None)  # or most would stop there
     files = [p for p in sorted((shared_data / "nasty").iterdir()) if p.stat().st_size < 10**6]
-    queries = []
-    for i, path in enumerate(files):
-        shutil.copy(path, tmp_path / f"v{i}.mp4")
-        queries.append(Query(i, path.name, f"v{i}", 10.0, None))
-    videos = corpus_videos(queries)
-    unusable, _ = look(tmp_path, *(v.vid_name for v in videos))
-    assert len(unusable) >= 10
-    left_out = LeftOut(tmp_path / "missing.jsonl", {"val": queries})
-    left_out.add("val", unusable)
-    rest = corpus_videos(left_out.kept("val", queries))
-    loader = evaluation_video_loader(
-        rest, VideoFolder(tmp_path), num_frames=FRAMES, size=SIZE, batch_size=5, num_workers=2,
-        pin_memory=False, leave_out=lambda *reason: left_out.leave_out("val", *reason),
-    )  # fmt: skip
-    read = [i for batch in loader for i in batch["indices"].tolist()]
-    assert len(read) >= 8
-    kept = corpus_videos(left_out.kept("val", queries))
-    assert [rest[i] for i in read] == kept
-    for name in unusable:
-        with pytest.raises(DataError):
+    names = [f"v{i}" for i in range(len(files))]
+    for name, path in zip(names, files, strict=True):
+        shutil.copy(path, tmp_path / f"{name}.mp4")
+    unusable, _ = probe(tmp_path, *names)
+    broken = set()
+    for name in names:
+        try:
             video.load_clip(tmp_path / f"{name}.mp4", FRAMES, SIZE)
+        except DataError as error:
+            assert str(tmp_path / f"{name}.mp4") in str(error)
+            broken.add(name)
+    assert len(unusable) >= 10 and len(names) - len(broken) >= 8
+    assert set(unusable) <= broken
 
 
-def test_the_list_appears_with_the_first_video(tmp_path) -> None:
+def test_missing_videos_are_listed_and_counted(tmp_path) -> None:
+    """Lines of an earlier run on the same splits are replaced, those of training's stay."""
     path = tmp_path / "missing.jsonl"
-    path.write_text('{"split": "val", "vid_name": "of an earlier run"}\n{"spl')
-    queries = [Query(i, "", f"v{i // 2}", 10.0, None) for i in range(4)]
-    left_out = LeftOut(path, {"val": queries})
-    assert left_out.add("val", {}) == [] and not path.exists()
-    assert left_out.add("val", {"v0": "gone", "v1": "gone too"}) == ["v0", "v1"]
-    assert left_out.add("val", {"v1": "said before"}) == []
+    earlier = [{"split": split, "vid_name": "of an earlier run"} for split in ("val", "train")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in earlier) + '{"spl')
+    splits = {"val": [Query(i, "", f"v{i // 2}", 10.0, None) for i in range(6)]}
+    missing = MissingVideos(path, splits, {"val": {"v0": "gone", "v2": "gone too"}})
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(r["vid_name"], r["queries"], r["reason"]) for r in records] == [
-        ("v0", 2, "gone"), ("v1", 2, "gone too"),
-    ]  # fmt: skip
-
-
-def test_an_evaluation_leaves_the_list_of_training(tmp_path) -> None:
-    path = tmp_path / "missing.jsonl"
-    queries = [Query(0, "", "v0", 10.0, None)]
-    training = LeftOut(path, {"train": queries, "val": queries})
-    training.add("train", {"v0": "gone"})
-    training.add("val", {"v0": "gone"})
-    LeftOut(path, {"val": queries})
-    (record,) = map(json.loads, path.read_text().splitlines())
-    assert (record["split"], record["vid_name"]) == ("train", "v0")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, clip) -> Path:
-    """Eight clips of which v2 and v5 do not decode."""
-    folder = tmp_path_factory.mktemp("videos")
-    for i in range(8):
-        content = clip.read_bytes()
-        (folder / f"v{i}.mp4").write_bytes(damaged(content, 9000) if i in (2, 5) else content)
-    return folder
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_a_training_batch_is_the_same_without_the_broken_video(folder, clip, tmp_path, num_workers):
-    whole = tmp_path / "whole"
-    shutil.copytree(folder, whole)
-    for name in ("v2", "v5"):
-        shutil.copy(clip, whole / f"{name}.mp4")
-    queries = [Query(f"{v}{c}", f"{c} {v}", f"v{v}", 8.0, None) for v in range(8) for c in "ab"]
-    found: list[str] = []
-
-    def batches(folder: Path, first: int = 0) -> list[dict]:
-        loader = training_loader(
-            queries, VideoFolder(folder), num_frames=FRAMES, size=SIZE, max_words=8, batch_size=4,
-            seed=1, num_workers=num_workers, pin_memory=False,
-            leave_out=lambda name, reason: found.append(name),
-        )  # fmt: skip
-        loader.set_epoch(0, first)
-        return list(loader)
-
-    reference, reduced = batches(whole), batches(folder)
-    assert sorted(found) == ["v2", "v5"]
-    for full, batch in zip(reference, reduced, strict=True):
-        rows = [i for i, name in enumerate(full["vid_names"]) if name not in ("v2", "v5")]
-        assert batch["vid_names"] == [full["vid_names"][i] for i in rows]
-        assert torch.equal(batch["frames"], full["frames"][rows])
-        texts = torch.isin(full["text_to_video"], torch.tensor(rows))
-        assert torch.equal(batch["token_ids"], full["token_ids"][texts])
-        assert batch["text_to_video"].tolist() == [i for i in range(len(rows)) for _ in "ab"]
-    (resumed,) = batches(folder, first=1)
-    assert torch.equal(resumed["frames"], reduced[1]["frames"])
-
-
-def test_a_batch_of_broken_videos_only_is_an_error(folder):
-    queries = [Query(name, "text", name, 8.0, None) for name in ("v2", "v5")]
-    loader = training_loader(
-        queries, VideoFolder(folder), num_frames=FRAMES, size=SIZE, max_words=8, batch_size=2,
-        seed=1, num_workers=0, pin_memory=False, leave_out=lambda *_: None,
-    )  # fmt: skip
-    with pytest.raises(DataError, match="no clip of a training batch"):
-        list(loader)
+    assert records == [
+        earlier[1],
+        {"split": "val", "vid_name": "v0", "queries": 2, "reason": "gone"},
+        {"split": "val", "vid_name": "v2", "queries": 2, "reason": "gone too"},
+    ]
+    assert [query.desc_id for query in missing.remaining("val")] == [2, 3]
+    assert missing.counts("val") == {
+        "val_videos": 1, "val_videos_left_out": 2, "val_queries": 2, "val_queries_left_out": 4,
+    }  # fmt: skip
+    assert "on 1 of the 3 videos and 2 of the 6 queries" in missing.summary("val")
+    splits["train"] = splits["val"]
+    whole = MissingVideos(path, splits, {"val": {}, "train": {}})
+    assert not path.exists(), "nothing is missing"
+    assert whole.summary("val") is None and whole.remaining("val") == splits["val"]
 
 
 # ---------------------------------------------------------------------------- the whole program
 
 
 @pytest.fixture(scope="module")
-def spoiled(tmp_path_factory) -> TinyRun:
-    """The tiny corpus and a checkpoint; clip 1 is missing, of clip 3 only the header is whole."""
+def damaged(tmp_path_factory) -> TinyRun:
+    """The tiny corpus and a checkpoint; clip 1 is missing, clip 3 is cut short."""
     good = make_run(tmp_path_factory.getbasetemp())
-    run = TinyRun(tmp_path_factory.mktemp("spoiled") / "corpus")
+    run = TinyRun(tmp_path_factory.mktemp("damaged") / "corpus")
     shutil.copytree(good.corpus, run.corpus)
     (run.corpus / "videos" / "clip 1.mp4").unlink()
     broken = run.corpus / "videos" / "clip 3.mp4"
-    data = broken.read_bytes()
-    broken.write_bytes(
-        data.replace(b"mdat" + data[data.index(b"mdat") + 4 :][:400], b"mdat" + bytes(400))
-    )
+    broken.write_bytes(broken.read_bytes()[:600])
     lines = (run.corpus / "annos.jsonl").read_text().splitlines()
     kept = [line for line in lines if json.loads(line)["vid_name"] in ("clip 0", "clip 2")]
     (run.corpus / "kept.jsonl").write_text("\n".join(kept))
@@ -224,113 +151,114 @@ def missing(run: TinyRun) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_run_refuses_what_is_missing(spoiled):
-    done = spoiled.main("--do_eval", "1", "--resume", str(spoiled.logs / "ckpt.pth.tar"))
+def test_a_run_refuses_what_is_missing(damaged):
+    done = damaged.main("--do_eval", "1", "--resume", str(damaged.logs / "ckpt.pth.tar"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "1 videos are missing or unreadable:\nvideos/clip 1.mp4: missing\n" in done.stderr
+    assert "2 videos are missing or unreadable:\nvideos/clip 1.mp4: missing\n" in done.stderr
     assert "--allow_missing 1" in done.stderr
-    (record,) = missing(spoiled)
+    record, _ = missing(damaged)
     assert (record["split"], record["vid_name"], record["queries"]) == ("val", "clip 1", 2)
 
 
-def test_a_run_goes_on_without_them_if_told_so(spoiled):
+def test_a_run_skips_them_if_told_so(damaged):
     """The metrics are those of annotations without these videos, and say that something lacks."""
-    flags = ("--do_eval", "1", "--resume", str(spoiled.logs / "ckpt.pth.tar"))
-    done = spoiled.main(*flags, "--allow_missing", "1")
+    flags = ("--do_eval", "1", "--resume", str(damaged.logs / "ckpt.pth.tar"))
+    done = damaged.main(*flags, "--allow_missing", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "on 2 of the 4 videos and 4 of the 8 queries" in done.stdout
-    assert {record["vid_name"] for record in missing(spoiled)} == {"clip 1", "clip 3"}
-    assert "clip 3.mp4: cannot be decoded" in missing(spoiled)[1]["reason"]
-    done = spoiled.main(*flags, "--prvr_val_annos", "kept.jsonl")
+    assert {record["vid_name"] for record in missing(damaged)} == {"clip 1", "clip 3"}
+    assert "clip 3.mp4: cannot be decoded" in missing(damaged)[1]["reason"]
+    done = damaged.main(*flags, "--prvr_val_annos", "kept.jsonl")
     assert done.returncode == 0, done.stdout + done.stderr
-    ours, reference = map(json.loads, (spoiled.logs / "eval.jsonl").read_text().splitlines()[-2:])
+    ours, reference = map(json.loads, (damaged.logs / "eval.jsonl").read_text().splitlines()[-2:])
     assert ours["metrics"] == reference["metrics"]
     assert (ours["val_queries"], ours["val_queries_left_out"]) == (4, 4)
     assert "val_queries" not in reference
 
 
-def test_what_is_kept_of_a_reduced_split_can_be_used(spoiled, tmp_path, capsys):
+def test_what_is_kept_of_a_reduced_split_can_be_used(damaged, tmp_path, capsys):
     """Embeddings, predictions and the report: refused as they stand, accepted and named if told."""
     kept, size = str(tmp_path / "e.h5"), "on 2 of the 4 videos and 4 of the 8 queries"
-    shutil.rmtree(spoiled.logs / "VIS", ignore_errors=True)
+    shutil.rmtree(damaged.logs / "VIS", ignore_errors=True)
     evaluate = ("--do_eval", "1", "--subtask_type", "VCMR", "--save_predictions", "1")
-    done = spoiled.main(
-        *evaluate, "--resume", str(spoiled.logs / "ckpt.pth.tar"), "--allow_missing", "1",
+    done = damaged.main(
+        *evaluate, "--resume", str(damaged.logs / "ckpt.pth.tar"), "--allow_missing", "1",
         "--save_embeddings", kept,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    done = spoiled.main(*evaluate, "--load_embeddings", kept)
+    done = damaged.main(*evaluate, "--load_embeddings", kept)
     assert (
         done.returncode == 1 and "without the 2 videos it lacks: --allow_missing 1" in done.stderr
     )
-    done = spoiled.main(*evaluate, "--load_embeddings", kept, "--allow_missing", "1")
+    done = damaged.main(*evaluate, "--load_embeddings", kept, "--allow_missing", "1")
     assert done.returncode == 0 and size in done.stdout, done.stdout + done.stderr
-    computed, again = map(json.loads, (spoiled.logs / "eval.jsonl").read_text().splitlines()[-2:])
+    computed, again = map(json.loads, (damaged.logs / "eval.jsonl").read_text().splitlines()[-2:])
     assert computed == again
-    assert {record["vid_name"] for record in missing(spoiled)} == {"clip 1", "clip 3"}
+    assert {record["vid_name"] for record in missing(damaged)} == {"clip 1", "clip 3"}
 
-    words = ["--predictions", str(spoiled.logs / "predictions.h5")]
-    words += ["--annotations", str(spoiled.corpus / "annos.jsonl")]
+    words = ["--predictions", str(damaged.logs / "predictions.h5")]
+    words += ["--annotations", str(damaged.corpus / "annos.jsonl")]
     with pytest.raises(SystemExit, match="go without what the predictions lack: --allow_missing"):
-        moment_metrics.main(words)
-    moment_metrics.main([*words, "--allow_missing"])
+        score_predictions.main(words)
+    score_predictions.main([*words, "--allow_missing"])
     printed = capsys.readouterr().out
     row = next(line.split() for line in printed.splitlines() if line.startswith("SVMR "))
     assert row[1:] == [f"{value:.2f}" for value in again["metrics"]["SVMR"].values()]
     assert size in printed
 
-    report.main([str(spoiled.logs), "--annotations", str(spoiled.corpus / "annos.jsonl")])
+    report.main([str(damaged.logs), "--annotations", str(damaged.corpus / "annos.jsonl")])
     assert "Queries" not in capsys.readouterr().err
-    page = (spoiled.logs / "report.html").read_text()
+    page = (damaged.logs / "report.html").read_text()
     assert f"<li>evaluated <b>{size}</b></li>" in page
     assert f'<th scope="row">evaluated ckpt.pth.tar, epoch 2, {size}</th>' in page
     assert f"SVMR), in %, {size}<" in page and f"largest lead, {size}." in page
 
 
-def test_training_goes_on_without_them_if_told_so(spoiled):
-    done = spoiled.main(
+def test_training_skips_them_if_told_so(damaged):
+    done = damaged.main(
         "--do_train", "1", "--prvr_train_annos", "annos.jsonl", "--epochs", "1",
-        "--batch_size", "3", "--allow_missing", "1", "--skip_check", "1",
+        "--batch_size", "2", "--allow_missing", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((spoiled.logs / "log.jsonl").read_text().splitlines()[-1])
+    record = json.loads((damaged.logs / "log.jsonl").read_text().splitlines()[-1])
     assert "trained on 2 of the 4 videos and 4 of the 8 queries" in done.stdout
     assert (record["val_videos"], record["val_videos_left_out"]) == (2, 2)
-    done = spoiled.main("--do_train", "1", "--prvr_train_annos", "kept.jsonl", "--epochs", "1",
+    done = damaged.main("--do_train", "1", "--prvr_train_annos", "kept.jsonl", "--epochs", "1",
                         "--prvr_val_annos", "annos.jsonl", "--skip_check", "1")  # fmt: skip
     assert done.returncode == 1
     assert "clip 1.mp4: missing" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("timed", "message"),
-    [
-        ("clip 1", "6 of 6 queries have no times (ts): VCMR and SVMR cannot be scored"),
-        ("clip 3", "of the queries with times (ts) no video can be read"),
-    ],
-)
-def test_moments_whose_videos_are_all_left_out(spoiled, timed: str, message: str) -> None:
-    """clip 1 is missing, clip 3 does not decode."""
-    lines = map(json.loads, (spoiled.corpus / "annos.jsonl").read_text().splitlines())
+def test_moments_whose_videos_are_all_missing(damaged) -> None:
+    lines = map(json.loads, (damaged.corpus / "annos.jsonl").read_text().splitlines())
     records = [
-        {key: line[key] for key in line if key != "ts" or line["vid_name"] == timed}
+        {key: line[key] for key in line if key != "ts" or line["vid_name"] == "clip 1"}
         for line in lines
     ]
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (spoiled.corpus / "timed.jsonl").write_text(text)
-    done = spoiled.main(
+    (damaged.corpus / "timed.jsonl").write_text(text)
+    done = damaged.main(
         "--do_train", "1", "--prvr_train_annos", "kept.jsonl", "--prvr_val_annos", "timed.jsonl",
         "--subtask_type", "VCMR", "--epochs", "1", "--allow_missing", "1",
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert message in done.stderr
-    assert "PRVR" in done.stderr
+    assert "4 of 4 queries have no times (ts): VCMR and SVMR cannot be scored" in done.stderr
+    assert "--subtask_type PRVR" in done.stderr
 
 
-def test_plotting_a_query_whose_video_does_not_decode(spoiled) -> None:
-    done = spoiled.main(
-        "--do_plot", "1", "--resume", str(spoiled.logs / "ckpt.pth.tar"), "--plot_ids", "clip 3#0",
-        "--allow_missing", "1", "--plot_dir", str(spoiled.logs / "VIS"),
+@pytest.mark.parametrize("task", ["--do_train", "--do_eval"])
+def test_a_clip_that_only_breaks_while_decoding_stops_the_run(damaged, tmp_path, task) -> None:
+    """Named, with the command that finds all of them, even where missing videos are skipped."""
+    shutil.copytree(damaged.corpus / "videos", tmp_path / "videos")
+    broken = tmp_path / "videos" / "clip 2.mp4"
+    data = broken.read_bytes()
+    start = data.index(b"mdat") + 4
+    broken.write_bytes(data[:start] + bytes(400) + data[start + 400 :])
+    done = damaged.main(
+        task, "1", "--prvr_train_annos", "kept.jsonl", "--allow_missing", "1", "--epochs", "1",
+        "--batch_size", "2", "--video_dir", str(tmp_path / "videos"), "--num_thread_reader", "1",
+        *(["--resume", str(damaged.logs / "ckpt.pth.tar")] if task == "--do_eval" else []),
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "--plot_ids" in done.stderr
+    assert f"{broken}: cannot be decoded" in done.stderr
+    assert f"check_videos --decode --video_dir {tmp_path / 'videos'}" in done.stderr

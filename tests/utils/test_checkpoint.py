@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from utils.training.authors import convert_authors_state
 
 from models import build_model
 from tests.golden_model import GoldenModel
 from utils import RunError
 from utils.training import checkpoint
-from utils.training.authors import convert_authors_state
 from utils.training.checkpoint import backbone_fingerprint, load_checkpoint, save_checkpoint
 from utils.training.optim import ADAM_BETAS, build_optimizer
 from utils.training.progress import Checkpoint, EpochSums

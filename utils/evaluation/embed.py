@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+SHOWN = {"unit": "batch", "dynamic_ncols": True, "leave": False}  # of the progress bars
 
 
 @dataclass
@@ -23,31 +25,37 @@ class Embeddings:
 
 
 @torch.inference_mode()
-def embed_corpus(
-    model: nn.Module,
-    videos: Collection[dict],
-    texts: Sequence[dict],
-    device: torch.device,
-) -> Embeddings:
-    """Every video and every text of a split, once each, in float32.
+def embed_videos(
+    model: nn.Module, batches: Iterable[dict], device: torch.device, total: int | None = None
+) -> Tensor:
+    """Event embeddings of videos in the order of their batches: float32 [V, N_e, D].
 
-    The loader's workers decode the first videos while texts are encoded, and the next ones while
-    videos are; on a GPU nothing in here waits for its results.
+    On a GPU nothing in here waits for its results.
 
     Args:
-        videos: batches {frames, indices} as ``evaluation_video_loader`` makes them, in order.
-        texts: batches {token_ids, indices} of ``evaluation_text_batches``, in any order.
+        batches: {frames [B, N_f, 3, H, W]} as ``EvaluationLoader`` gives them.
+        total: their number, where `batches` is an iterator that does not know it.
     """
     model.eval()
-    shown = {"unit": "batch", "dynamic_ncols": True, "leave": False}
-    clips = iter(videos)
-    indices, features = [], []
-    for batch in tqdm(texts, desc="texts", **shown):
-        indices.append(batch["indices"])
-        features.append(model.encode_text(batch["token_ids"].to(device)))
+    return torch.cat([
+        model.encode_video(batch["frames"].to(device, non_blocking=True))
+        for batch in tqdm(batches, desc="videos", total=total, **SHOWN)
+    ])  # fmt: skip
+
+
+@torch.inference_mode()
+def embed_texts(model: nn.Module, batches: Sequence[dict], device: torch.device) -> Tensor:
+    """Embeddings of texts in the order of their indices: float32 [T, D].
+
+    Args:
+        batches: {token_ids [t, W], indices [t]} of ``evaluation_text_batches``, in any order.
+    """
+    model.eval()
+    features = [
+        model.encode_text(batch["token_ids"].to(device))
+        for batch in tqdm(batches, desc="texts", **SHOWN)
+    ]
+    indices = torch.cat([batch["indices"] for batch in batches]).to(device)
     in_order = torch.empty_like(torch.cat(features))
-    in_order[torch.cat(indices).to(device)] = torch.cat(features)
-    events = []
-    for batch in tqdm(clips, desc="videos", total=len(videos), **shown):
-        events.append(model.encode_video(batch["frames"].to(device, non_blocking=True)))
-    return Embeddings(torch.cat(events), in_order)
+    in_order[indices] = torch.cat(features)
+    return in_order

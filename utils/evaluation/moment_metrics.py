@@ -2,10 +2,7 @@
 
 A prediction is right if its video is right and its temporal IoU with the true window reaches the
 threshold, both in float32. Every metric is a recall of the rank of the first right prediction.
-
-    .venv/bin/python -m scripts.score_predictions --predictions … --annotations …
-
-recomputes the metrics of a predictions file, without a model, and exports it to other formats.
+`scripts/score_predictions.py` recomputes the metrics of a predictions file.
 """
 
 from __future__ import annotations
@@ -15,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from utils.evaluation.retrieval_metrics import RECALL_RANKS as VIDEO_RECALL_RANKS
+
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7)
 RECALL_RANKS = (1, 10, 100)
-VIDEO_RECALL_RANKS = (1, 5, 10, 100)
 WINDOW_RULES = ("half", "any")
 NEVER = torch.iinfo(torch.int32).max  # the rank of a right prediction that was not made
 
@@ -105,16 +103,7 @@ def moment_metrics(
 
 def moment_recalls(ranks: Tensor) -> dict[str, float]:
     """{"0.5-r10": %, …} of the ranks [T, thresholds] that `first_hits` gives."""
-    return {
-        f"{threshold}-r{k}": percentage((ranks[:, column] <= k).float())
-        for column, threshold in enumerate(THRESHOLDS)
-        for k in RECALL_RANKS
-    }
-
-
-def video_recalls(ranks: Tensor) -> dict[str, float]:
-    """{"r1": %, …} of the ranks of the right videos, int [T]."""
-    return {f"r{k}": percentage((ranks <= k).float()) for k in VIDEO_RECALL_RANKS}
+    return _recalls([ranks <= k for k in RECALL_RANKS])
 
 
 def random_event_recalls(right: Tensor, num_candidates: int) -> dict[str, float]:
@@ -127,16 +116,31 @@ def random_event_recalls(right: Tensor, num_candidates: int) -> dict[str, float]
     drawn = torch.arange(min(max(RECALL_RANKS), num_candidates), dtype=torch.float64)
     wrong = num_candidates - right.sum(1)[..., None].cpu()  # [T, thresholds, 1]
     missed = ((wrong - drawn).clamp(min=0) / (num_candidates - drawn)).cumprod(-1)
+    return _recalls([1 - missed[..., min(k, len(drawn)) - 1] for k in RECALL_RANKS])
+
+
+def _recalls(found: Sequence[Tensor]) -> dict[str, float]:
+    """Args: found: for each of RECALL_RANKS, whether or how probably: [T, thresholds] in [0, 1]."""
     return {
-        f"{threshold}-r{k}": percentage(1 - missed[:, column, min(k, len(drawn)) - 1])
+        recall_key(k, threshold): percentage(shares[:, column])
         for column, threshold in enumerate(THRESHOLDS)
-        for k in RECALL_RANKS
+        for k, shares in zip(RECALL_RANKS, found, strict=True)
     }
+
+
+def video_recalls(ranks: Tensor) -> dict[str, float]:
+    """{"r1": %, …} of the ranks of the right videos, int [T]."""
+    return {recall_key(k): percentage(ranks <= k) for k in VIDEO_RECALL_RANKS}
+
+
+def recall_key(k: int, threshold: float | None = None) -> str:
+    """What a recall is called in a row: of moments "0.5-r10", of videos "r10"."""
+    return f"r{k}" if threshold is None else f"{threshold}-r{k}"
 
 
 def selection_score(metrics: dict[str, float]) -> float:
     """What chooses the best epoch: the sum of R@{1,10,100} at IoU 0.5 and 0.7."""
-    return sum(metrics[f"{threshold}-r{k}"] for threshold in (0.5, 0.7) for k in RECALL_RANKS)
+    return sum(metrics[recall_key(k, threshold)] for threshold in (0.5, 0.7) for k in RECALL_RANKS)
 
 
 def percentage(share: Tensor) -> float:

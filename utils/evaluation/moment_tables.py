@@ -10,28 +10,17 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dataloaders.annotations import Query
-from utils.evaluation.moment_metrics import (
-    NEVER,
-    RECALL_RANKS,
-    THRESHOLDS,
-    VIDEO_RECALL_RANKS,
-    WINDOW_RULES,
-    first_hits,
-    moment_recalls,
-    pad_windows,
-    random_event_recalls,
-    right_moments,
-    temporal_iou,
-    video_recalls,
-)
+from utils.evaluation import moment_metrics as mm
 from utils.evaluation.predictions import MomentPredictions
+from utils.evaluation.rows import RANDOM_EVENT, SVMR, VCMR, VR, WHOLE_VIDEO, Rows, task_rows
 from utils.evaluation.tables import metrics_table
 
-MOMENT_COLUMNS = {f"{t}-r{k}": f"R{k}@{t}" for t in THRESHOLDS for k in RECALL_RANKS}
-VIDEO_COLUMNS = {f"r{k}": f"R@{k}" for k in VIDEO_RECALL_RANKS}
-Rows = dict[str, dict[str, float]]
+MOMENT_COLUMNS = {mm.recall_key(k, t): f"R{k}@{t}" for t in mm.THRESHOLDS for k in mm.RECALL_RANKS}
+VIDEO_COLUMNS = {mm.recall_key(k): f"R@{k}" for k in mm.VIDEO_RECALL_RANKS}
+ALL_LEVELS = "all"  # the last row of `level_report`
 
 
 def moment_report(
@@ -47,16 +36,16 @@ def moment_report(
     Raises:
         RunError: the predictions are not for these queries.
     """
-    predictions = predictions.of(queries)
+    predictions = predictions.align(queries)
     rows: Rows = {}
-    timed = torch.tensor([query.windows is not None for query in queries])
-    if timed.any():
+    timed = [query.windows is not None for query in queries]
+    if any(timed):
         some = [query for query in queries if query.windows is not None]
-        rows |= _moment_rows(predictions.rows(timed), some, window_rule)
+        rows |= _moment_rows(predictions.select(torch.tensor(timed)), some, window_rule)
     ranks = predictions.target_rank
-    rows["VR"] = video_recalls(ranks)
+    rows[VR] = mm.video_recalls(ranks)
     for name, members in _by_type(queries).items():
-        rows[f"VR/{name}"] = video_recalls(ranks[members.to(ranks.device)])
+        rows[f"{VR}/{name}"] = mm.video_recalls(ranks[members.to(ranks.device)])
     return rows
 
 
@@ -64,36 +53,40 @@ def _moment_rows(
     predictions: MomentPredictions, queries: Sequence[Query], window_rule: str
 ) -> Rows:
     rows: Rows = {}
-    target, device = predictions.target, predictions.target.device
-    windows = pad_windows([query.windows or () for query in queries]).to(device)
-    rules = [window_rule]
-    if windows.shape[1] > 1:
-        rules += [rule for rule in WINDOW_RULES if rule != window_rule]
-    everything = torch.arange(len(predictions.proposals), device=device)
-    events = predictions.seconds(target[:, None], everything)  # [T, N_e, 2]
-    right_events = right_moments(events, windows, window_rule)
-    duration = predictions.durations[target.long()]
-    whole = torch.stack([torch.zeros_like(duration), duration], dim=-1)
-    right_whole = right_moments(whole[:, None], windows, window_rule)[:, 0]  # [T, thresholds]
-    rank = predictions.target_rank
+    target, rank = predictions.target, predictions.target_rank
+    windows = mm.pad_windows([query.windows or () for query in queries]).to(target.device)
+    several = windows.shape[1] > 1
+    other_rules = [rule for rule in mm.WINDOW_RULES if rule != window_rule] if several else []
+    events, whole = _of_right_video(predictions)
+    right_events = mm.right_moments(events, windows, window_rule)
+    right_whole = mm.right_moments(whole[:, None], windows, window_rule)[:, 0]  # [T, thresholds]
     tasks = (
-        ("VCMR", predictions, rank, len(predictions.vid_names)),
-        ("SVMR", predictions.within_target(), torch.ones_like(rank), 1),
+        (VCMR, predictions, rank, len(predictions.vid_names)),
+        (SVMR, predictions.within_target(), torch.ones_like(rank), 1),
     )
     for task, moments, video_rank, num_videos in tasks:
-        moments = moments.first(max(RECALL_RANKS))
+        moments = moments.top(max(mm.RECALL_RANKS))
         seconds = moments.seconds(moments.videos, moments.events)
-        for rule in rules:
-            ranks = first_hits(moments.videos, seconds, target, windows, rule)
-            rows[task if rule == window_rule else f"{task}/{rule}"] = moment_recalls(ranks)
-            if rule == window_rule:
-                for name, members in _by_type(queries).items():
-                    rows[f"{task}/{name}"] = moment_recalls(ranks[members.to(device)])
-        ranks = torch.where(right_whole, video_rank[:, None], NEVER)
-        rows[f"{task}/whole_video"] = moment_recalls(ranks)
+        ranks = mm.first_hits(moments.videos, seconds, target, windows, window_rule)
+        rows[task] = mm.moment_recalls(ranks)
+        for name, members in _by_type(queries).items():
+            rows[f"{task}/{name}"] = mm.moment_recalls(ranks[members.to(ranks.device)])
+        for rule in other_rules:
+            ranks = mm.first_hits(moments.videos, seconds, target, windows, rule)
+            rows[f"{task}/{rule}"] = mm.moment_recalls(ranks)
+        ranks = torch.where(right_whole, video_rank[:, None], mm.NEVER)
+        rows[f"{task}/{WHOLE_VIDEO}"] = mm.moment_recalls(ranks)
         candidates = num_videos * len(predictions.proposals)
-        rows[f"{task}/random_event"] = random_event_recalls(right_events, candidates)
+        rows[f"{task}/{RANDOM_EVENT}"] = mm.random_event_recalls(right_events, candidates)
     return rows
+
+
+def _of_right_video(predictions: MomentPredictions) -> tuple[Tensor, Tensor]:
+    """Seconds of every event [T, N_e, 2] of each query's video, and of the whole of it [T, 2]."""
+    target = predictions.target.long()
+    events = torch.arange(len(predictions.proposals), device=target.device)
+    durations = predictions.durations[target][:, None]
+    return predictions.seconds(target[:, None], events), F.pad(durations, (1, 0))
 
 
 def _by_type(queries: Sequence[Query]) -> dict[str, Tensor]:
@@ -118,49 +111,44 @@ def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Ro
         RunError: the predictions are not for these queries.
     """
     timed = torch.tensor([bool(query.windows) for query in queries])
-    predictions = predictions.of(queries).rows(timed)
+    predictions = predictions.align(queries).select(timed)
     longest = [max(q.windows, key=lambda w: w[1] - w[0]) for q in queries if q.windows]
-    device = predictions.target.device
-    windows = torch.tensor(longest, device=device)  # [T, 2]
-    everything = torch.arange(len(predictions.proposals), device=device)
-    events = predictions.seconds(predictions.target[:, None], everything)
-    iou = 100 * temporal_iou(events, windows[:, None])  # [T, N_e]
+    windows = torch.tensor(longest, device=predictions.target.device)  # [T, 2]
+    events, whole = _of_right_video(predictions)
+    iou = 100 * mm.temporal_iou(events, windows[:, None])  # [T, N_e]
     best = predictions.within_target().events[:, :1]
-    duration = predictions.durations[predictions.target.long()]
-    whole = torch.stack([torch.zeros_like(duration), duration], dim=-1)
 
     share = predictions.proposals[:, 1] - predictions.proposals[:, 0]  # [N_e]
     share = (share * 1e6).round() / 1e6  # a level's events differ by rounding
     levels, level_of_event = share.unique(return_inverse=True)
     level_of_best = level_of_event[best[:, 0]]
-    true_share = ((windows[:, 1] - windows[:, 0]) / duration).clamp(min=1e-6)
+    true_share = ((windows[:, 1] - windows[:, 0]) / whole[:, 1]).clamp(min=1e-6)
     nearest = (levels.log() - true_share.log()[:, None]).abs().argmin(1)
     names = [f"{100 * level:.3g}%" for level in levels.tolist()]
     groups = {name: nearest == level for level, name in enumerate(names)}
+    groups[ALL_LEVELS] = torch.ones_like(nearest, dtype=torch.bool)
     columns = {
         f"won by {name}": 100.0 * (level_of_best == level) for level, name in enumerate(names)
     } | {
         "best event": iou.gather(1, best)[:, 0],
-        "whole video": 100 * temporal_iou(whole, windows),
+        "whole video": 100 * mm.temporal_iou(whole, windows),
         "random event": iou.mean(1),
         "closest event": iou.amax(1),
     }
-    rows: Rows = {}
-    for name, members in (groups | {"all": torch.ones_like(nearest, dtype=torch.bool)}).items():
-        if members.any():
-            means = {head: round(c[members].mean().item(), 2) for head, c in columns.items()}
-            rows[name] = {"queries": int(members.sum())} | means
-    return rows
+    return {
+        name: {"queries": int(members.sum())}
+        | {head: round(column[members].mean().item(), 2) for head, column in columns.items()}
+        for name, members in groups.items()
+        if members.any()
+    }
 
 
 def report_tables(rows: Rows, published: Mapping[str, float] | None = None) -> str:
     """The rows of `moment_report` as one table a task; `published` stands under VCMR's."""
     tables = []
-    for task, columns in (
-        ("VCMR", MOMENT_COLUMNS), ("SVMR", MOMENT_COLUMNS), ("VR", VIDEO_COLUMNS)
-    ):  # fmt: skip
-        own = {name: row for name, row in rows.items() if name.split("/")[0] == task}
-        if own and task == "VCMR" and published:
+    for task, columns in {VCMR: MOMENT_COLUMNS, SVMR: MOMENT_COLUMNS, VR: VIDEO_COLUMNS}.items():
+        own = task_rows(rows, task)
+        if own and task == VCMR and published:
             own["published"] = dict(published)
         if own:
             tables.append(metrics_table(own, columns))
@@ -169,9 +157,9 @@ def report_tables(rows: Rows, published: Mapping[str, float] | None = None) -> s
 
 def level_table(rows: Rows) -> str:
     """The rows of `level_report` as a table."""
-    named = {f"moments of ≈ {name}" if name != "all" else name: row for name, row in rows.items()}
+    named = {n if n == ALL_LEVELS else f"moments of ≈ {n}": row for n, row in rows.items()}
     title = "Best event of the right video: its level, mean IoU in %, by length of the moment"
-    return f"{title}\n{metrics_table(named, list(rows['all']))}"
+    return f"{title}\n{metrics_table(named, list(rows[ALL_LEVELS]))}"
 
 
 def times_missing(queries: Sequence[Query]) -> str | None:

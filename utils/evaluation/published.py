@@ -43,6 +43,10 @@ SPLIT_SIZES = {
 
 DATATYPES = (*PRVR_RESULTS, "custom")
 
+# Of a query with several windows a prediction must reach half, rounded down but at least one, as in
+# the published QVHighlights results, or any.
+WINDOW_RULES = ("half", "any")
+
 
 def split_size_warning(datatype: str, split: str, videos: int, queries: int) -> str | None:
     """A sentence with both counts if annotations are not the standard split, else None.

@@ -12,20 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dataloaders.annotations import Split
+from modules.readout import Readout, best_event
 from modules.similarity import unit, widen
+from utils.evaluation.embed import Embeddings
+from utils.evaluation.predictions import MomentPredictions
+from utils.evaluation.retrieval_metrics import ranks_of
 
 CHUNK = 2**28  # cosines that there is to be memory for: 1 GiB of float32
-
-
 CPU_BLOCK = 2**19  # cosines of one matrix product: 2 MiB, still in a cache when they are reduced
-
-
 GPU_BLOCK = 2**23  # there a kernel is to be long compared with its launch
-
-
-TEXT_BLOCK = 512  # texts of one matrix product in best_event_scores
-
-
+TEXT_BLOCK = 512  # texts of one matrix product in video_scores
 LOW_HALF = 2**32 - 1
 
 
@@ -35,14 +32,18 @@ class TopMoments(NamedTuple):
     scores: Tensor  # float32 [T, K] cosines
     videos: Tensor  # int32 [T, K]
     events: Tensor  # int32 [T, K] index among the video's N_e events
-    video_scores: Tensor  # float32 [T, V] cosine of each video's best event
+    video_scores: Tensor  # float32 [T, V] read-out of the cosines
 
 
 @torch.no_grad()
-def best_event_scores(
-    texts: Tensor, events: Tensor, normalize_events: bool = True, chunk: int = CHUNK
+def video_scores(
+    texts: Tensor,
+    events: Tensor,
+    normalize_events: bool = True,
+    chunk: int = CHUNK,
+    readout: Readout = best_event,
 ) -> Tensor:
-    """Score of every text with every video: the maximum of `event_scores` over the events.
+    """Score of every text with every video: the read-out of `event_scores`.
 
     Needs, beside the result and normalised texts, the memory of `chunk` cosines (and at least that
     of one video with a block of texts).
@@ -54,7 +55,7 @@ def best_event_scores(
     step = max(1, _block(texts, chunk) // (num_events * min(num_texts, TEXT_BLOCK)))
     with torch.autocast(texts.device.type, enabled=False):
         texts = unit(texts)
-        best = texts.new_empty(num_texts, num_videos)
+        result = texts.new_empty(num_texts, num_videos)
         text_blocks = [_operand(x) for x in texts.split(TEXT_BLOCK)]
         for v in range(0, num_videos, step):
             some = events[v : v + step]
@@ -62,8 +63,8 @@ def best_event_scores(
             for row, block in enumerate(text_blocks):
                 scores = _fast_product(block, some).unflatten(1, (-1, num_events))
                 t = row * TEXT_BLOCK
-                best[t : t + TEXT_BLOCK, v : v + step] = scores.amax(-1)
-    return best
+                result[t : t + TEXT_BLOCK, v : v + step] = readout(scores)
+    return result
 
 
 @torch.no_grad()
@@ -85,7 +86,12 @@ def paired_event_scores(
 
 @torch.no_grad()
 def top_moments(
-    texts: Tensor, events: Tensor, per_video: int = 10, limit: int = 1000, chunk: int = CHUNK
+    texts: Tensor,
+    events: Tensor,
+    per_video: int = 10,
+    limit: int = 1000,
+    chunk: int = CHUNK,
+    readout: Readout = best_event,
 ) -> TopMoments:
     """Weakly supervised moment retrieval: the best moments of the corpus for every text.
 
@@ -116,11 +122,12 @@ def top_moments(
         buffer = texts.new_empty(step, num_videos, num_events)
         video_scores = texts.new_empty(len(texts), num_videos)
         keys = torch.empty(len(texts), limit, dtype=torch.int64, device=texts.device)
-        for some, best, top in zip(
+        for some, own, top in zip(
             texts.split(step), video_scores.split(step), keys.split(step), strict=True
         ):
             scores = buffer[: len(some)]
-            _fill(scores, best, some, blocks)
+            _fill(scores, own, some, blocks, readout)
+            best = own if readout is best_event else best_event(scores)
             for i in range(0, len(some), few):
                 part = slice(i, i + few)
                 top[part] = _top_keys(scores[part], best[part], per_video, limit, may_be_nan)
@@ -133,8 +140,79 @@ def top_moments(
     )
 
 
-def _fill(scores: Tensor, video_scores: Tensor, texts: Tensor, blocks: list[Tensor]) -> None:
-    """Write cosines [t, V, N_e] of unit vectors, and their maxima [t, V] while they are warm.
+def rank_videos(
+    embeddings: Embeddings,
+    target: Tensor,
+    normalize_events: bool = True,
+    chunk: int = CHUNK,
+    readout: Readout = best_event,
+) -> Tensor:
+    """The rank of every text's video among all of the split, from 1: int64 [T] on the CPU.
+
+    Args:
+        target: int64 [T], the right video of each text.
+        normalize_events: False is the authors' evaluation of ActivityNet, where longer vectors win.
+        chunk: cosines there is memory for, beside the embeddings and normalised texts.
+    """
+    texts, events = embeddings.texts, embeddings.events
+    # Half of the memory for a block's scores and the masks that they are ranked with.
+    step = max(1, chunk // (4 * len(events)))
+    blocks = zip(texts.split(step), target.to(texts.device).split(step), strict=True)
+    return torch.cat([
+        ranks_of(video_scores(some, events, normalize_events, chunk // 2, readout), own)
+        for some, own in blocks
+    ]).cpu()  # fmt: skip
+
+
+def predict_moments(
+    embeddings: Embeddings,
+    split: Split,
+    proposals: Tensor,
+    *,
+    per_video: int = 10,
+    limit: int = 1000,
+    chunk: int = CHUNK,
+    readout: Readout = best_event,
+) -> MomentPredictions:
+    """Weakly supervised moment retrieval: every event of the corpus is a proposed moment.
+
+    Args:
+        split: what `embeddings` are of.
+        proposals: [N_e, 2] start and end of each event as a share of its video.
+        per_video: moments of one video that count, the best.
+        limit: moments kept of a query, the best.
+        chunk: cosines there is memory for, beside the embeddings, their normalised copy and the
+            result.
+        readout: of a video's score, by which the target is ranked; moments are ranked by event.
+    """
+    device = embeddings.texts.device
+    target = split.target.to(device)
+    step = max(1, chunk // (4 * len(split.videos)))  # as in `rank_videos`
+    ranked, ranks = [], []
+    for texts, own in zip(embeddings.texts.split(step), target.split(step), strict=True):
+        top = top_moments(texts, embeddings.events, per_video, limit, chunk // 2, readout)
+        ranks.append(ranks_of(top.video_scores, own))
+        ranked.append((top.videos, top.events, top.scores))
+    top_videos, top_events, top_scores = map(torch.cat, zip(*ranked, strict=True))
+    return MomentPredictions(
+        desc_ids=[str(query.desc_id) for query in split.queries],
+        vid_names=[video.vid_name for video in split.videos],
+        durations=torch.tensor([video.duration for video in split.videos], device=device),
+        proposals=proposals.to(device),
+        per_video=per_video,
+        videos=top_videos,
+        events=top_events,
+        scores=top_scores,
+        target=target,
+        target_rank=torch.cat(ranks),
+        target_scores=paired_event_scores(embeddings.texts, embeddings.events, target, chunk),
+    )
+
+
+def _fill(
+    scores: Tensor, video_scores: Tensor, texts: Tensor, blocks: list[Tensor], readout: Readout
+) -> None:
+    """Write cosines [t, V, N_e] of unit vectors, and their read-out [t, V] while they are warm.
 
     Args:
         texts: [t, D].
@@ -145,21 +223,19 @@ def _fill(scores: Tensor, video_scores: Tensor, texts: Tensor, blocks: list[Tens
         some = _fast_product(texts, block).unflatten(1, (-1, num_events))  # [t, v, N_e]
         videos = slice(first, first + some.shape[1])
         scores[:, videos] = some
-        video_scores[:, videos] = some.amax(-1)
+        video_scores[:, videos] = readout(some)
         first = videos.stop
 
 
-def _top_keys(
-    scores: Tensor, video_scores: Tensor, per_video: int, limit: int, may_be_nan: bool
-) -> Tensor:
-    """Sort keys [t, limit] of the best moments, best first; scores [t, V, N_e]."""
+def _top_keys(scores: Tensor, best: Tensor, per_video: int, limit: int, may_be_nan: bool) -> Tensor:
+    """Sort keys [t, limit] of the best moments, best first; scores [t, V, N_e], best [t, V]."""
     num_texts, num_videos, num_events = scores.shape
     if may_be_nan:
         scores = scores.masked_fill(scores.isnan(), -torch.inf)
-        video_scores = scores.amax(-1)
+        best = best_event(scores)
     first = torch.arange(0, num_videos * num_events, num_events, device=scores.device)
     # K videos with a better best event hold K better moments: only the first K videos can count.
-    first = _position(_keys(video_scores, first).topk(min(limit, num_videos)).values)  # [t, n]
+    first = _position(_keys(best, first).topk(min(limit, num_videos)).values)  # [t, n]
     text = torch.arange(num_texts, device=scores.device)[:, None]
     event = torch.arange(num_events, device=scores.device)
     keys = _keys(scores[text, first // num_events], first[:, :, None], event)  # [t, n, N_e]

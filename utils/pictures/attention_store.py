@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 
-from utils.evaluation.hdf5 import Hdf5Writer
 from utils.files import commit, temporary_sibling, writing
+
+if TYPE_CHECKING:
+    import h5py
 
 ATTENTION, SCORES, HITS = "attn.hdf5", "event_scores.hdf5", "r1_ids.json"
 MAX_NAME = 150  # bytes; file systems end at 255
+METADATA = 2**20  # bytes, more than HDF5 needs to note a data set
 UNSAFE = re.compile(r'[/\\:*?"<>|%\x00-\x1f\x7f]|^\.|[. ]$')
 
 
@@ -58,16 +62,19 @@ class AttentionStore:
         self._hits: list[tuple[str | int, str]] = []
 
     def __enter__(self) -> AttentionStore:
-        with ExitStack() as files, writing(self.folder):
+        import h5py
+
+        with ExitStack() as stack, writing(self.folder):
             self._parts = {
-                name: files.enter_context(temporary_sibling(self.folder / name))
+                name: stack.enter_context(temporary_sibling(self.folder / name))
                 for name in (ATTENTION, SCORES, HITS)
             }
-            self._attention, self._scores = (
-                Hdf5Writer(self._parts[name], self.folder / name) for name in (ATTENTION, SCORES)
-            )
-            self._files = files.pop_all()
-        self._attention.file.attrs.update(self.attributes)
+            self._files = {
+                name: stack.enter_context(h5py.File(self._parts[name], "w"))
+                for name in (ATTENTION, SCORES)
+            }
+            self._files[ATTENTION].attrs.update(self.attributes)
+            self._stack = stack.pop_all()
         return self
 
     def add(
@@ -88,45 +95,57 @@ class AttentionStore:
         """
         key = query_name(desc_id)
         first = self._first_of_video.setdefault(vid_name, key)
-        if first != key:
-            self._attention.file[key] = self._attention.file[first]
-        else:
-            # Most of it is exactly zero, what an event may not see: a chunk a layer, compressed.
-            self._attention.file.create_dataset(
-                key,
-                data=attention,
-                chunks=(1, *attention.shape[1:]),
-                compression="gzip",
-                compression_opts=1,
-                shuffle=True,
-            )
-        self._scores.file.create_dataset(key, data=scores)
+        with writing(self.folder / ATTENTION):
+            file = self._with_room(ATTENTION, attention.nbytes)
+            if first != key:
+                file[key] = file[first]
+            else:
+                # Most of it is exactly zero, what an event may not see: a chunk a layer, compressed
+                file.create_dataset(
+                    key, data=attention, chunks=(1, *attention.shape[1:]), compression="gzip",
+                    compression_opts=1, shuffle=True,
+                )  # fmt: skip
+        with writing(self.folder / SCORES):
+            self._with_room(SCORES, scores.nbytes).create_dataset(key, data=scores)
         if rank == 1:
             self._hits.append((desc_id, vid_name))
-        self._attention.check()
-        self._scores.check()
+
+    def _with_room(self, name: str, size: int) -> h5py.File:
+        """The file, which so many bytes more can be written to: HDF5 crashes on a full disk."""
+        file = self._files[name]
+        if hasattr(os, "posix_fallocate"):  # absent on macOS
+            with self._parts[name].open("rb+") as part:
+                os.posix_fallocate(part.fileno(), file.id.get_filesize(), size + METADATA)
+        return file
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._files:
-            with self._attention, self._scores:
-                pass  # both are closed, whatever comes of one
+        with self._stack, writing(self.folder):
             if kind is None:
                 self._commit()
 
     def _commit(self) -> None:
-        with writing(self.folder):
-            self._parts[HITS].write_text(json.dumps(self._hits), encoding="utf-8")
-            for name, part in self._parts.items():
-                commit(part, self.folder / name)
+        for name, file in self._files.items():
+            file.flush()
+            size = file.id.get_filesize()
+            file.close()
+            os.truncate(self._parts[name], size)  # room that was not needed
+        self._parts[HITS].write_text(json.dumps(self._hits), encoding="utf-8")
+        for name, part in self._parts.items():
+            commit(part, self.folder / name)
 
 
 def read_attention(folder: Path, desc_id: str | int) -> np.ndarray:
     """[L, N_e, keys] of a query. KeyError: it was not plotted."""
-    with h5py.File(folder / ATTENTION) as file:
-        return file[query_name(desc_id)][()]
+    return _read(folder / ATTENTION, desc_id)
 
 
 def read_scores(folder: Path, desc_id: str | int) -> np.ndarray:
     """[N_e] of a query. KeyError: it was not plotted."""
-    with h5py.File(folder / SCORES) as file:
+    return _read(folder / SCORES, desc_id)
+
+
+def _read(path: Path, desc_id: str | int) -> np.ndarray:
+    import h5py
+
+    with h5py.File(path) as file:
         return file[query_name(desc_id)][()]

@@ -23,6 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch.nn import functional as F
 
+from dataloaders.annotations import Query
 from modules.pyramid import PromptPyramid
 
 # Colours of Okabe and Ito, which all eyes tell apart.
@@ -31,7 +32,6 @@ GREY = "#767676"
 STRIP_HEIGHT = 112  # pixels of a frame in the overview; more would not be seen
 LEVEL_GAP = 0.3  # between the levels of the pyramid, in rows
 DPI = 150
-HOLLOW = {"facecolor": "none", "clip_on": False}
 # Text stays text in vector files, so that it can be searched and edited.
 VECTOR_TEXT = {"svg.fonttype": "none", "pdf.fonttype": 42}
 
@@ -95,25 +95,32 @@ class QueryPicture:
     """All that the pictures of a query show.
 
     Attributes:
-        title: the caption; subtitle: a line about video, rank, layer.
+        query: its text is the title, its windows are marked.
+        subtitle: a line about video, rank, layer.
         frames: uint8 [N_f, 3, S, S] of the right video.
         attention: of `event`, the chosen one.
         scores: [N_e] of the text with every event of the right video.
         score_name: what kind of numbers these are.
-        duration: seconds.
-        windows: true moments in seconds; empty where none is known.
     """
 
-    title: str
+    query: Query
     subtitle: str
     frames: torch.Tensor
     attention: EventAttention
     event: int
     scores: np.ndarray
     score_name: str
-    duration: float
-    windows: Sequence[tuple[float, float]]
     pyramid: PromptPyramid
+
+    @property
+    def windows(self) -> Sequence[tuple[float, float]]:
+        """True moments in seconds; empty where none is known."""
+        return self.query.windows or ()
+
+    @property
+    def seconds_per_frame(self) -> float:
+        """Of the frames that the model sees."""
+        return self.query.duration / self.pyramid.num_frames
 
     @property
     def strongest(self) -> int:
@@ -157,7 +164,8 @@ def save_tree(path: Path, picture: QueryPicture, style: Style) -> None:
     axes = figure.subplots()
     _draw_pyramid(axes, picture, style, frame_width=1)
     axes.set_xlabel("frame")
-    axes.set_xticks(_frame_ticks(picture.pyramid.num_frames))
+    num_frames = picture.pyramid.num_frames
+    axes.set_xticks(range(0, num_frames + 1, max(1, num_frames // 16)))
     figure.colorbar(
         _event_colours(picture, style), ax=axes, label="attention of the chosen event", pad=0.01
     )
@@ -177,19 +185,16 @@ def save_overview(path: Path, picture: QueryPicture, style: Style) -> None:
     heat = torch.from_numpy(heat).permute(0, 3, 1, 2)
     _draw_strip(rows[1], picture, _square_strip(heat), "attention\nto patches")
     _draw_moments(rows[2], picture, style)
-    _draw_pyramid(rows[3], picture, style, picture.duration / picture.pyramid.num_frames)
+    _draw_pyramid(rows[3], picture, style, picture.seconds_per_frame)
     _draw_scores(rows[4], picture, style)
     rows[4].set_xlabel("time (s)")
-    rows[4].set_xlim(0, picture.duration)
+    rows[4].set_xlim(0, picture.query.duration)
     patches = picture.attention.patches
     norm = Normalize(patches.min(), patches.max())
-    figure.colorbar(
-        ScalarMappable(norm, style.heat), ax=rows[:3], label="attention per patch", pad=0.005,
-        aspect=14,
-    )  # fmt: skip
-    figure.colorbar(
-        _event_colours(picture, style), ax=rows[3], label="attention to events", pad=0.005
-    )
+    heat = ScalarMappable(norm, style.heat)
+    events = _event_colours(picture, style)
+    figure.colorbar(heat, ax=rows[:3], label="attention per patch", pad=0.005, aspect=14)
+    figure.colorbar(events, ax=rows[3], label="attention to events", pad=0.005)
     handles = [*_event_marks(style), Patch(facecolor=GREEN, label="true moment")]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     _title(figure, picture)
@@ -197,14 +202,16 @@ def save_overview(path: Path, picture: QueryPicture, style: Style) -> None:
 
 
 def _draw_strip(axes: Axes, picture: QueryPicture, strip: np.ndarray, name: str) -> None:
-    axes.imshow(strip, extent=(0, picture.duration, 0, 1), aspect="auto", interpolation="none")
+    axes.imshow(
+        strip, extent=(0, picture.query.duration, 0, 1), aspect="auto", interpolation="none"
+    )
     axes.set_yticks([])
     axes.set_ylabel(name, rotation=0, ha="right", va="center")
     axes.tick_params(bottom=False)
 
 
 def _draw_moments(axes: Axes, picture: QueryPicture, style: Style) -> None:
-    scale = picture.duration / picture.pyramid.num_frames
+    scale = picture.seconds_per_frame
     start, end = picture.pyramid.spans[picture.event].tolist()
     axes.broken_barh([(start * scale, (end - start) * scale)], (0, 0.9), color=style.chosen)
     for start, end in picture.windows:
@@ -228,12 +235,12 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style, frame_width: 
         axes.add_patch(Rectangle((start, rows[event] + 0.06), end - start, 0.88, **look))
 
     for event, weight in enumerate(picture.attention.events):
-        if visible[event]:
-            draw_box(event, facecolor=colours.to_rgba(weight), edgecolor=GREY, linewidth=0.8)
-        else:
-            draw_box(event, facecolor="none", edgecolor=GREY, linewidth=0.8, linestyle=":")
-    draw_box(picture.event, **_chosen_edge(style))
-    draw_box(picture.strongest, **_strongest_edge(style))
+        seen = {"facecolor": colours.to_rgba(weight)}
+        look = seen if visible[event] else {"facecolor": "none", "linestyle": ":"}
+        draw_box(event, edgecolor=GREY, linewidth=0.8, **look)
+    chosen, strongest = _edges(style)
+    draw_box(picture.event, **chosen)
+    draw_box(picture.strongest, **strongest)
     axes.set_xlim(0, pyramid.num_frames * frame_width)
     axes.set_ylim(-LEVEL_GAP / 2, max(rows) + 1 + LEVEL_GAP / 2)
     lengths = dict(zip(pyramid.level_of_event.tolist(), pyramid.spans.diff()[:, 0], strict=True))
@@ -244,13 +251,14 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style, frame_width: 
     axes.spines[["left", "right", "top"]].set_visible(False)
 
 
-def _chosen_edge(style: Style) -> dict:
-    return {"edgecolor": style.chosen, "linewidth": 3.5, "zorder": 3} | HOLLOW
-
-
-def _strongest_edge(style: Style) -> dict:
-    look = {"edgecolor": style.strongest, "linestyle": style.dashes, "linewidth": 2.2}
-    return look | {"zorder": 4} | HOLLOW
+def _edges(style: Style) -> tuple[dict, dict]:
+    """How the chosen event and the one it attends to most are marked."""
+    hollow = {"facecolor": "none", "clip_on": False}
+    return (
+        hollow | {"edgecolor": style.chosen, "linewidth": 3.5, "zorder": 3},
+        hollow | {"edgecolor": style.strongest, "linestyle": style.dashes, "linewidth": 2.2,
+                  "zorder": 4},
+    )  # fmt: skip
 
 
 def event_rows(
@@ -284,7 +292,7 @@ def event_rows(
 def _draw_scores(axes: Axes, picture: QueryPicture, style: Style) -> None:
     """Every event's score as a bar over its span, coloured by level."""
     pyramid = picture.pyramid
-    scale = picture.duration / pyramid.num_frames
+    scale = picture.seconds_per_frame
     levels = len(pyramid.events_per_level)
     # the bright end of the map is too faint on white
     palette = colormaps["viridis"](np.linspace(0, 0.88, levels))
@@ -315,16 +323,12 @@ def _event_colours(picture: QueryPicture, style: Style) -> ScalarMappable:
 
 
 def _event_marks(style: Style) -> list[Patch]:
+    chosen, strongest = _edges(style)
     return [
-        Patch(**_chosen_edge(style), label="chosen event"),
-        Patch(**_strongest_edge(style), label="event it attends to most"),
+        Patch(**chosen, label="chosen event"),
+        Patch(**strongest, label="event it attends to most"),
         Patch(facecolor="none", edgecolor=GREY, linestyle=":", label="event it cannot see"),
     ]
-
-
-def _frame_ticks(num_frames: int) -> list[int]:
-    step = max(1, num_frames // 16)
-    return list(range(0, num_frames + 1, step))
 
 
 def _square_strip(frames: torch.Tensor) -> np.ndarray:
@@ -344,7 +348,7 @@ def _stretch(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
 
 def _title(figure: Figure, picture: QueryPicture) -> None:
     width = int(figure.get_figwidth() * 8)
-    lines = textwrap.wrap(picture.title, width, max_lines=3, placeholder=" …") or [""]
+    lines = textwrap.wrap(picture.query.desc, width, max_lines=3, placeholder=" …") or [""]
     # A dollar sign is no formula in a caption.
     figure.suptitle("\n".join(lines), fontsize=13, fontweight="bold").set_parse_math(False)
     figure.axes[0].set_title(

@@ -1,4 +1,4 @@
-"""Choosing the queries to draw, looking at their videos once more with attention, drawing them.
+"""Choosing the queries to draw, encoding their videos again with attention, drawing them.
 
 Leaves in the folder: attn.hdf5, event_scores.hdf5, r1_ids.json (`attention_store`) and per
 query attention/<id>/ with meta.json, figures/<frame>.jpg, tree.jpg and the overview.
@@ -7,9 +7,11 @@ query attention/<id>/ with meta.json, figures/<frame>.jpg, tree.jpg and the over
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,16 +22,14 @@ from dataloaders.annotations import Query
 from modules.similarity import event_scores
 from utils import RunError
 from utils.evaluation.embed import Embeddings
+from utils.evaluation.evaluator import CorpusEvaluator
 from utils.files import writing
 from utils.pictures.attention_store import AttentionStore, query_name
-from utils.pictures.draw import (
-    STYLES,
-    EventAttention,
-    QueryPicture,
-    save_figures,
-    save_overview,
-    save_tree,
-)
+
+if TYPE_CHECKING:  # it imports matplotlib, which most runs do without
+    from utils.pictures.draw import QueryPicture
+
+logger = logging.getLogger("propy.plots")
 
 TEXT_BLOCK = 64  # texts compared with the whole corpus at a time
 
@@ -54,7 +54,7 @@ class PlotSettings:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ScoredQuery:
     """A chosen query and its scores.
 
     Attributes:
@@ -89,6 +89,48 @@ def check_request(
             f"--plot_ids: not in the split: {', '.join(sorted(unknown))}; its annotations have "
             f"desc_ids such as {queries[0].desc_id}"
         )
+
+
+def plot_split(
+    evaluator: CorpusEvaluator,
+    embeddings: Embeddings,
+    model: nn.Module,
+    settings: PlotSettings,
+    *,
+    ids: Sequence[str],
+    limit: int,
+    seed: int,
+    source: str,
+) -> None:
+    """Draw the queries with these ids, or `limit` of those with their video at rank 1.
+
+    Args:
+        embeddings: of the split that is evaluated.
+        source: what the model is, kept in attn.hdf5.
+
+    Raises:
+        RunError: there is no query to draw. OutputError: something cannot be written.
+    """
+    split, normalize = evaluator.split, evaluator.normalize_events
+    ranks = evaluator.ranks(embeddings)
+    chosen = choose_queries(ranks, split.queries, ids, limit, seed)
+    videos = [split.videos[i] for i in split.target[chosen].unique().tolist()]
+    plot_queries(
+        model,
+        evaluator.load_videos(videos),
+        [video.vid_name for video in videos],
+        score_queries(embeddings, chosen, split.target, ranks, normalize),
+        split.queries,
+        settings,
+        score_name="cosine" if normalize else "product",
+        source=source,
+    )
+    logger.info(
+        "%d queries drawn, of %s the right video is ranked first: %s",
+        len(chosen),
+        f"{int((ranks == 1).sum()):,} of {len(split.queries):,}",
+        settings.folder / "attention",
+    )
 
 
 def choose_queries(
@@ -127,7 +169,7 @@ def score_queries(
     target: Tensor,
     ranks: Tensor,
     normalize_events: bool = True,
-) -> list[Drawn]:
+) -> list[ScoredQuery]:
     """Scores of the chosen queries with single events.
 
     Args:
@@ -140,7 +182,7 @@ def score_queries(
         for row, of_text in zip(block.tolist(), scores, strict=True):
             own, best = of_text[target[row]], of_text.amax(0)
             rank = int(ranks[row])
-            drawn.append(Drawn(row, rank, own.cpu().numpy(), best.cpu().numpy()))
+            drawn.append(ScoredQuery(row, rank, own.cpu().numpy(), best.cpu().numpy()))
     return drawn
 
 
@@ -149,7 +191,7 @@ def plot_queries(
     model: nn.Module,
     batches: Iterable[dict],
     vid_names: Sequence[str],
-    drawn: Sequence[Drawn],
+    drawn: Sequence[ScoredQuery],
     queries: Sequence[Query],
     settings: PlotSettings,
     score_name: str = "cosine",
@@ -161,7 +203,6 @@ def plot_queries(
         batches: {frames, indices} of the chosen queries' videos.
         vid_names: what the indices mean.
         queries: of the whole split.
-        source: what the model is, kept in attn.hdf5.
 
     Raises:
         OutputError: something cannot be written.
@@ -169,15 +210,17 @@ def plot_queries(
     layers = len(model.clip.visual.transformer.resblocks)
     layer = (settings.layer or layers) - 1
     head = settings.head - 1 if settings.head else None
-    of_video: dict[str, list[Drawn]] = {}
+    heads = "mean" if head is None else str(settings.head)
+    subtitle = f"layer {layer + 1} of {layers}, "
+    subtitle += "mean of all heads" if head is None else f"head {heads}"
+    of_video: dict[str, list[ScoredQuery]] = {}
     for one in drawn:
         of_video.setdefault(queries[one.row].vid_name, []).append(one)
     with writing(settings.folder):
         settings.folder.mkdir(parents=True, exist_ok=True)
-    attributes = {"model": source, "heads": "mean" if head is None else str(settings.head)}
     model.eval()
     with (
-        AttentionStore(settings.folder, attributes) as store,
+        AttentionStore(settings.folder, {"model": source, "heads": heads}) as store,
         tqdm(total=len(drawn), desc="draw", unit="query", dynamic_ncols=True, leave=False) as bar,
     ):
         for batch in batches:
@@ -189,24 +232,24 @@ def plot_queries(
                     query = queries[one.row]
                     store.add(query.desc_id, query.vid_name, of_one, one.best, one.rank)
                     picture = _picture(
-                        model, query, one, batch["frames"][i], of_one[layer], score_name,
-                        subtitle=f"layer {layer + 1} of {layers}, "
-                        + ("mean of all heads" if head is None else f"head {settings.head}"),
-                    )  # fmt: skip
+                        model, query, one, batch["frames"][i], of_one[layer], score_name, subtitle
+                    )
                     with writing(settings.folder / "attention" / query_name(query.desc_id)):
-                        _draw(picture, query, one, layer + 1, settings)
+                        _draw(picture, one.rank, layer + 1, settings)
                     bar.update()
 
 
 def _picture(
     model: nn.Module,
     query: Query,
-    one: Drawn,
+    one: ScoredQuery,
     frames: Tensor,
     attention: np.ndarray,
     score_name: str,
     subtitle: str,
 ) -> QueryPicture:
+    from utils.pictures.draw import EventAttention, QueryPicture
+
     event = int(one.own.argmax())
     row = EventAttention.from_row(attention[event], model.pyramid, model.num_prompts)
     shares = {
@@ -216,54 +259,47 @@ def _picture(
         "prompts": row.prompts,
     }
     parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+    subtitle = (
+        f"query {query.desc_id} · video {query.vid_name}, rank {one.rank} · event {event}, "
+        f"{score_name} {one.own[event]:.3f} · {subtitle} · attention goes to {parts}"
+    )
     return QueryPicture(
-        title=query.desc,
-        subtitle=f"query {query.desc_id} · video {query.vid_name}, rank {one.rank} · event {event},"
-        f" {score_name} {one.own[event]:.3f} · {subtitle} · attention goes to {parts}",
-        frames=frames.cpu(),
-        attention=row,
-        event=event,
-        scores=one.own,
-        score_name=score_name,
-        duration=query.duration,
-        windows=query.windows or (),
-        pyramid=model.pyramid,
+        query, subtitle, frames.cpu(), row, event, one.own, score_name, model.pyramid
     )
 
 
-def _draw(
-    picture: QueryPicture, query: Query, one: Drawn, layer: int, settings: PlotSettings
-) -> None:
-    folder = settings.folder / "attention" / query_name(query.desc_id)
-    style = STYLES[settings.style]
+def _draw(picture: QueryPicture, rank: int, layer: int, settings: PlotSettings) -> None:
+    from utils.pictures import draw
+
+    folder = settings.folder / "attention" / query_name(picture.query.desc_id)
+    style = draw.STYLES[settings.style]
     # Pictures of an earlier plot, perhaps of another layer, would contradict meta.json.
     for old in [*folder.glob("overview.*"), *folder.glob("tree.*"), *folder.glob("figures/*.jpg")]:
         old.unlink()
-    save_figures(folder / "figures", picture, style)
-    save_tree(folder / "tree.jpg", picture, style)
+    draw.save_figures(folder / "figures", picture, style)
+    draw.save_tree(folder / "tree.jpg", picture, style)
     if settings.file_format in ("svg", "pdf"):
-        save_tree(folder / f"tree.{settings.file_format}", picture, style)
-    save_overview(folder / f"overview.{settings.file_format}", picture, style)
-    meta = _meta(picture, query, one) | {"layer": layer, "head": settings.head or "mean"}
+        draw.save_tree(folder / f"tree.{settings.file_format}", picture, style)
+    draw.save_overview(folder / f"overview.{settings.file_format}", picture, style)
+    meta = _meta(picture, rank) | {"layer": layer, "head": settings.head or "mean"}
     text = json.dumps(meta, indent=1, ensure_ascii=False)
     (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _meta(picture: QueryPicture, query: Query, one: Drawn) -> dict:
+def _meta(picture: QueryPicture, rank: int) -> dict:
     """What meta.json says of the query, its video and the event that was drawn."""
-    pyramid, event = picture.pyramid, picture.event
-    per_frame = query.duration / pyramid.num_frames
-    start, end = pyramid.spans[event].tolist()
+    query, event, per_frame = picture.query, picture.event, picture.seconds_per_frame
+    start, end = picture.pyramid.spans[event].tolist()
     windows = [list(window) for window in picture.windows]
     return {
         "desc_id": query.desc_id,
         "text": query.desc,
         "video": query.vid_name,
         "duration": query.duration,
-        "rank": one.rank,
+        "rank": rank,
         "event": event,
-        "level": int(pyramid.level_of_event[event]),
-        "score": float(one.own[event]),
+        "level": int(picture.pyramid.level_of_event[event]),
+        "score": float(picture.scores[event]),
         "proposal_frames": [start, end],
         "proposal_seconds": [start * per_frame, end * per_frame],
         "true_windows_seconds": windows,

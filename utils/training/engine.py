@@ -1,7 +1,4 @@
-"""Training and evaluation: one epoch of steps, a corpus to embeddings, embeddings to metrics.
-
-Both evaluations are readings of the same embeddings: videos and texts are embedded once.
-"""
+"""Training: one step for everything, and one epoch of steps."""
 
 from __future__ import annotations
 
@@ -17,11 +14,29 @@ from tqdm import tqdm
 from modules.losses import video_text_loss
 from utils import RunError
 from utils.misc import autocast, peak_memory_gib, to_device
+from utils.training.distributed import gather_rows
 from utils.training.optim import set_learning_rate
 from utils.training.progress import EpochSums
 
+logger = logging.getLogger("propy.engine")
+
+LOG_EVERY = 50  # steps
 # From 65536 the scaler halves its scale with every step that it skips; no sound training gets here.
 SMALLEST_LOSS_SCALE = 2.0**-20
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a run trains; the fields are main.py's flags of the same names, which explain them."""
+
+    epochs: int = 10
+    lr: float = 8e-4
+    coef_lr: float = 1e-3
+    wd: float = 0.2
+    clip_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    precision: str = "fp32"
+    save_every_steps: int = 0
 
 
 @dataclass
@@ -40,7 +55,7 @@ def train_step(
     scaler: torch.amp.GradScaler,
     *,
     precision: str = "fp32",
-    parts: int = 1,
+    micro_batches: int = 1,
     clip_grad_norm: float = 1.0,
 ) -> StepResult:
     """One optimizer step on one batch of videos with all their captions.
@@ -48,23 +63,15 @@ def train_step(
     Args:
         batch: {frames [B,N_f,3,H,W], token_ids [T,W], text_to_video [T]} on the model's device.
         precision: of the forward; similarity and loss are float32 in any case.
-        parts: compute the batch in so many parts, to save memory. The result is that of the whole
-            batch, negatives included: see ``_backward_in_parts``.
+        micro_batches: encode the batch in so many parts, to save memory; see `batch_gradient`.
         clip_grad_norm: largest norm of the gradient after unscaling.
 
     Raises:
-        RunError: loss or gradient is not finite and no loss scaler is there to skip the step,
-            or it has skipped so many that it never will find a scale. The weights are as before.
+        RunError: loss or gradient is not finite and no loss scaler is there to skip the step, or
+            it has skipped so many that it never will find a scale. The weights are as before.
     """
     optimizer.zero_grad(set_to_none=True)
-    if parts == 1:
-        with autocast(batch["frames"].device, precision):
-            events = model.encode_video(batch["frames"])
-            texts = model.encode_text(batch["token_ids"])
-        loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
-        scaler.scale(loss).backward()
-    else:
-        loss = _backward_in_parts(model, batch, scaler, precision, parts)
+    loss = batch_gradient(model, batch, scaler, precision, micro_batches)
     if not scaler.is_enabled() and not loss.isfinite():
         raise _not_finite("loss", loss, batch)
     scaler.unscale_(optimizer)
@@ -83,6 +90,43 @@ def train_step(
     return StepResult(loss.item(), grad_norm.item(), skipped)
 
 
+def batch_gradient(
+    model: nn.Module, batch: dict, scaler: torch.amp.GradScaler, precision: str, micro_batches: int
+) -> Tensor:
+    """The gradient of the whole batch's loss, scaled, into the parameters; returns the loss.
+
+    Own rows are embedded, those of all processes gathered, the loss is that of all; its gradient of
+    the own rows goes on into the network. With several micro-batches only one of them holds its
+    activations at a time (Gao et al., 2021, "GradCache"): all are embedded without a graph first,
+    and each once more for its gradient. A third more work, the same numbers, where adding up the
+    losses of small batches would be another loss: a text would meet the videos of its part only.
+    """
+    device = batch["frames"].device
+
+    def embed(encode: Callable, inputs: Tensor) -> Tensor:
+        with autocast(device, precision):
+            return encode(inputs)
+
+    sides = [
+        (model.encode_video, batch["frames"].chunk(micro_batches)),
+        (model.encode_text, batch["token_ids"].chunk(micro_batches)),
+    ]
+    with torch.set_grad_enabled(micro_batches == 1):
+        embedded = [[embed(encode, part) for part in parts] for encode, parts in sides]
+    own = [torch.cat(parts).detach().requires_grad_() for parts in embedded]
+    events, texts = (gather_rows(rows) for rows in own)
+    loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
+    scaler.scale(loss).backward()
+    for (encode, parts), embeddings, rows in zip(sides, embedded, own, strict=True):
+        gradients = rows.grad.chunk(micro_batches)
+        for part, embedding, gradient in zip(parts, embeddings, gradients, strict=True):
+            if micro_batches > 1:
+                embedding = embed(encode, part)
+            if embedding.requires_grad:  # texts without prompts on a frozen CLIP do not
+                embedding.backward(gradient)
+    return loss.detach()
+
+
 def _not_finite(what: str, value: Tensor, batch: dict) -> RunError:
     names = ", ".join(batch.get("vid_names", ["unknown"]))
     return RunError(
@@ -91,62 +135,28 @@ def _not_finite(what: str, value: Tensor, batch: dict) -> RunError:
     )
 
 
-def _backward_in_parts(
-    model: nn.Module, batch: dict, scaler: torch.amp.GradScaler, precision: str, parts: int
-) -> Tensor:
-    """Gradients of the whole batch's loss, holding the activations of one part at a time.
-
-    Adding up the losses of small batches would be another loss: a text would meet only the videos
-    of its own part. Instead (Gao et al., 2021, "GradCache") all embeddings are computed without
-    their graphs, the loss gives each its gradient, and every part is encoded once more to pass
-    that on. A third more work, the same numbers.
-    """
-    sides = ((model.encode_video, batch["frames"]), (model.encode_text, batch["token_ids"]))
-    device = batch["frames"].device
-    embeddings = []
-    for encode, inputs in sides:
-        with torch.no_grad(), autocast(device, precision):
-            embeddings.append(torch.cat([encode(part) for part in inputs.chunk(parts)]))
-    events, texts = (x.requires_grad_() for x in embeddings)
-    loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
-    scaler.scale(loss).backward()
-    for (encode, inputs), whole in zip(sides, (events, texts), strict=True):
-        gradients = whole.grad.chunk(parts)
-        for part, gradient in zip(inputs.chunk(parts), gradients, strict=True):
-            with autocast(device, precision):
-                embedding = encode(part)
-            if embedding.requires_grad:  # texts without prompts on a frozen CLIP do not
-                embedding.backward(gradient)
-    return loss.detach()
-
-
 def train_one_epoch(
     model: nn.Module,
     batches: Iterable[dict],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     sums: EpochSums,
+    config: TrainConfig,
     *,
     num_steps: int,
     learning_rate: Callable[[int], float],
     first_step: int,
     device: torch.device,
-    log: logging.Logger,
-    precision: str = "fp32",
-    parts: int = 1,
-    clip_grad_norm: float = 1.0,
-    display_every: int = 50,
     after_step: Callable[[StepResult], None] = lambda _: None,
 ) -> None:
     """The batches of one epoch, from where `sums` says that it stands.
 
     Args:
-        batches: those that are left, as ``dataloaders.datasets.training_loader`` makes them.
+        batches: those that are left, as ``TrainingLoader`` gives them.
         sums: of the epoch so far; every step is added.
         num_steps: of the whole epoch, for the progress bar.
         learning_rate: the rate before a step, by its number counted from 0 over the whole run.
         first_step: number of the epoch's first step.
-        display_every: log a line every so many steps of the epoch.
         after_step: called when a step is complete and added; may end the epoch by an exception.
 
     Raises:
@@ -170,9 +180,9 @@ def train_one_epoch(
                     batch,
                     optimizer,
                     scaler,
-                    precision=precision,
-                    parts=parts,
-                    clip_grad_norm=clip_grad_norm,
+                    precision=config.precision,
+                    micro_batches=config.gradient_accumulation_steps,
+                    clip_grad_norm=config.clip_grad_norm,
                 )
             except RunError as error:
                 raise RunError(f"step {step + 1}: {error}") from None
@@ -186,8 +196,8 @@ def train_one_epoch(
                 "mem": f"{peak_memory_gib(device):.1f}GiB",
             }
             progress.set_postfix(shown)
-            if sums.steps % display_every == 0:
+            if sums.steps % LOG_EVERY == 0:
                 values = "  ".join(f"{k} {v}" for k, v in shown.items())
-                log.info("step %d  %s", step + 1, values)
+                logger.info("step %d  %s", step + 1, values)
             after_step(result)
             started = time.perf_counter()

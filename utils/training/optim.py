@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -13,16 +12,15 @@ ADAM_EPS = 1e-6
 MIN_LEARNING_RATE = 1e-8
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], coef_lr: float, weight_decay: float
-) -> list[dict]:
+def parameter_groups(model: nn.Module, coef_lr: float, weight_decay: float) -> list[dict]:
     """Trainable parameters in up to four groups: CLIP's or new, decayed or not.
 
     Decay spares what has ``bias`` in its name and nothing else: prompts decay, and so do the
     LayerNorm weights and the logit scale of a CLIP that is fine-tuned.
 
     Args:
-        coef_lr: factor on the learning rate of CLIP's own parameters.
+        model: says which of its parameters are CLIP's (``backbone_names``).
+        coef_lr: factor on the learning rate of those.
         weight_decay: of the decayed groups.
 
     Returns:
@@ -30,9 +28,10 @@ def parameter_groups(
     """
     # By kind and not by value: a checkpoint's groups fit, whatever the values are now.
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in named_parameters:
+    backbone = model.backbone_names()
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = (name.startswith("clip."), "bias" not in name)
+            kind = (name in backbone, "bias" not in name)
             groups.setdefault(kind, []).append(parameter)
     return [
         {
@@ -48,7 +47,7 @@ def build_optimizer(
     model: nn.Module, lr: float, coef_lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW over ``parameter_groups``; ``set_learning_rate`` gives each step its rate."""
-    groups = parameter_groups(model.named_parameters(), coef_lr, weight_decay)
+    groups = parameter_groups(model, coef_lr, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=ADAM_BETAS, eps=ADAM_EPS)
 
 

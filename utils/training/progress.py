@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+
+from dataloaders.annotations import Split
+
+# What is known of a run besides its flags, by name.
+TRAIN_ANNOTATIONS = "training annotations"
+VAL_ANNOTATIONS = "validation annotations"
+
+
+def run_facts(
+    train: Split, val: Split, precision: str, num_frames: int, source: str
+) -> dict[str, str]:
+    """What resuming compares besides the flags.
+
+    Args:
+        source: what kind of thing the frames are read from.
+    """
+    return {
+        TRAIN_ANNOTATIONS: train.summary(),
+        VAL_ANNOTATIONS: val.summary(),
+        "precision in use": precision,
+        "frames of a video": str(num_frames),
+        "source of the frames": source,
+    }
 
 
 @dataclass
@@ -28,12 +50,12 @@ class EpochSums:
         self.data_time += data_time
         self.step_time += step_time
 
-    def means(self) -> dict[str, float]:
-        """Means a step, and the numbers of steps."""
+    def means(self) -> dict[str, float | None]:
+        """Means a step, and numbers of steps; None for loss and gradient if all were skipped."""
         taken = self.steps - self.skipped_steps
         return {
-            "loss": self.loss / taken if taken else math.nan,
-            "grad_norm": self.grad_norm / taken if taken else math.nan,
+            "loss": self.loss / taken if taken else None,
+            "grad_norm": self.grad_norm / taken if taken else None,
             "data_time": self.data_time / self.steps,
             "step_time": self.step_time / self.steps,
             "steps": self.steps,
@@ -42,7 +64,7 @@ class EpochSums:
 
 
 @dataclass
-class Checkpoint:
+class Progress:
     """What a checkpoint says of the run besides the weights, which are in the model by then."""
 
     epoch: int = 0  # epochs done
@@ -52,6 +74,6 @@ class Checkpoint:
     args: dict = field(default_factory=dict)
     sums: EpochSums = field(default_factory=EpochSums)  # of the epoch under way
     last_record: dict | None = None  # of log.jsonl, for the last epoch done
-    facts: dict = field(default_factory=dict)  # of the run besides its arguments, in words
+    facts: dict = field(default_factory=dict)  # of the run besides its flags
     has_optimizer: bool = False  # whether training can be resumed from it
     from_authors: bool = False

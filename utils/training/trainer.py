@@ -1,41 +1,51 @@
-"""All epochs of a run, each with its evaluation, so that it can end anywhere and go on.
+"""All epochs of a run, each with its evaluation, so that it can end anywhere and be resumed.
 
 A checkpoint is written after an epoch's training, after its evaluation, within the epoch if asked
-for, and when a signal ends the run. What log.jsonl says of an epoch is in the checkpoint too: it is
-the checkpoint that decides what was done, and what a killed run left undone is made up for.
+for, and when a signal ends the run. What log.jsonl says of an epoch is in the checkpoint too: the
+checkpoint decides what was done, and what a killed run had not finished is finished.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dataloaders import DataError
-from dataloaders.loader import TrainingLoader
+from dataloaders.datasets import TrainingLoader
+from models import ProPy
+from modules import ModelError
 from utils import OutputError, RunError
-from utils.evaluation.evaluator import Evaluation
+from utils.arguments import AUTO
+from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig
+from utils.evaluation.rows import VCMR, Rows
 from utils.logger import EpochLog
 from utils.misc import memory_advice, peak_memory_gib
-from utils.training.checkpoint import BEST, LATEST, copy_checkpoint, epochs_of, save_checkpoint
-from utils.training.engine import StepResult, train_one_epoch
-from utils.training.progress import Checkpoint, EpochSums
+from utils.training.checkpoint import (
+    BEST,
+    LATEST,
+    copy_checkpoint,
+    epochs_of,
+    load_checkpoint,
+    save_checkpoint,
+)
+from utils.training.engine import LOG_EVERY, StepResult, TrainConfig, train_one_epoch
+from utils.training.optim import build_optimizer, learning_rate
+from utils.training.progress import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, EpochSums, Progress
 from utils.training.signals import DeferredSignals, Stopped
 
-# Settings with which another run would come out. The model's own are compared with its weights.
-CHANGE_A_RUN = (
-    "epochs", "batch_size", "lr", "coef_lr", "wd", "warmup_proportion", "clip_grad_norm",
-    "gradient_accumulation_steps", "max_words", "seed",
-    "event_scores", "npev", "max_event_per_text", "window_rule",
-)  # fmt: skip
-# Of them, and of what else is known of a run, those that the order of an epoch's videos depends on.
-CHANGE_AN_EPOCH = ("batch_size", "seed", "training annotations")
-
-EXPECTED_ERRORS = (RunError, RunError, OutputError, RunError, DataError)
+logger = logging.getLogger("propy.trainer")
+# Settings that leave a run's results as they are.
+HARMLESS = {"precision", "save_every_steps", "datatype", "subtask_type"}
+CHANGE_A_RUN = {field.name for cls in (TrainConfig, EvalConfig) for field in fields(cls)}
+CHANGE_A_RUN = (CHANGE_A_RUN | {"batch_size", "max_words", "seed"}) - HARMLESS
+# The order of an epoch's videos depends on these.
+CHANGE_AN_EPOCH = {"batch_size", "seed", TRAIN_ANNOTATIONS}
 
 LESS_MEMORY = (
     "use --checkpoint_activations 1 or raise --gradient_accumulation_steps (same result), or lower "
@@ -44,14 +54,28 @@ LESS_MEMORY = (
 LESS_MEMORY_EVALUATING = "lower --batch_size_val (same result)"
 
 
-def adapt(progress: Checkpoint, settings: dict) -> list[str]:
+def checkpoint_to_resume(resume: Path | str | None, folder: Path) -> Path | None:
+    """What ``--resume`` stands for; None starts a new run."""
+    latest = folder / LATEST
+    if resume == AUTO:
+        resume = latest if latest.is_file() else None
+        found = f"resuming {latest}" if resume else f"no {latest} yet, a new run"
+        logger.info("--resume auto: %s", found)
+    elif resume is None and latest.is_file():
+        logger.warning("%s, of an earlier run, will be overwritten; see --resume", latest)
+    return resume
+
+
+def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list[str]:
     """Fit a checkpoint's progress to settings that it was not made with.
 
-    An epoch under way is started again if its videos come in another order now. The learning rate
-    follows the new settings from here on, at the same epoch and step.
+    An epoch under way is started again if its videos come in another order now; a best score of
+    another measure is forgotten. The learning rate follows the new settings from here on, at the
+    same epoch and step.
 
     Args:
-        settings: of CHANGE_A_RUN, and other facts of the run, by name.
+        settings: of CHANGE_A_RUN, and facts of the run, by name.
+        task: PRVR or VCMR.
 
     Returns:
         Warnings that name every difference.
@@ -61,81 +85,108 @@ def adapt(progress: Checkpoint, settings: dict) -> list[str]:
     if not changed:
         return []
     named = ", ".join(f"{name} {settings[name]} (was {before[name]})" for name in changed)
-    warnings = [f"going on with other settings, so from here on it is another run: {named}"]
-    if progress.sums.steps and set(changed) & set(CHANGE_AN_EPOCH):
+    warnings = [f"resuming with other settings, so from here on it is another run: {named}"]
+    if progress.sums.steps and set(changed) & CHANGE_AN_EPOCH:
         progress.sums = EpochSums()
         warnings.append(f"epoch {progress.epoch + 1} starts again, with its videos in a new order")
+    measures = (_measure({**settings, **before}, task), _measure({**before, **settings}, task))
+    if progress.best_epoch is not None and measures[0] != measures[1]:
+        progress.best_score = progress.best_epoch = None
+        warnings.append("earlier scores do not compare: the best epoch is one from here on")
     return warnings
+
+
+def _measure(settings: Mapping, task: str) -> tuple:
+    """The settings that the score which chooses the best epoch depends on."""
+    if task == VCMR:
+        return settings.get("npev"), settings.get("window_rule"), settings.get(VAL_ANNOTATIONS)
+    return settings.get("event_scores") == "dot", settings.get(VAL_ANNOTATIONS)
 
 
 class Trainer:
     """Trains a model from where `progress` stands to the end.
 
     Args:
-        progress: as `load_checkpoint` gave it, or a new one; kept up to date.
         folder: for checkpoints and logs.
-        resumed_from: the checkpoint that `progress` is of; None for a new run.
-        learning_rate: the rate before a step, counted from 0 in steps of this run's epochs.
-        precision, parts, clip_grad_norm: see `train_step`.
-        display_every, save_every: log, or save, every so many steps of an epoch; 0 never saves.
-        datatype: the data set whose published results are shown.
-        on_step: called after every step.
+        config: how to train.
+        flags, facts: of the run, see `Progress`.
+        resume: the checkpoint of a run to continue.
+
+    Raises:
+        ModelError: see `load_checkpoint`.
+        RunError: training cannot be resumed from the file, or it was another task's.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ProPy,
         loader: TrainingLoader,
-        evaluation: Evaluation,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        progress: Checkpoint,
+        evaluator: CorpusEvaluator,
         folder: Path,
+        config: TrainConfig,
         *,
-        resumed_from: Path | None,
-        epochs: int,
-        learning_rate: Callable[[int], float],
         device: torch.device,
-        log: logging.Logger,
-        precision: str,
-        parts: int,
-        clip_grad_norm: float,
-        display_every: int,
-        save_every: int,
-        datatype: str,
-        on_step: Callable[[], None] = lambda: None,
+        flags: dict,
+        facts: dict,
+        resume: Path | None = None,
     ) -> None:
-        self.model, self.loader, self.evaluation = model, loader, evaluation
-        self.optimizer, self.scaler, self.progress = optimizer, scaler, progress
+        self.model, self.loader, self.evaluator = model, loader, evaluator
         self.latest, self.best = folder / LATEST, folder / BEST
-        self.resumed_from = resumed_from
-        self.epochs, self.learning_rate = epochs, learning_rate
-        self.device, self.log = device, log
-        self.precision, self.parts, self.clip_grad_norm = precision, parts, clip_grad_norm
-        self.display_every, self.save_every = display_every, save_every
-        self.datatype, self.on_step = datatype, on_step
-        self.epoch_log = EpochLog(folder, progress.global_step if resumed_from else None)
+        self.config, self.device, self.resumed_from = config, device, resume
+        self.optimizer = build_optimizer(model, config.lr, config.coef_lr, config.wd)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp")
+        self.progress = self._resume(resume, flags, facts) if resume else Progress()
+        self.progress.args, self.progress.facts = flags, facts
+        self.learning_rate = partial(
+            learning_rate,
+            total_steps=len(loader) * config.epochs,
+            peak=config.lr,
+        )
+        self.epoch_log = EpochLog(folder, self.progress.global_step if resume else None)
         self.signals = DeferredSignals()
-        self._last_good = resumed_from
+        self._last_good = resume
+
+    def _resume(self, path: Path, flags: dict, facts: dict) -> Progress:
+        """Where the run stopped, with everything put back to that point."""
+        progress = load_checkpoint(path, self.model, self.optimizer, self.scaler)
+        if not progress.has_optimizer:
+            raise RunError(
+                f"{path}: training cannot be resumed from it, it holds no optimizer state of this "
+                "program. To start a new training from its weights: --load_from_pretrained"
+            )
+        task = progress.args.get("subtask_type", flags["subtask_type"])
+        if task != flags["subtask_type"]:
+            raise RunError(
+                f"{path}: its best epoch was chosen by {task}, which does not compare with "
+                f"{flags['subtask_type']}: resume with --subtask_type {task}"
+            )
+        done = f"epoch {progress.epoch}, step {progress.sums.steps}"
+        logger.info("resuming %s after %s", path, done)
+        settings = {name: value for name, value in flags.items() if name in CHANGE_A_RUN}
+        for warning in reconcile(progress, settings | facts, task):
+            logger.warning("%s", warning)
+        return progress
 
     def run(self) -> Path:
         """All epochs that are left; returns the best checkpoint's path.
 
         Raises:
-            RunError, RunError, OutputError, RunError, DataError: the message
-                ends with the last good checkpoint.
+            DataError, ModelError, OutputError, RunError: the message ends with the last good
+                checkpoint.
             Stopped: a signal came, and everything is saved.
         """
+        progress, epochs = self.progress, self.config.epochs
         with contextlib.closing(self.epoch_log), self.signals, self._last_good_in_errors():
-            self._make_up_for_what_was_undone()
-            while self.progress.epoch < self.epochs:
+            self._finish_interrupted_epoch()
+            while progress.epoch < epochs:
                 self.signals.check()
-                if self.progress.sums.steps < len(self.loader):
+                if progress.sums.steps < len(self.loader):
                     self._train()
                 self._evaluate()
             self.signals.check()
-        progress = self.progress
-        self.log.info(
+        if progress.best_epoch is None:
+            return self.latest
+        logger.info(
             "best epoch %s, score %.2f: %s", progress.best_epoch, progress.best_score, self.best
         )
         return self.best
@@ -150,29 +201,25 @@ class Trainer:
                 self.optimizer,
                 self.scaler,
                 progress.sums,
+                self.config,
                 num_steps=len(self.loader),
                 learning_rate=self.learning_rate,
                 first_step=progress.epoch * len(self.loader),
                 device=self.device,
-                log=self.log,
-                precision=self.precision,
-                parts=self.parts,
-                clip_grad_norm=self.clip_grad_norm,
-                display_every=self.display_every,
                 after_step=self._after_step,
             )
         self._save()
 
     def _after_step(self, result: StepResult) -> None:
-        self.on_step()
         progress = self.progress
         progress.global_step += 1
         steps = progress.sums.steps
-        if steps % self.display_every == 0:
+        if steps % LOG_EVERY == 0:
             numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
             self.epoch_log.write_step(progress.global_step, numbers)
         self.signals.check()
-        if self.save_every and steps % self.save_every == 0 and steps < len(self.loader):
+        every = self.config.save_every_steps
+        if every and steps % every == 0 and steps < len(self.loader):
             self._save_within_epoch()
 
     @contextlib.contextmanager
@@ -187,13 +234,13 @@ class Trainer:
     def _save_within_epoch(self) -> None:
         self._save()
         epoch, steps = self.progress.epoch + 1, self.progress.sums.steps
-        self.log.info("epoch %d, step %d of %d: saved", epoch, steps, len(self.loader))
+        logger.info("epoch %d, step %d of %d: saved", epoch, steps, len(self.loader))
 
     def _evaluate(self) -> None:
         progress = self.progress
         with self.signals.immediate(), memory_advice(LESS_MEMORY_EVALUATING):
-            rows = self.evaluation.run(self.evaluation.embed(self.model, self.device))
-        score = self.evaluation.score(rows)
+            rows = self.evaluator.run(self.evaluator.embed(self.model, self.device))
+        score = self.evaluator.score(rows)
         if progress.best_score is None or score >= progress.best_score:  # a tie: the later epoch
             progress.best_score, progress.best_epoch = score, progress.epoch + 1
         trained = progress.sums.means()
@@ -203,38 +250,40 @@ class Trainer:
         if progress.best_epoch == progress.epoch:
             copy_checkpoint(self.latest, self.best)
         self.epoch_log.write(progress.last_record)
-        self.log.info(
-            "epoch %d/%d  loss %.4f  %.2f s a step, of which %.2f s waiting for data",
+        logger.info(
+            "epoch %d/%d  loss %s  %.2f s a step, of which %.2f s waiting for data",
             progress.epoch,
-            self.epochs,
-            trained["loss"],
+            self.config.epochs,
+            "–" if trained["loss"] is None else f"{trained['loss']:.4f}",
             trained["data_time"] + trained["step_time"],
             trained["data_time"],
         )
-        for table in self.evaluation.tables(rows, self.datatype):
-            self.log.info("\n%s", table)
+        for table in self.evaluator.tables(rows):
+            logger.info("\n%s", table)
 
-    def _record(self, trained: dict[str, float], rows: dict[str, dict[str, float]]) -> dict:
-        """The line of log.jsonl: numbers of the first row of metrics under their plain names."""
-        progress = self.progress
+    def _record(self, trained: dict[str, float | None], rows: Rows) -> dict:
+        """The line of log.jsonl: numbers of the first row of metrics under their plain names, and
+        in "row" what the first row is."""
+        progress, first = self.progress, next(iter(rows))
         metrics = {
-            key if row == next(iter(rows)) else f"{row}/{key}": value
+            key if row == first else f"{row}/{key}": value
             for row, numbers in rows.items()
             for key, value in numbers.items()
         }
         counts = {"epoch": progress.epoch + 1, "global_step": progress.global_step}
-        counts |= self.evaluation.numbers()
+        counts |= self.evaluator.counts()
         last_step = progress.epoch * len(self.loader) + progress.sums.steps - 1
         state = {"lr": self.learning_rate(last_step), "memory_gib": peak_memory_gib(self.device)}
-        return counts | trained | state | metrics | {"best_epoch": progress.best_epoch}
+        chosen = {"row": first, "best_epoch": progress.best_epoch}
+        return counts | trained | state | metrics | chosen
 
     def _save(self) -> None:
         self.epoch_log.flush()  # steps before a checkpoint are not computed again
         save_checkpoint(self.latest, self.model, self.optimizer, self.scaler, self.progress)
         self._last_good = self.latest
 
-    def _make_up_for_what_was_undone(self) -> None:
-        """What follows a checkpoint's saving and may not have come to pass any more."""
+    def _finish_interrupted_epoch(self) -> None:
+        """Do what follows the saving of a checkpoint, which a killed run may not have reached."""
         progress, source = self.progress, self.resumed_from
         if source is None:
             return
@@ -244,14 +293,14 @@ class Trainer:
             beside = source.with_name(BEST)
             if epochs_of(beside) == progress.best_epoch:
                 copy_checkpoint(beside, self.best)
-            elif progress.epoch >= self.epochs:
+            elif progress.epoch >= self.config.epochs:
                 raise RunError(
-                    f"all {self.epochs} epochs are trained, but the best checkpoint, of epoch "
-                    f"{progress.best_epoch}, is neither {self.best} nor {beside}: train on with "
-                    f"more --epochs, or evaluate the last epoch: --do_train 0 --resume {source}"
+                    f"all {self.config.epochs} epochs are trained, but the best checkpoint, of "
+                    f"epoch {progress.best_epoch}, is neither {self.best} nor {beside}: train "
+                    f"more --epochs, or evaluate the last: --do_train 0 --resume {source}"
                 )
             else:
-                self.log.warning(
+                logger.warning(
                     "the best checkpoint so far, of epoch %d, is neither %s nor %s: the best is "
                     "chosen among the epochs from here on",
                     progress.best_epoch,
@@ -266,7 +315,7 @@ class Trainer:
     def _last_good_in_errors(self) -> Iterator[None]:
         try:
             yield
-        except EXPECTED_ERRORS as error:
+        except (DataError, ModelError, OutputError, RunError) as error:
             if self._last_good is None:
                 rest = "No checkpoint was written yet"
             else:

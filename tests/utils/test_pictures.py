@@ -40,7 +40,13 @@ from utils.pictures.draw import (
     save_overview,
     save_tree,
 )
-from utils.pictures.plots import Drawn, PlotSettings, check_request, choose_queries, plot_queries
+from utils.pictures.plots import (
+    PlotSettings,
+    ScoredQuery,
+    check_request,
+    choose_queries,
+    plot_queries,
+)
 from utils.training.checkpoint import load_checkpoint
 
 SPLITS = ["tvr", "activitynet", "charades", "qvhighlights_val", "qvhighlights_test"]
@@ -77,7 +83,7 @@ def test_stored_attention_is_the_authors(tmp_path) -> None:
     names = [f"v{i}" for i in range(len(frames))]
     queries = [query(f"{vid_name}#0", vid_name) for vid_name in names]
     scores = np.linspace(0, 1, model.pyramid.num_events, dtype=np.float32)
-    drawn = [Drawn(row, 1, scores, scores) for row in range(len(names))]
+    drawn = [ScoredQuery(row, 1, scores, scores) for row in range(len(names))]
     batches = [{"frames": frames, "indices": torch.arange(len(frames))}]
     plot_queries(model, batches, names, drawn, queries, PlotSettings(tmp_path))
     stored = np.stack([read_attention(tmp_path, q.desc_id) for q in queries], axis=1)
@@ -167,14 +173,13 @@ def test_boxes_of_the_pyramid_do_not_overlap(config: dict) -> None:
     assert centres == sorted(centres) and len(centres) == max(levels)
 
 
-def picture(title: str, windows=((1.0, 3.0),)) -> QueryPicture:
+def picture(title: str, windows: tuple | None = ((1.0, 3.0),)) -> QueryPicture:
     pyramid = PromptPyramid.from_config(PYRAMIDS[0])
     rng = np.random.default_rng(0)
     attention = EventAttention(rng.random(42), 0.1, rng.random(32), rng.random((32, 7, 7)))
     frames = torch.from_numpy(rng.integers(0, 256, (32, 3, 16, 16), dtype=np.uint8))
-    return QueryPicture(
-        title, "video v", frames, attention, 3, rng.random(42), "cosine", 64.0, windows, pyramid
-    )  # fmt: skip
+    asked = Query("q", title, "v", 64.0, windows)
+    return QueryPicture(asked, "video v", frames, attention, 3, rng.random(42), "cosine", pyramid)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -189,7 +194,7 @@ def test_overview_says_what_is_what(style: str, tmp_path) -> None:
         "text and event", "event it attends to most", "event it cannot see", "60",
     ):  # fmt: skip
         assert label in texts, label
-    save_overview(tmp_path / "o.svg", picture(title, windows=()), STYLES[style])
+    save_overview(tmp_path / "o.svg", picture(title, windows=None), STYLES[style])
     assert "true moment: unknown" in (tmp_path / "o.svg").read_text()
 
 

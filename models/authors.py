@@ -5,19 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import numpy as np
 from torch import Tensor
-
-# The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
-# is a numpy float, pickled under the module name of numpy 1 or of numpy 2.
-NUMPY_SCALAR = [
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    np._core.multiarray.scalar,
-    np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-]
-
 
 _AUTHORS_ADAPTER = re.compile(r"clip\.visual\.transformer\.resblocks\.(\d+)\.temp_adapter\.(.+)")
 

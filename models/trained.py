@@ -1,0 +1,298 @@
+"""A trained ProPy in a file: reading it, checking it against a model, opening it without a run.
+
+Ours hold what is trained, under this program's names, the configuration and CLIP's fingerprint. The
+authors' hold all of CLIP too, under their names, and no ``format``. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.authors import convert_authors_state
+from models.clip_weights import build_clip, weights_path
+from models.propy import NOT_COMPARED, ProPy, ProPyConfig
+from modules import ModelError
+from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
+from modules.torch_files import is_plain, load_tensors
+
+logger = logging.getLogger("propy.trained")
+
+FORMAT = "propy-3"
+WITHOUT_CONFIG = "propy-2"  # written before checkpoints held their configuration
+WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "CLIP_weights"
+NOT_FINITE = "has values that are not finite"
+
+# The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
+# is a numpy float, pickled under the module name of numpy 1 or of numpy 2.
+NUMPY_SCALAR = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np._core.multiarray.scalar,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+]
+
+
+def load_propy(
+    checkpoint: Path | str,
+    clip_weights: Path | str | Mapping[str, Tensor] | None = None,
+    trust_archive: bool = False,
+) -> ProPy:
+    """The model of a checkpoint, in evaluation mode; needs none of its run's flags.
+
+    Args:
+        checkpoint: of this program or of the authors'. Files without a configuration get what can
+            be read off their tensors, the published setting else, and a warning.
+        clip_weights: file or content; by default what the checkpoint names, or the published
+            ViT-B/32 in ``CLIP_weights``.
+        trust_archive: see ``models.clip_weights.read_weights``.
+
+    Raises:
+        ModelError: a file is missing, unreadable or damaged, or they do not fit each other.
+    """
+    content = read_checkpoint(checkpoint)
+    with naming(checkpoint):
+        config = _config_of(content)
+    if clip_weights is None:
+        clip_weights = weights_path(config.clip_name, WEIGHTS_FOLDER)
+    model = ProPy(build_clip(clip_weights, trust_archive), config)
+    load_weights(content, model, checkpoint)
+    return model.eval()
+
+
+def read_checkpoint(path: Path | str) -> dict:
+    """The content of a checkpoint; ``state_dict`` under this program's names and of plain tensors.
+
+    Raises:
+        ModelError: no such file, not a checkpoint, a damaged one, or one of a newer version.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ModelError(f"{path}: a folder, no checkpoint: name the file in it")
+    if not path.is_file():
+        raise ModelError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALAR):
+            content = load_tensors(path)
+    except ModelError as error:
+        raise ModelError(f"{path}: not a readable checkpoint: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
+        raise ModelError(f"{path}: not a checkpoint: it has no 'state_dict'")
+    if not is_from_authors(content) and content["format"] not in (FORMAT, WITHOUT_CONFIG):
+        raise ModelError(
+            f"{path}: its format is {str(content['format'])[:40]!r}, this program knows {FORMAT}: "
+            "it was written by a newer version; update this checkout"
+        )
+    state = {}
+    for name, tensor in content["state_dict"].items():
+        if not isinstance(name, str) or not torch.is_tensor(tensor) or not is_plain(tensor):
+            raise ModelError(f"{path}: {str(name)[:60]!r} is not a plain tensor of floats")
+        state[name.removeprefix("module.")] = tensor
+    content["state_dict"] = convert_authors_state(state) if is_from_authors(content) else state
+    return content
+
+
+def is_from_authors(content: Mapping) -> bool:
+    """Only the authors' checkpoints have no ``format``."""
+    return "format" not in content
+
+
+def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
+    """A checkpoint's tensors into a model that they fit.
+
+    Args:
+        content: as `read_checkpoint` gives it.
+        path: for messages.
+
+    Raises:
+        ModelError: a missing, unexpected, misshapen or non-finite tensor, another CLIP, another
+            pyramid or another configuration than it was trained with. The model is as before.
+    """
+    state = content["state_dict"]
+    with naming(path):
+        weights = _check_tensors(state, model)
+        if not is_from_authors(content):
+            _check_config(content, model)
+            if not model.backbone_names() & set(state):
+                _check_backbone(content["backbone"], model)
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(state[name])
+    if model.backbone_names() & set(state):
+        model.clip.fingerprint = None  # of weights that are no longer there
+    if not is_from_authors(content) and content["global_step"]:
+        model.clamp_logit_scale()  # as after every step; a frozen one is in no checkpoint of ours
+    if "config" in content and model.config.clip_seconds is None:
+        model.config = replace(model.config, clip_seconds=content["config"].get("clip_seconds"))
+    for warning in _differences(content, model):
+        logger.warning("%s was trained with %s: scores differ from its training's", path, warning)
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """What is wrong with a file's content within, as a ModelError that names the file."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise ModelError(f"{path}: not a checkpoint of this program: {reason}") from e
+
+
+def saved_weights(model: ProPy) -> dict:
+    """What a checkpoint of this program holds of a model.
+
+    Raises:
+        ModelError: a weight is not finite.
+    """
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ModelError(f"{name} {NOT_FINITE}")
+    trains_clip = bool(model.backbone_names() & set(state))
+    return {
+        "format": FORMAT,
+        "config": asdict(model.config),
+        "state_dict": state,
+        "backbone": "" if trains_clip else backbone_fingerprint(model.clip),
+    }
+
+
+def backbone_fingerprint(clip: nn.Module) -> str:
+    """sha256 over CLIP's tensors, by which one backbone is told from another.
+
+    The logit scale is left out: training clamps a frozen one too, and it changes no ranking.
+    Computed once for the weights that were read; a CLIP that is trained has none.
+    """
+    if clip.fingerprint is None:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(clip.state_dict().items()):
+            if name != "logit_scale":
+                digest.update(name.encode())
+                digest.update(tensor.cpu().float().contiguous().numpy())
+        clip.fingerprint = f"all:{digest.hexdigest()}"
+    return clip.fingerprint
+
+
+def _config_of(content: Mapping) -> ProPyConfig:
+    """The configuration in a file, or what its tensors and its run's flags say of it."""
+    if "config" in content:
+        known = {field.name for field in fields(ProPyConfig)}
+        unknown = set(content["config"]) - known
+        if unknown:
+            raise ModelError(f"unknown settings {', '.join(sorted(unknown))}: a newer version's")
+        return ProPyConfig(**content["config"])
+    state, args = content["state_dict"], content.get("args", {})
+    try:
+        sizes = {
+            "num_prompts": state["prompts.visual_prompts"].shape[1],
+            "num_adapter_layers": len({n.split(".")[1] for n in state if n[:9] == "adapters."}),
+        }
+        if sizes["num_adapter_layers"]:
+            channels, _, kernel = state["adapters.0.conv.weight"].shape
+            sizes |= {"adapter_channels": channels, "adapter_kernel": kernel}
+        num_events = len(state["prompts.event_prompts"])
+    except (KeyError, ValueError, IndexError) as error:
+        raise ModelError(f"not the weights of a ProPy: {error}") from None
+    pyramid = PromptPyramid.from_config(args.get("pyr_config_path", PUBLISHED_PYRAMID))
+    if pyramid.num_events != num_events:
+        raise ModelError(
+            f"it has {num_events} events and names no pyramid of so many: load it with "
+            "build_model(…, pyramid) and load_checkpoint"
+        )
+    config = ProPyConfig(
+        pyramid=pyramid.config,
+        max_words=args.get("max_words", ProPyConfig.max_words),
+        clip_name=args.get("pretrained_clip_name", ProPyConfig.clip_name),
+        **sizes,
+    )
+    logger.warning(
+        "the checkpoint holds no configuration: sizes are those of its tensors, everything else is "
+        "the published setting, max_words %d among it",
+        config.max_words,
+    )
+    return config
+
+
+def _check_config(content: Mapping, model: ProPy) -> None:
+    if "config" in content:
+        ours, theirs = asdict(model.config), content["config"]
+        theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
+        different = [
+            f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
+            for name in theirs
+            if name not in NOT_COMPARED and theirs[name] != ours.get(name)
+        ]
+        if different:
+            raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
+    else:
+        theirs_pyramid = content["proposals"]
+    proposals = model.pyramid.proposals
+    if theirs_pyramid.shape != proposals.shape or not theirs_pyramid.equal(proposals):
+        raise ModelError(
+            "trained with another pyramid, whose events cover other parts of a video: give the "
+            "same --pyr_config_path as in the run's args.json"
+        )
+
+
+def _differences(content: Mapping, model: ProPy) -> list[str]:
+    """Where the model reads more or less of a video or a sentence than in its training."""
+    config, args = content.get("config", {}), content.get("args", {})
+    trained = {
+        "frames of a video": config.get("pyramid", {}).get("Nf"),
+        "max_words": config.get("max_words", args.get("max_words")),
+    }
+    used = {"frames of a video": model.pyramid.num_frames, "max_words": model.config.max_words}
+    return [
+        f"{name} {value}, but is used with {used[name]}"
+        for name, value in trained.items()
+        if value not in (None, used[name])
+    ]
+
+
+def _check_tensors(state: Mapping[str, Tensor], model: ProPy) -> dict[str, Tensor]:
+    """The model's tensors to be replaced; CLIP's may be absent as a whole, nothing else may be."""
+    expected, backbone = model.state_dict(), model.backbone_names()
+    if not backbone & set(state):
+        expected = {name: tensor for name, tensor in expected.items() if name not in backbone}
+    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
+    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
+    for name in expected.keys() & state.keys():
+        problems += tensor_problems(name, state[name], expected[name])
+    if not problems:
+        return expected
+    rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    message = f"{'; '.join(sorted(problems)[:5])}{rest}"
+    if all(problem.endswith(NOT_FINITE) for problem in problems):
+        raise ModelError(f"its weights are damaged: {message}")
+    raise ModelError(
+        f"not a checkpoint of this model: {message}. Are the pyramid, CLIP, Nvp, temp_kernel_sz, "
+        "adapter_channels and num_adapter_layers the same?"
+    )
+
+
+def tensor_problems(name: str, theirs: Tensor, ours: Tensor) -> list[str]:
+    """What keeps a saved tensor from taking the place of one of the model's."""
+    if theirs.shape != ours.shape:
+        return [f"{name} has shape {list(theirs.shape)}, the model {list(ours.shape)}"]
+    if not theirs.float().isfinite().all():
+        return [f"{name} {NOT_FINITE}"]
+    return []
+
+
+def _check_backbone(fingerprint: str, model: ProPy) -> None:
+    if fingerprint != backbone_fingerprint(model.clip):
+        raise ModelError(
+            "trained on other CLIP weights than the model's: give the same --pretrained_clip_name "
+            "as in the run's args.json"
+        )

@@ -1,0 +1,22 @@
+"""Names of the rows of metrics: the same in tables, log.jsonl and eval.jsonl.
+
+A row is "<task>" or "<task>/<breakdown>": "VCMR/random_event", "VR/<query type>", "levels/6.25%".
+"""
+
+from __future__ import annotations
+
+Rows = dict[str, dict[str, float]]
+
+COSINE, DOT = "cosine", "dot"  # PRVR by normalised events, and by events as they are
+VCMR, SVMR, VR, LEVELS = "VCMR", "SVMR", "VR", "levels"
+WHOLE_VIDEO, RANDOM_EVENT = "whole_video", "random_event"  # baselines of VCMR and SVMR
+
+
+def task_rows(rows: Rows, task: str) -> Rows:
+    """A task's own row and its breakdowns."""
+    return {name: row for name, row in rows.items() if name.partition("/")[0] == task}
+
+
+def breakdown(name: str) -> str:
+    """What a row breaks its task down to; "" for the task's own."""
+    return name.partition("/")[2]
