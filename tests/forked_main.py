@@ -99,8 +99,10 @@ def serve() -> None:
 
     import main
     from dataloaders.tokenizer import tokenize
+    from tests import faults
 
     tokenize(["its table"], 8)  # read once, not in every run
+    faults.log_every_step()
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()
