@@ -199,7 +199,7 @@ def _config_of(content: Mapping) -> ProPyConfig:
             "num_adapter_layers": len({n.split(".")[1] for n in state if n[:9] == "adapters."}),
         }
         if sizes["num_adapter_layers"]:
-            channels, _, kernel = state["adapters.0.conv.weight"].shape
+            channels, _, kernel, _ = state["adapters.0.conv.weight"].shape
             sizes |= {"adapter_channels": channels, "adapter_kernel": kernel}
         num_events = len(state["prompts.event_prompts"])
     except (KeyError, ValueError, IndexError) as error:

@@ -22,7 +22,7 @@ from utils.evaluation.moment_tables import (
     times_missing,
 )
 from utils.evaluation.predictions import export_all, load_predictions
-from utils.missing_videos import left_numbers, reduced_size
+from utils.missing_videos import missing_counts, reduced_size
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="the annotations that it predicted for")
     add("--allow_missing", action="store_true",
         help="skip annotated videos that are not in the predictions, and their queries, as "
-        "main.py --allow_missing 1 did that made them; the reduced size is printed")
+        "main.py --allow_missing 1 did when it made them; the reduced size is printed")
     add("--window_rule", choices=WINDOW_RULES, default="half",
         help="of a query with several windows a prediction must reach half, rounded down but at "
         "least one (the published rule), or any; the other rule is shown beside (default half)")
@@ -62,9 +62,9 @@ def score(args: argparse.Namespace) -> None:
     try:
         predictions = predictions.align(queries)
     except RunError as error:
-        hint = ", or skip what the predictions lack: --allow_missing" * (queries != remaining)
+        hint = ", or go without what the predictions lack: --allow_missing" * (queries != remaining)
         raise RunError(f"{args.predictions}, {args.annotations}: {error}{hint}") from None
-    if size := reduced_size(left_numbers("val", annotated, queries)):
+    if size := reduced_size(missing_counts("val", annotated, queries)):
         print(f"{size}\n")
     if untimed := times_missing(queries):
         print(f"{args.annotations}: {untimed}\n")

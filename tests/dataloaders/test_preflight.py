@@ -74,7 +74,7 @@ def test_what_probing_refuses_does_not_load(tmp_path, clip):
     counts = {True: 0, False: 0}
     for seed in range(150):
         rng = np.random.default_rng(seed)
-        spoil = mutations.spoil_mp4 if seed % 2 else mutations.spoil_bytes
+        spoil = mutations.corrupt_mp4 if seed % 2 else mutations.corrupt_bytes
         (tmp_path / "v.mp4").write_bytes(spoil(good, rng, good))
         unusable, _ = probe(tmp_path, "v")
         counts["v" in unusable] += 1

@@ -128,7 +128,7 @@ def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
         optimizer = build_optimizer(model, 0.0, 1.0, 0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         step = train_step(
-            model, random_batch(model), optimizer, scaler, parts=count, clip_grad_norm=1e9
+            model, random_batch(model), optimizer, scaler, micro_batches=count, clip_grad_norm=1e9
         )
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         results.append((step, gradients))

@@ -12,11 +12,16 @@ from tests.golden_model import SMALL, GoldenModel, authors_view
 from utils.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 
+class WithBackbone(torch.nn.ModuleDict):
+    def backbone_names(self) -> set[str]:
+        return {f"clip.{name}" for name, _ in self["clip"].named_parameters()}
+
+
 @pytest.mark.parametrize("total", ["12", "100", "1000", "7.5"])
 def test_learning_rate_of_every_step(golden, total: str) -> None:
     with np.load(golden / "lr_schedule.npz") as file:
         expected = file[f"lr_wd_{total}"]  # [step, group, (lr, weight decay)]
-    model = torch.nn.ModuleDict({"clip": torch.nn.Linear(1, 1), "prompts": torch.nn.Linear(1, 1)})
+    model = WithBackbone({"clip": torch.nn.Linear(1, 1), "prompts": torch.nn.Linear(1, 1)})
     optimizer = build_optimizer(model, lr=1e-3, coef_lr=1e-3, weight_decay=0.2)
     for step, groups in enumerate(expected):
         set_learning_rate(optimizer, learning_rate(step, float(total), 1e-3))
@@ -38,7 +43,7 @@ def test_parameter_groups(name: str) -> None:
     authors_name = {id(p): n for n, p in zip(names, model.parameters(), strict=True)}
     found = {
         (g["lr_scale"], g["weight_decay"]): {authors_name[id(p)] for p in g["params"]}
-        for g in parameter_groups(model.named_parameters(), 1e-3, 0.2)
+        for g in parameter_groups(model, 1e-3, 0.2)
     }
     expected = {
         (group["lr_mult"], 0.2 * group["decay_mult"]): set(group["names"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import h5py
 import pytest
@@ -112,12 +113,10 @@ def test_the_order_of_the_annotations_does_not_matter(predictions, queries):
 def test_metrics_by_type_are_those_of_these_queries_alone(predictions, queries):
     report = moment_report(predictions, queries)
     for name in ("v", "vt", "t"):
-        members = torch.tensor([q.query_type == name for q in queries])
-        alone = moment_report(
-            predictions.select(members), [q for q in queries if q.query_type == name]
-        )
-        for task in ("VCMR", "SVMR", "VR"):
-            assert report[f"{task}/{name}"] == alone[task]
+        some = [query for query in queries if query.query_type == name]
+        members = torch.tensor([query.query_type == name for query in queries])
+        alone = moment_report(predictions.select(members), some)
+        assert all(report[f"{task}/{name}"] == alone[task] for task in ("VCMR", "SVMR", "VR"))
 
 
 def test_single_video_retrieval_is_corpus_retrieval_on_a_corpus_of_one(queries):
@@ -134,18 +133,14 @@ def test_single_video_retrieval_is_corpus_retrieval_on_a_corpus_of_one(queries):
         renamed = Query(query.desc_id, "", "video 0", query.duration, query.windows)
         one = predict(texts[row : row + 1], events[video : video + 1], [renamed], [query.duration])
         report = moment_report(one, [renamed])
-        kept = predictions.select(torch.tensor([row]))
-        assert report["VCMR"] == report["SVMR"] == moment_report(kept, [query])["SVMR"]
+        same = predictions.select(torch.tensor([row]))
+        assert report["VCMR"] == report["SVMR"] == moment_report(same, [query])["SVMR"]
         assert report["VR"]["r1"] == 100
 
 
 def test_video_retrieval_is_the_order_in_which_videos_first_appear(predictions):
-    for videos, target, rank in zip(
-        predictions.videos.tolist(),
-        predictions.target.tolist(),
-        predictions.target_rank.tolist(),
-        strict=True,
-    ):
+    columns = (predictions.videos, predictions.target, predictions.target_rank)
+    for videos, target, rank in zip(*(column.tolist() for column in columns), strict=True):
         assert list(dict.fromkeys(videos)).index(target) + 1 == rank
 
 
@@ -188,7 +183,7 @@ def test_both_window_rules_are_reported_where_they_differ(predictions, queries):
 
 
 def test_queries_without_times(predictions, queries):
-    untimed = [Query(q.desc_id, q.desc, q.vid_name, q.duration, None) for q in queries]
+    untimed = [replace(query, windows=None, query_type=None) for query in queries]
     assert moment_report(predictions, untimed) == {"VR": moment_report(predictions, queries)["VR"]}
     assert times_missing(untimed).startswith("6 of 6 queries have no times (ts): VCMR and SVMR can")
     some = [*queries[:4], *untimed[4:]]
@@ -277,30 +272,23 @@ def test_annotations_that_do_not_match_are_refused(predictions, queries):
         predictions.align([moved, *queries[1:]])
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("durations", [1.0, -1.0, 1.0, 1.0], "durations holds what is no length of a video"),
-        ("durations", [1.0, torch.inf, 1.0, 1.0], "durations holds what is no length of a video"),
-        ("events", [[7] * 12] * 6, "events holds an index that is not one of the 7"),
-        ("target", [0, 1, 2, 3, 1], r"target is \[5\], expected \[6\]"),
-    ],
-)
-def test_a_file_that_contradicts_itself_is_refused(tmp_path, predictions, name, value, message):
-    path = tmp_path / "p.h5"
-    save_predictions(path, predictions)
-    with h5py.File(path, "r+") as file:
-        del file[name]
-        file[name] = value
-    with pytest.raises(RunError, match=message) as error:
-        load_predictions(path)
-    assert str(path) in str(error.value) and "--save_predictions" in str(error.value)
-
-
-def test_command_line(tmp_path, capsys, predictions, queries, annotations):
+@pytest.mark.parametrize("duration", [-1.0, torch.inf, torch.nan])
+def test_a_file_of_impossible_durations_is_refused(tmp_path, predictions, duration):
+    predictions.durations[1] = duration
     save_predictions(tmp_path / "p.h5", predictions)
-    arguments = ["--predictions", f"{tmp_path / 'p.h5'}", "--annotations", f"{annotations}"]
-    score_predictions.main([*arguments, "--export", f"{tmp_path / 'exports'}"])
+    with pytest.raises(RunError, match=r"p\.h5: durations .* --save_predictions"):
+        load_predictions(tmp_path / "p.h5")
+
+
+@pytest.fixture
+def words(tmp_path, predictions, annotations):
+    """The command line's, about the saved predictions."""
+    save_predictions(tmp_path / "p.h5", predictions)
+    return ["--predictions", f"{tmp_path / 'p.h5'}", "--annotations", f"{annotations}"]
+
+
+def test_command_line(tmp_path, capsys, predictions, queries, words):
+    score_predictions.main([*words, "--export", f"{tmp_path / 'exports'}"])
     lines = capsys.readouterr().out.splitlines()
     report = moment_report(predictions, queries)
     for name in ("VCMR", "SVMR", "VCMR/any", "VR/vt", "VCMR/random_event"):
@@ -309,36 +297,29 @@ def test_command_line(tmp_path, capsys, predictions, queries, annotations):
     assert len(list((tmp_path / "exports").iterdir())) == 2
 
 
-def test_exports_below_a_file_are_refused(tmp_path, predictions, annotations):
-    save_predictions(tmp_path / "p.h5", predictions)
-    words = ["--predictions", f"{tmp_path / 'p.h5'}", "--annotations", f"{annotations}"]
+def test_command_line_names_the_wrong_file(tmp_path, queries, annotations, words):
+    for wrong, position in (("no predictions", 1), ("no annotations", 3)):
+        changed = [*words[:position], str(tmp_path / wrong), *words[position + 1 :]]
+        with pytest.raises(SystemExit, match=f"error: .*{wrong}: no such"):
+            score_predictions.main(changed)
     with pytest.raises(SystemExit, match=r"p\.h5: cannot be written: File exists"):
-        score_predictions.main([*words, "--export", f"{tmp_path / 'p.h5'}"])
+        score_predictions.main([*words, "--export", words[1]])
+    write_annotations(annotations, queries[:3])
+    with pytest.raises(SystemExit, match=rf"{words[1]}, {annotations}: 3 queries are not"):
+        score_predictions.main(words)
 
 
-@pytest.mark.parametrize("which", ["predictions", "annotations", "both"])
-def test_command_line_names_the_wrong_file(tmp_path, predictions, queries, annotations, which):
-    save_predictions(tmp_path / "p.h5", predictions)
-    files = {"predictions": tmp_path / "p.h5", "annotations": annotations}
-    if which == "both":
-        write_annotations(annotations, queries[:3])
-    else:
-        files[which] = tmp_path / "absent"
-    arguments = [part for name, path in files.items() for part in (f"--{name}", f"{path}")]
-    with pytest.raises(SystemExit) as error:
-        score_predictions.main(arguments)
-    named = files.values() if which == "both" else [files[which]]
-    assert all(str(path) in str(error.value) for path in named)
+def test_command_line_without_some_videos(capsys, queries, annotations, words):
+    write_annotations(annotations, [*queries, Query("more", "text", "video 9", 5.0, None)])
+    with pytest.raises(SystemExit, match=r"1 queries are not .*\(more\).*: --allow_missing"):
+        score_predictions.main(words)
+    score_predictions.main([*words, "--allow_missing"])
+    assert "4 of the 5 videos and 6 of the 7 queries" in capsys.readouterr().out
 
 
-def test_command_line_without_times(tmp_path, capsys, predictions, queries, annotations):
-    save_predictions(tmp_path / "p.h5", predictions)
-    untimed = [Query(q.desc_id, q.desc, q.vid_name, q.duration, None) for q in queries]
-    write_annotations(annotations, untimed)
-    score_predictions.main(
-        ["--predictions", f"{tmp_path / 'p.h5'}", "--annotations", f"{annotations}"]
-    )
+def test_command_line_without_times(capsys, queries, annotations, words):
+    write_annotations(annotations, [replace(query, windows=None) for query in queries])
+    score_predictions.main(words)
     output = capsys.readouterr().out
     assert f"{annotations}: 6 of 6 queries have no times (ts)" in output
-    assert "VR" in output
-    assert "VCMR/" not in output
+    assert "VR" in output and "VCMR/" not in output

@@ -94,7 +94,7 @@ class SavedEmbeddings:
         saved = list(zip(self.desc_ids, self.captions, videos, strict=True))
         if len(saved) != len(annotated):
             missing = len({query.vid_name for query in queries} - set(self.vid_names))
-            hint = f", or continue without the {missing:,} videos missing in it: --allow_missing 1"
+            hint = f", or continue without the {missing:,} videos it lacks: --allow_missing 1"
             raise RunError(
                 f"it holds {len(saved):,} queries, the annotations {len(annotated):,}: {REMEDY}"
                 + hint * bool(missing)

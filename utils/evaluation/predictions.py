@@ -1,16 +1,15 @@
 """Predicted moments of a whole split: in memory, as a compact HDF5 file, in others' formats.
 
-A moment is kept as (video, event) and turned into seconds by the event's share of the video, so a
+A moment is saved as (video, event) and turned into seconds by the event's share of the video, so a
 file needs ten bytes a moment before compression and says which level of the pyramid a moment is of.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +53,6 @@ class MomentPredictions:
         """Start and end of moments of any shape [...]: float32 [..., 2]."""
         return self.proposals[events.long()] * self.durations[videos.long()][..., None]
 
-    def cpu(self) -> MomentPredictions:
-        """The same, in the CPU's memory."""
-        tensors = {name: x.cpu() for name, x in vars(self).items() if torch.is_tensor(x)}
-        return replace(self, **tensors)
-
     def top(self, count: int) -> MomentPredictions:
         """The first `count` moments of every query."""
         names = ("videos", "events", "scores")
@@ -89,12 +83,12 @@ class MomentPredictions:
         Raises:
             RunError: they are not, or one has another right video.
         """
-        wanted = [str(query.desc_id) for query in queries]
-        result = self
-        if wanted != self.desc_ids:
+        names, result = [str(query.desc_id) for query in queries], self
+        if names != self.desc_ids:
             row = {name: number for number, name in enumerate(self.desc_ids)}
-            _check_same_queries(predicted=row, annotated=dict.fromkeys(wanted))
-            result = self.select(torch.tensor([row[name] for name in wanted]))
+            _refuse([name for name in names if name not in row], "predictions")
+            _refuse(sorted(row.keys() - set(names)), "annotations")
+            result = self.select(torch.tensor([row[name] for name in names]))
         for query, target in zip(queries, result.target.tolist(), strict=True):
             if query.vid_name != self.vid_names[target]:
                 raise RunError(
@@ -104,14 +98,10 @@ class MomentPredictions:
         return result
 
 
-def _check_same_queries(predicted: Mapping[str, Any], annotated: Mapping[str, Any]) -> None:
-    for names, others, where in (
-        (annotated, predicted, "predictions"),
-        (predicted, annotated, "annotations"),
-    ):
-        if missing := [name for name in names if name not in others]:
-            shown = ", ".join(missing[:5]) + ", …" * (len(missing) > 5)
-            raise RunError(f"{len(missing)} queries are not in the {where} ({shown}): {OTHERS}")
+def _refuse(names: list[str], where: str) -> None:
+    if names:
+        shown = ", ".join(names[:5]) + ", …" * (len(names) > 5)
+        raise RunError(f"{len(names)} queries are not in the {where} ({shown}): {OTHERS}")
 
 
 def save_predictions(path: Path, predictions: MomentPredictions) -> None:
@@ -144,7 +134,7 @@ def export_all(
         OutputError: they cannot be written.
         RunError: the predictions are not for these queries.
     """
-    predictions = predictions.align(queries).cpu()
+    predictions = predictions.align(queries)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in EXPORTS]
@@ -196,16 +186,16 @@ def _lists(
 
     The first 100 moments; or the best moments of the first 100 distinct videos.
     """
-    columns = zip(predictions.videos, predictions.events, predictions.scores, strict=True)
-    for videos, events, scores in columns:
-        indices = videos.tolist()
-        picked = range(len(indices))
+    if not distinct_videos:
+        predictions = predictions.top(EXPORTED)
+    seconds = predictions.seconds(predictions.videos, predictions.events)
+    scores = predictions.scores.clamp(min=-1)[..., None]  # -inf, of a NaN cosine, is not JSON
+    moments = torch.cat([seconds, scores], dim=-1).cpu().numpy()  # [T, K, 3]
+    for row, numbers in zip(predictions.videos.cpu(), moments, strict=True):
+        videos = row.tolist()
+        picked = list(range(len(videos)))
         if distinct_videos:
-            first = {video: i for i, video in reversed(list(enumerate(indices)))}
-            picked = sorted(first.values())
-        picked = list(picked[:EXPORTED])
-        seconds = predictions.seconds(videos[picked], events[picked])
-        # -inf, from a NaN cosine, is not JSON
-        numbers = torch.cat([seconds, scores[picked, None].clamp(min=-1)], dim=1)
-        decimals = numbers.numpy().astype(str).astype(float).tolist()
-        yield [[indices[i], *row] for i, row in zip(picked, decimals, strict=True)]
+            first = {video: i for i, video in reversed(list(enumerate(videos)))}
+            picked = sorted(first.values())[:EXPORTED]
+        decimals = numbers[picked].astype(str).astype(float).tolist()
+        yield [[videos[i], *own] for i, own in zip(picked, decimals, strict=True)]

@@ -38,7 +38,7 @@ def read_args(folder: Path) -> dict:
         return {}
     try:
         args = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets without end
         raise RunError(f"{path}: not JSON: {error}") from error
     if not isinstance(args, Mapping):
         raise RunError(f"{path}: not an object of settings")

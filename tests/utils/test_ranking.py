@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.similarity import event_scores
-from utils.evaluation.ranking import best_event_scores, paired_event_scores, top_moments
+from utils.evaluation.ranking import video_scores, paired_event_scores, top_moments
 
 P32_SPANS = [
     (start, start + length)
@@ -79,7 +79,7 @@ def test_event_scores_equal_the_authors(golden, name):
 
 def test_best_scores_equal_the_authors_tail(golden, tail):
     expected = torch.from_numpy(np.load(golden / "metrics.npz")["tail_sim"])
-    scores = best_event_scores(*tail) * np.exp(4.6052)
+    scores = video_scores(*tail) * np.exp(4.6052)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
 
 
@@ -125,7 +125,7 @@ def test_half_precision_and_autocast_give_float32_cosines():
     exact = event_scores(texts.double(), events.double())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         scores = event_scores(texts, events)
-        best = best_event_scores(texts, events)
+        best = video_scores(texts, events)
         top = top_moments(texts, events)
         paired = paired_event_scores(texts, events, torch.zeros(6, dtype=torch.int64))
     torch.testing.assert_close(scores, exact.float())
@@ -147,7 +147,7 @@ def test_event_scores_are_differentiable():
 def test_best_scores_are_the_maximum_at_every_chunk(chunk, normalize_events):
     texts, events = random_features(3, 37, 23, 6, 16, torch.float64)
     expected = event_scores(texts, events, normalize_events).amax(-1)
-    best = best_event_scores(texts, events, normalize_events, chunk=chunk)
+    best = video_scores(texts, events, normalize_events, chunk=chunk)
     torch.testing.assert_close(best, expected)
 
 
