@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import score_predictions
 from tests.corpus import FLAGS, TRAIN, tiny_corpus
 from tests.forked_main import ForkedMain
 from utils.arguments import build_parser, parse_args
@@ -134,8 +135,6 @@ def test_saved_predictions_give_the_logged_numbers(corpus, trained_vcmr, tmp_pat
     logged = epochs(trained_vcmr)[epochs(trained_vcmr)[-1]["best_epoch"] - 1]
     for name, value in metrics["VCMR"].items():
         assert logged[f"VCMR/{name}"] == value
-    from scripts import score_predictions
-
     score_predictions.main([
         "--annotations", str(corpus / "annos.jsonl"),
         "--predictions", str(tmp_path / "predictions.h5"),
@@ -166,7 +165,7 @@ def test_moments_without_known_times(corpus, trained_vcmr, tmp_path) -> None:
     assert (tmp_path / "predictions_qvhighlights.jsonl").read_text().count("\n") == 8
 
 
-def test_a_run_does_not_go_on_with_another_task(corpus, trained_vcmr, tmp_path) -> None:
+def test_a_run_does_not_continue_with_another_task(corpus, trained_vcmr, tmp_path) -> None:
     flags = ("--resume", str(trained_vcmr / "ckpt.pth.tar"), "--epochs", "3")
     done = run(corpus, tmp_path, *TRAIN, *flags, status=1)
     assert "resume with --subtask_type VCMR" in done.stderr, done.stderr
@@ -308,7 +307,7 @@ def test_flags_can_be_set_as_variables(stubbed_scripts) -> None:
 
 
 @pytest.mark.parametrize("name", ["prvr_tvr", "vcmr_tvr", "plot/plot_tvr", "prepare", "demo"])
-def test_scripts_find_the_checkout_behind_a_link(name: str, stubbed_scripts, tmp_path) -> None:
+def test_scripts_find_the_checkout_through_a_link(name: str, stubbed_scripts, tmp_path) -> None:
     link = tmp_path / "bin/link"
     link.parent.mkdir()
     link.symlink_to(stubbed_scripts / f"{name}.sh")

@@ -268,7 +268,7 @@ def test_a_torn_line_of_the_log(program, whole, tmp_path, torn: str) -> None:
     """Killed in the middle of the second epoch's line; by a power cut, which may leave zeros."""
     run(program, *flags(tmp_path), status=-signal.SIGKILL, fault="tear_the_log", text=torn)
     told = run(program, *flags(tmp_path))
-    assert "log.jsonl: unreadable lines left out: 1 (line 2)" in told
+    assert "log.jsonl: unreadable lines skipped: 1 (line 2)" in told
     log = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(log) == EPOCHS + 1
     (tmp_path / "log.jsonl").write_text("".join(line + "\n" for line in log if line[-1] == "}"))

@@ -152,7 +152,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 def read_records(path: Path) -> list[dict]:
     """The lines of a .jsonl file, each an object.
 
-    Other lines are left out with a warning: one was torn off if the run was killed while it wrote
+    Other lines are skipped with a warning: one was torn off if the run was killed while it wrote
     (the run that continued began a new line), and may be anything if the power failed.
 
     Raises:
@@ -172,5 +172,5 @@ def read_records(path: Path) -> list[dict]:
             unreadable.append(str(number))
     if unreadable:
         first = ", ".join(unreadable[:10]) + (", …" if len(unreadable) > 10 else "")
-        logger.warning("%s: unreadable lines left out: %d (line %s)", path, len(unreadable), first)
+        logger.warning("%s: unreadable lines skipped: %d (line %s)", path, len(unreadable), first)
     return records

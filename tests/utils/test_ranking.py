@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules.similarity import event_scores
-from utils.evaluation.ranking import video_scores, paired_event_scores, top_moments
+from utils.evaluation.ranking import paired_event_scores, top_moments, video_scores
 
 P32_SPANS = [
     (start, start + length)
