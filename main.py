@@ -114,6 +114,8 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     best = args.resume
     if args.do_train:
         best = train(args, model, evaluator, *train_split, clips, device)
+        if size := missing.summary(TRAIN):
+            logger.warning("trained %s", size)
     if not (args.do_eval or args.do_plot):
         return
     epoch = load_checkpoint(best, model).epoch

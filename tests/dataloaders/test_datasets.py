@@ -9,15 +9,21 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dataloaders import DataError, clips, video
-from dataloaders.annotations import Query, Video, corpus_videos
+from dataloaders.annotations import TRAIN, Query, Split, Video, corpus_videos
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import EvaluationLoader, TrainingLoader, evaluation_text_batches
+from dataloaders.datasets import (
+    EvaluationLoader,
+    LoaderConfig,
+    TrainingLoader,
+    evaluation_text_batches,
+)
 from dataloaders.ffmpeg import write_video
 from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
@@ -48,14 +54,11 @@ def make_queries() -> list[Query]:
 
 def make_training_loader(folder, queries=None, *, num_workers=0, batch_size=4, seed=42):
     return TrainingLoader(
-        make_queries() if queries is None else queries,
+        Split(TRAIN, make_queries() if queries is None else queries, Path("train.jsonl")),
         VideoFolder(folder),
-        num_frames=FRAMES,
-        size=SIZE,
-        max_words=16,
-        batch_size=batch_size,
-        seed=seed,
-        num_workers=num_workers,
+        FRAMES,
+        SIZE,
+        LoaderConfig(max_words=16, batch_size=batch_size, seed=seed, num_thread_reader=num_workers),
     )
 
 
@@ -63,10 +66,9 @@ def make_evaluation_loader(folder, videos, *, num_workers=0, batch_size=4):
     return EvaluationLoader(
         videos,
         VideoFolder(folder),
-        num_frames=FRAMES,
-        size=SIZE,
-        batch_size=batch_size,
-        num_workers=num_workers,
+        FRAMES,
+        SIZE,
+        LoaderConfig(batch_size_val=batch_size, num_thread_reader=num_workers),
     )
 
 
@@ -178,7 +180,7 @@ def test_a_batch_that_an_epoch_does_not_have_is_an_error(video_dir):
 
 
 def test_too_few_videos_for_a_batch_is_an_error(video_dir):
-    with pytest.raises(ValueError, match="11 training videos do not fill one batch of 12"):
+    with pytest.raises(DataError, match=r"--batch_size 12: train\.jsonl has only 11 videos"):
         make_training_loader(video_dir, batch_size=12)
 
 
@@ -338,7 +340,7 @@ if work == "hang":
 videos = [dataloaders.annotations.Video(f"v{i}", 1.0) for i in range(8)]
 clips = dataloaders.clips.VideoFolder(folder)
 batches = iter(dataloaders.datasets.EvaluationLoader(
-    videos, clips, batch_size=2, num_frames=4, size=32, num_workers=2
+    videos, clips, 4, 32, dataloaders.datasets.LoaderConfig(batch_size_val=2, num_thread_reader=2)
 ))
 time.sleep(1) if work == "hang" else next(batches)
 """

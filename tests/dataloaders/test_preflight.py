@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dataloaders import DataError, video
-from dataloaders.annotations import Query, Video
+from dataloaders.annotations import Query, Split, Video
 from dataloaders.clips import VideoFolder
 from dataloaders.ffmpeg import run_ffmpeg, write_video
 from dataloaders.preflight import probe_all
@@ -31,10 +32,10 @@ def clip(tmp_path_factory) -> Path:
     return path
 
 
-def probe(folder: Path, *names: str, seconds: float = 8.0, open_files: bool = True):
+def probe(folder: Path, *names: str, seconds: float = 8.0):
     videos = [Video(name, seconds) for name in names]
     clips = VideoFolder(folder)
-    return probe_all(videos, clips, SIZE, open_files=open_files)
+    return probe_all(videos, clips, SIZE)
 
 
 def test_probing_finds_what_headers_show(tmp_path, clip):
@@ -57,7 +58,6 @@ def test_probing_finds_what_headers_show(tmp_path, clip):
     assert set(unusable) == set(names) - {"good", "mkv"} and not doubtful
     assert all(str(tmp_path / f"{name}.mp4") in reason for name, reason in unusable.items())
     assert "80×32 pixels" in unusable["small"]
-    assert set(probe(tmp_path, *names, open_files=False)[0]) == {"gone"}
     with pytest.raises(DataError, match="no such video folder"):
         probe(tmp_path / "nowhere", "good")
 
@@ -106,26 +106,25 @@ def test_nasty_files_in_place_of_videos(shared_data, tmp_path, monkeypatch):
 
 def test_missing_videos_are_listed_and_counted(tmp_path) -> None:
     """Lines of an earlier run on the same splits are replaced, those of training's stay."""
-    path = tmp_path / "missing.jsonl"
+    path = tmp_path / "missing_videos.jsonl"
     earlier = [{"split": split, "vid_name": "of an earlier run"} for split in ("val", "train")]
     path.write_text("".join(json.dumps(line) + "\n" for line in earlier) + '{"spl')
-    splits = {"val": [Query(i, "", f"v{i // 2}", 10.0, None) for i in range(6)]}
-    missing = MissingVideos(path, splits, {"val": {"v0": "gone", "v2": "gone too"}})
+    val = Split("val", [Query(i, "", f"v{i // 2}", 10.0, None) for i in range(6)])
+    missing = MissingVideos(tmp_path, [(val, {"v0": "gone", "v2": "gone too"})])
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert records == [
         earlier[1],
         {"split": "val", "vid_name": "v0", "queries": 2, "reason": "gone"},
         {"split": "val", "vid_name": "v2", "queries": 2, "reason": "gone too"},
     ]
-    assert [query.desc_id for query in missing.remaining("val")] == [2, 3]
+    assert [query.desc_id for query in missing.remaining(val).queries] == [2, 3]
     assert missing.counts("val") == {
         "val_videos": 1, "val_videos_left_out": 2, "val_queries": 2, "val_queries_left_out": 4,
     }  # fmt: skip
     assert "on 1 of the 3 videos and 2 of the 6 queries" in missing.summary("val")
-    splits["train"] = splits["val"]
-    whole = MissingVideos(path, splits, {"val": {}, "train": {}})
+    whole = MissingVideos(tmp_path, [(val, {}), (replace(val, name="train"), {})])
     assert not path.exists(), "nothing is missing"
-    assert whole.summary("val") is None and whole.remaining("val") == splits["val"]
+    assert whole.summary("val") is None and whole.remaining(val) == val
 
 
 # ---------------------------------------------------------------------------- the whole program
@@ -224,7 +223,7 @@ def test_training_skips_them_if_told_so(damaged):
     assert "trained on 2 of the 4 videos and 4 of the 8 queries" in done.stdout
     assert (record["val_videos"], record["val_videos_left_out"]) == (2, 2)
     done = damaged.main("--do_train", "1", "--prvr_train_annos", "kept.jsonl", "--epochs", "1",
-                        "--prvr_val_annos", "annos.jsonl", "--skip_check", "1")  # fmt: skip
+                        "--prvr_val_annos", "annos.jsonl")  # fmt: skip
     assert done.returncode == 1
     assert "clip 1.mp4: missing" in done.stderr
 

@@ -24,7 +24,7 @@ from utils import RunError
 from utils.report.run_log import read_args
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
 from utils.training.optim import build_optimizer
-from utils.training.progress import Checkpoint
+from utils.training.progress import Progress
 
 SIZE, NUM_FRAMES = 64, 8
 PYRAMID = {"Nf": NUM_FRAMES, "H": [[2, 2], [2, 1], [3, 1]]}
@@ -68,7 +68,7 @@ def _read_pyramid(path: Path) -> bool:
 
 
 def _read_checkpoint(path: Path) -> bool:
-    return isinstance(load_checkpoint(path, *_model()), Checkpoint) and _is_finite(_model()[0])
+    return isinstance(load_checkpoint(path, *_model()), Progress) and _is_finite(_model()[0])
 
 
 def _read_clip(path: Path) -> bool:
@@ -99,7 +99,7 @@ def _checkpoints(folder: Path) -> Cases:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    progress = Checkpoint(3, 120, 51.5, 2, {"lr": 1e-3, "subtask_type": "PRVR"})
+    progress = Progress(3, 120, 51.5, 2, {"lr": 1e-3, "subtask_type": "PRVR"})
     save_checkpoint(folder / "sample", model, optimizer, scaler, progress)
     state = dict(model.state_dict())
     state["clip.visual.global_prompts"] = state.pop("prompts.event_prompts")[None]
@@ -130,7 +130,7 @@ KINDS = {
     "annotations": Kind("annos.jsonl", _read_annotations, DataError, lambda _: json_cases(LINES)),
     "pyramid": Kind("pyramid.json", _read_pyramid, ModelError, _pyramids),
     "args": Kind("args.json", _read_args, RunError, lambda _: json_cases([SETTINGS])),
-    "checkpoint": Kind("model.pth.tar", _read_checkpoint, RunError, _checkpoints),
+    "checkpoint": Kind("model.pth.tar", _read_checkpoint, ModelError, _checkpoints),
     "clip": Kind("clip.pt", _read_clip, ModelError, _clips),
     "video": Kind("video.mp4", _read_video, DataError, _videos),
 }

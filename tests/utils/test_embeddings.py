@@ -10,7 +10,7 @@ import h5py
 import pytest
 import torch
 
-from dataloaders.annotations import Query
+from dataloaders.annotations import VAL, Query, Split
 from tests.corpus import TinyRun, make_run
 from utils import RunError
 from utils.evaluation.embed import Embeddings
@@ -35,8 +35,8 @@ def checkpoint(tmp_path) -> Path:
 def saved(checkpoint) -> SavedEmbeddings:
     torch.manual_seed(0)
     embeddings = Embeddings(torch.randn(2, 3, 4), torch.randn(3, 4))
-    return SavedEmbeddings.from_queries(
-        embeddings, QUERIES, PROPOSALS, max_words=32, checkpoint=checkpoint, epoch=7
+    return SavedEmbeddings.from_split(
+        embeddings, Split(VAL, QUERIES), PROPOSALS, max_words=32, checkpoint=checkpoint, epoch=7
     )
 
 

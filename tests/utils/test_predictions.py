@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import pytest
@@ -13,11 +14,12 @@ from dataloaders.annotations import Query, Video
 from scripts import score_predictions
 from utils import RunError
 from utils.evaluation.embed import Embeddings
-from utils.evaluation.evaluator import evaluate_prvr, evaluate_vcmr, predict_moments
+from utils.evaluation.evaluator import vcmr_rows
 from utils.evaluation.moment_metrics import moment_metrics, pad_windows
 from utils.evaluation.moment_tables import level_report, moment_report, times_missing
 from utils.evaluation.predictions import export_all, load_predictions, save_predictions
-from utils.evaluation.ranking import top_moments
+from utils.evaluation.ranking import predict_moments, rank_videos, top_moments
+from utils.evaluation.retrieval_metrics import recall_metrics
 
 # The whole video, its halves, its quarters.
 PROPOSALS = [[0, 1], [0, 0.5], [0.5, 1], [0, 0.25], [0.25, 0.5], [0.5, 0.75], [0.75, 1]]
@@ -26,8 +28,10 @@ DURATIONS = [61.46, 40.0, 8.0, 33.3]
 
 def predict(texts, events, queries, durations=DURATIONS):
     videos = [Video(f"video {i}", durations[i]) for i in range(len(events))]
-    proposals = torch.tensor(PROPOSALS)
-    return predict_moments(Embeddings(events, texts), queries, videos, proposals, per_video=3)
+    target = torch.tensor([int(query.vid_name.split()[1]) for query in queries])
+    split = SimpleNamespace(queries=queries, videos=videos, target=target)  # videos of no query too
+    embeddings = Embeddings(events, texts)
+    return predict_moments(embeddings, split, torch.tensor(PROPOSALS), per_video=3)
 
 
 @pytest.fixture
@@ -145,9 +149,9 @@ def test_video_retrieval_is_the_order_in_which_videos_first_appear(predictions):
 
 
 def test_one_evaluation_gives_both_tasks(predictions, queries):
-    rows = evaluate_vcmr(predictions, queries)
+    rows = vcmr_rows(predictions, queries)
     embeddings = random_embeddings()
-    assert rows["cosine"] == evaluate_prvr(embeddings, predictions.target)
+    assert rows["cosine"] == recall_metrics(rank_videos(embeddings, predictions.target))
     assert rows["VCMR"] == moment_report(predictions, queries)["VCMR"]
     assert rows["levels/all"]["queries"] == 6
 

@@ -1,7 +1,8 @@
-"""Engine of evaluation: everything is embedded once, metrics keep to the memory they are given."""
+"""Evaluation: everything is embedded once, metrics keep to the memory they are given."""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import pytest
@@ -10,9 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dataloaders.annotations import Query, Video
-from utils.evaluation.embed import Embeddings, embed_corpus
-from utils.evaluation.evaluator import Reading, predict_moments, rank_videos
+from dataloaders.annotations import VAL, Query, Split
+from utils.evaluation.embed import Embeddings
+from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
+from utils.evaluation.ranking import predict_moments, rank_videos
 
 T, V, N_e, D = 300, 200, 8, 16
 
@@ -31,6 +33,10 @@ class Recorder(nn.Module):
     def encode_text(self, token_ids):
         self.calls.append("encode text")
         return token_ids.float()
+
+    @staticmethod
+    def worker_errors():
+        return contextlib.nullcontext()
 
     def __len__(self) -> int:
         return 2
@@ -51,7 +57,9 @@ def test_each_is_encoded_once_and_texts_while_clips_are_decoded():
         {"token_ids": torch.tensor([[2, 2], [0, 0]]), "indices": torch.tensor([2, 0])},
         {"token_ids": torch.tensor([[1, 1]]), "indices": torch.tensor([1])},
     ]
-    embeddings = embed_corpus(recorder, recorder, texts, torch.device("cpu"))
+    evaluator = CorpusEvaluator.__new__(CorpusEvaluator)  # whose loader is the recorder
+    evaluator.loader, evaluator.texts = recorder, texts
+    embeddings = evaluator.embed(recorder, torch.device("cpu"))
     assert recorder.calls == [
         "start workers", "encode text", "encode text",
         *["wait for clips", "encode video"] * 2,
@@ -97,9 +105,7 @@ def corpus():
     generator = torch.Generator().manual_seed(0)
     events = torch.randn(V, N_e, D, generator=generator)
     embeddings = Embeddings(events, torch.randn(T, D, generator=generator))
-    videos = [Video(f"v{i}", 10.0) for i in range(V)]
-    queries = [Query(i, "", f"v{i % V}", 10.0, None) for i in range(T)]
-    return embeddings, queries, videos
+    return embeddings, Split(VAL, [Query(i, "", f"v{i % V}", 10.0, None) for i in range(T)])
 
 
 CHUNKS = [2**12, 2**14, 2**16]  # all cosines are 480,000, all scores of videos 60,000
@@ -107,8 +113,8 @@ CHUNKS = [2**12, 2**14, 2**16]  # all cosines are 480,000, all scores of videos 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_ranks_keep_to_their_memory(corpus, chunk):
-    embeddings, _, _ = corpus
-    target = torch.arange(T) % V
+    embeddings, split = corpus
+    target = split.target
     expected = rank_videos(embeddings, target)
     with LiveMemory() as memory:
         ranks = rank_videos(embeddings, target, chunk=chunk)
@@ -119,11 +125,11 @@ def test_ranks_keep_to_their_memory(corpus, chunk):
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_moments_keep_to_their_memory(corpus, chunk):
-    embeddings, queries, videos = corpus
+    embeddings, split = corpus
     proposals = torch.rand(N_e, 2)
-    expected = predict_moments(embeddings, queries, videos, proposals, limit=5)
+    expected = predict_moments(embeddings, split, proposals, limit=5)
     with LiveMemory() as memory:
-        found = predict_moments(embeddings, queries, videos, proposals, limit=5, chunk=chunk)
+        found = predict_moments(embeddings, split, proposals, limit=5, chunk=chunk)
     for name in ("videos", "events", "scores", "target_rank"):
         assert getattr(found, name).equal(getattr(expected, name)), name
     result = 20 * T * 5 + 4 * T * (N_e + 4)
@@ -135,9 +141,9 @@ def test_moments_keep_to_their_memory(corpus, chunk):
 def test_equal_sums_of_recalls_tie_however_they_are_rounded():
     """So that of such epochs the later one is the best."""
     queries = [Query(0, "", "v", 1.0, None)]
-    reading = Reading(queries, torch.tensor([[0.0, 1.0]]), moments=False)
+    evaluator = Evaluator(Split(VAL, queries), torch.tensor([[0.0, 1.0]]), EvalConfig())
     scores = [
-        reading.score({"cosine": {"SumR": s}}) for s in (178.6451612903226, 178.6451612903225)
+        evaluator.score({"cosine": {"SumR": s}}) for s in (178.6451612903226, 178.6451612903225)
     ]
     assert scores[0] == scores[1]
-    assert reading.score({"cosine": {"SumR": 178.6452}}) > scores[0]
+    assert evaluator.score({"cosine": {"SumR": 178.6452}}) > scores[0]
