@@ -259,10 +259,10 @@ def report(
     append_json(args.output_dir / "eval.jsonl", record)
 
 
-def command_line() -> None:
+def command_line(argv: list[str] | None = None) -> None:
     """The program: what a user can fix ends it with a message, a signal with 128 + its number."""
     try:
-        main(parse_args())
+        main(parse_args(argv))
     except USER_ERRORS as error:
         log_to_file(f"error: {error}")
         sys.exit(f"error: {error}")

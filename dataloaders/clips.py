@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dataloaders import DataError
-from dataloaders.video import load_clip, look_at_clip
+from dataloaders.video import load_clip, probe_clip
 
 MAX_LISTED = 20  # clips spelled out in a message; the rest is counted
 
@@ -63,7 +63,7 @@ class ClipSource(ABC):
 
     @abstractmethod
     def probe(self, name: str, size: int) -> int | None:
-        """What a clip shows without being decoded.
+        """Whether a clip can be used, as far as shows without decoding it.
 
         Args:
             size: side of the square frames, pixels.
@@ -72,7 +72,7 @@ class ClipSource(ABC):
             The number of its frames, if that is known.
 
         Raises:
-            DataError: the clip cannot be used, as far as can be seen.
+            DataError: it cannot.
         """
 
     @abstractmethod
@@ -82,7 +82,7 @@ class ClipSource(ABC):
     def check(self, names: Sequence[str], size: int) -> None:
         """Raises a DataError that lists the clips which are not there, or do not fit ``size``.
 
-        Cheap too: a folder's clips are only opened when they are loaded.
+        Cheap too: a folder's clips are only read when they are loaded.
         """
         missing = self.missing(names)
         if missing:
@@ -120,7 +120,7 @@ class VideoFolder(ClipSource):
         return str(self.path(name))
 
     def probe(self, name: str, size: int) -> int | None:
-        return look_at_clip(self.path(name), size)
+        return probe_clip(self.path(name), size)
 
     def load(
         self,

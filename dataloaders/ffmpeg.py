@@ -1,7 +1,8 @@
 """The one place that knows the ffmpeg program and the format of prepared clips.
 
 Everything goes through the command line program, under a time limit: a decoder that crashes or
-hangs on a broken file then costs one child process and a message, not the run.
+hangs on a broken file then costs one child process and a message, not the run. The messages of its
+errors leave the file's name to the caller.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
 
-from utils.files import commit, temporary_sibling
+from dataloaders import DataError
 
 try:
     from resource import RLIMIT_AS, prlimit
@@ -53,7 +55,7 @@ MAX_TIME_LIMIT = 1e6  # seconds; the system's timers overflow far above
 # Address space of one ffmpeg, in bytes. 8K HEVC, the most demanding of all tried, takes 1.6 GB; a
 # header that claims absurd sizes must not take the machine down.
 MEMORY_LIMIT = 8 * 2**30
-MAX_MESSAGES = 2**24  # bytes of ffmpeg's messages that are looked at
+MAX_MESSAGES = 2**24  # bytes of ffmpeg's messages that are read
 NO_TIMESTAMP = -(2**63)  # how ffmpeg prints a time it does not know
 # Messages that end every failure and say less than the ones before them.
 CLOSING_WORDS = (
@@ -64,28 +66,20 @@ CLOSING_WORDS = (
 DISCARDED = 0x4  # packet flag: decoded for the frames after it, but not shown (edit lists)
 
 
-class FfmpegError(RuntimeError):
-    """ffmpeg is missing, or could not do what was asked; the message carries its last words."""
-
-
 @functools.cache
 def ffmpeg_program() -> str:
-    """Path of the ffmpeg to use: $FFMPEG, the one on PATH, or the one imageio-ffmpeg brings.
+    """Path of the ffmpeg to use: $FFMPEG, or the one on PATH, or the one imageio-ffmpeg brings.
 
-    Raises FfmpegError if $FFMPEG is set but does not run, or if none of them does.
+    Raises DataError if $FFMPEG is set but does not run, or if none of them does.
     """
     chosen = os.environ.get("FFMPEG")
-    if chosen:
-        if _works(chosen):
-            return chosen
-        raise FfmpegError(
-            f"$FFMPEG is {chosen!r}, which does not run or lacks the libx264 encoder: "
-            "correct or unset it"
-        )
-    for candidate in (shutil.which("ffmpeg"), imageio_ffmpeg.get_ffmpeg_exe()):
+    for candidate in [chosen] if chosen else [shutil.which("ffmpeg"), get_ffmpeg_exe()]:
         if candidate and _works(candidate):
             return candidate
-    raise FfmpegError("no ffmpeg that runs: install one, or set $FFMPEG to its path")
+    if chosen:
+        lacking = "does not run or lacks the libx264 encoder"
+        raise DataError(f"$FFMPEG is {chosen!r}, which {lacking}: correct or unset it")
+    raise DataError("no ffmpeg that runs: install one, or set $FFMPEG to its path")
 
 
 def _works(program: str) -> bool:
@@ -110,17 +104,17 @@ class Completed:
     Attributes:
         status: exit status.
         output: what it wrote to standard output.
-        said: its messages, one a line, each with its level: ``[error] moov atom not found``.
+        messages: one a line, each with its level: ``[error] moov atom not found``.
     """
 
     status: int
     output: str
-    said: str
+    messages: str
 
     @property
     def reason(self) -> str:
         """Its most telling error, on one line."""
-        found = re.findall(r"\[(?:error|fatal)\] (.*)", self.said)
+        found = re.findall(r"\[(?:error|fatal)\] (.*)", self.messages)
         errors = [re.sub(r"\[[^\[\]]* @ 0x[0-9a-f]+\] ?", "", line).strip() for line in found]
         if any("matches no streams" in line for line in errors):
             return "it has no video stream"
@@ -134,7 +128,7 @@ _running: set[subprocess.Popen] = set()
 
 
 def kill_running() -> None:
-    """Kill every ffmpeg this process has under way; whoever waits for one gets a FfmpegError."""
+    """Kill every ffmpeg this process has under way; whoever waits for one gets a DataError."""
     for process in list(_running):
         process.kill()
 
@@ -150,7 +144,7 @@ def run_ffmpeg(
         feed: pieces for its standard input, written as ffmpeg takes them.
 
     Raises:
-        FfmpegError: the time limit passed, or the process was killed.
+        DataError: the time limit passed, or the process was killed.
     """
     command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
     timed_out = threading.Event()
@@ -178,9 +172,9 @@ def run_ffmpeg(
             process.wait()
             _running.discard(process)
         if timed_out.is_set():
-            raise FfmpegError(f"not done within {time_limit:g} s, and stopped")
+            raise DataError(f"not done within {time_limit:g} s, and stopped")
         if status < 0:
-            raise FfmpegError(f"ffmpeg was ended by signal {-status}")
+            raise DataError(f"ffmpeg was ended by signal {-status}")
         return Completed(status, _read_back(output), _read_back(errors, MAX_MESSAGES))
 
 
@@ -214,7 +208,7 @@ class Track:
         times: float64 [n, 2], start and end in seconds of every packet or decoded frame, on the
             file's own clock, in the order of the file; NaN where the file does not say.
         container_seconds: the duration its header claims for the whole file, sound included.
-        said: ffmpeg's most telling message, if anything went wrong on the way.
+        error: ffmpeg's most telling message, if anything went wrong on the way.
     """
 
     width: int
@@ -222,7 +216,7 @@ class Track:
     sample_aspect: Fraction
     times: np.ndarray
     container_seconds: float | None
-    said: str | None
+    error: str | None
 
 
 def read_packets(
@@ -234,30 +228,35 @@ def read_packets(
         limit: stop after so many packets; two suffice for size and rate, and cost only the header.
 
     Raises:
-        FfmpegError: not a media file, no video stream, or the time limit passed.
+        DataError: not a media file, no video stream, or the time limit passed.
     """
     copy = ["-c", "copy", "-copyinkf", *_first(limit), "-f", "framecrc", "pipe:1"]
     done = run_ffmpeg(
         ["-v", "level+info", *input_arguments(path), "-map", "0:V:0", *copy], time_limit
     )
     if done.status != 0:
-        raise FfmpegError(f"cannot be read: {done.reason}")
+        raise DataError(f"cannot be read: {done.reason}")
     return parse_track(done)
 
 
 def decode_frames(
-    path: Path, time_limit: float = DEFAULT_TIME_LIMIT, limit: int | None = None
+    path: Path,
+    time_limit: float = DEFAULT_TIME_LIMIT,
+    limit: int | None = None,
+    by_number: bool = False,
 ) -> Track:
     """The video stream as it decodes, rotated upright; the pixels themselves are dropped.
 
     Args:
         limit: stop after so many frames.
+        by_number: list every frame once, whatever the file says of their times.
 
     Raises:
-        FfmpegError: as `read_packets`, and where not even the decoder's output is known.
+        DataError: as `read_packets`, and where not even the decoder's output is known.
     """
-    arguments = ["-v", "level+info", *input_arguments(path), *listing_arguments(limit)]
-    return parse_track(run_ffmpeg(arguments, time_limit))
+    arguments = ["-v", "level+info", *input_arguments(path)]
+    arguments += ["-vf", "setpts=N", *_every_frame()] if by_number else []
+    return parse_track(run_ffmpeg([*arguments, *listing_arguments(limit)], time_limit))
 
 
 def listing_arguments(limit: int | None = None) -> list[str]:
@@ -267,28 +266,8 @@ def listing_arguments(limit: int | None = None) -> list[str]:
 
 @functools.cache
 def _every_frame() -> list[str]:
-    """Arguments that give every decoded frame once, whatever the file says of their times."""
     known = run_ffmpeg(["-h", "long"], 60).output
     return ["-fps_mode" if "-fps_mode" in known else "-vsync", "passthrough"]  # before ffmpeg 5.1
-
-
-def count_frames(path: Path, time_limit: float, limit: int | None = None) -> Track:
-    """The video stream as it decodes, like `decode_frames`, but every frame whatever its time.
-
-    Args:
-        limit: stop after so many frames.
-
-    Raises:
-        FfmpegError: as `decode_frames`.
-    """
-    arguments = [
-        *input_arguments(path),
-        "-vf",
-        "setpts=N",
-        *_every_frame(),
-        *listing_arguments(limit),
-    ]
-    return parse_track(run_ffmpeg(["-v", "level+info", *arguments], time_limit))
 
 
 def decode_chosen(
@@ -298,13 +277,13 @@ def decode_chosen(
 
     Args:
         indices: int64, ascending, without repeats.
-        height, width: pixels, as `count_frames` tells them.
+        height, width: pixels, as `decode_frames` tells them.
 
     Returns:
         uint8 [len(indices), height, width, 3], RGB.
 
     Raises:
-        FfmpegError: as `read_packets`, or a frame is damaged or not there.
+        DataError: as `read_packets`, or a frame is damaged or not there.
     """
     chosen = "+".join(rf"eq(n\,{i})" for i in indices.tolist())
     picked = ["-vf", f"select={chosen},setpts=N", *_every_frame()]
@@ -313,10 +292,10 @@ def decode_chosen(
         output = ["-map", "0:V:0", *picked, "-pix_fmt", "rgb24", "-f", "rawvideo", f"file:{raw}"]
         done = run_ffmpeg(["-v", "level+error", *input_arguments(path), *output], time_limit)
         content = raw.read_bytes() if raw.exists() else b""
-    if done.status != 0 or "[error]" in done.said:
-        raise FfmpegError(done.reason)
+    if done.status != 0 or "[error]" in done.messages:
+        raise DataError(done.reason)
     if len(content) != len(indices) * height * width * 3:
-        raise FfmpegError(f"{len(indices)} frames do not come out")
+        raise DataError(f"{len(indices)} frames do not come out")
     return np.frombuffer(content, np.uint8).reshape(-1, height, width, 3)
 
 
@@ -330,7 +309,7 @@ def parse_track(done: Completed) -> Track:
     It is made for machines: header lines ``#name 0: value``, then one line for each packet,
     ``stream, decoding time, time, duration, bytes, checksum, flags…``, in units of the time base.
 
-    Raises FfmpegError if it lists nothing, not even a header.
+    Raises DataError if it lists nothing, not even a header.
     """
     header, rows = {}, []
     for line in done.output.splitlines():
@@ -343,54 +322,47 @@ def parse_track(done: Completed) -> Track:
             if not int(flags[2:], 16) & DISCARDED:
                 rows.append((int(fields[2]), int(fields[3])))
     if "dimensions 0" not in header:
-        raise FfmpegError(f"no frame of it decodes: {done.reason}")
+        raise DataError(f"no frame of it decodes: {done.reason}")
     unit = float(Fraction(header["tb 0"]))
     start, length = np.array(rows, dtype=np.int64).reshape(-1, 2).T
     start = np.where(start == NO_TIMESTAMP, np.nan, start * unit)
     width, height = header["dimensions 0"].split("x")
     sample_aspect = Fraction(*map(int, header["sar 0"].split("/")))
-    claimed = re.search(r"Duration: (\d+):(\d+):(\d+\.\d+)", done.said)
+    claimed = re.search(r"Duration: (\d+):(\d+):(\d+\.\d+)", done.messages)
+    seconds = np.dot([3600, 60, 1], [float(part) for part in claimed.groups()]) if claimed else None
     return Track(
         width=int(width),
         height=int(height),
         sample_aspect=sample_aspect if sample_aspect > 0 else Fraction(1),
         times=np.stack([start, start + length * unit], axis=1),
-        container_seconds=_seconds(*claimed.groups()) if claimed else None,
-        said=done.reason if "[error]" in done.said else None,
+        container_seconds=seconds,
+        error=done.reason if "[error]" in done.messages else None,
     )
-
-
-def _seconds(hours: str, minutes: str, seconds: str) -> float:
-    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 def write_video(
     path: Path, frames: np.ndarray | Iterable[np.ndarray], fps: float = PREPARED_FPS
 ) -> None:
-    """Write frames as a clip in the prepared format; `path` appears only when it is complete.
+    """Write frames as a clip in the prepared format, straight to `path`.
 
     Args:
-        path: the .mp4 to write; replaced if it exists.
+        path: replaced if it exists; of no use if this fails or is interrupted.
         frames: uint8 [n, H, W, 3] RGB, or an iterable of uint8 [H, W, 3]; H and W even, n > 0.
         fps: frames per second.
 
     Raises:
         ValueError: no frames, or a frame of another shape or dtype than the rule above.
-        FfmpegError: ffmpeg failed.
+        DataError: ffmpeg failed.
     """
-    path = Path(path)
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
         raise ValueError(f"{path}: no frames to write")
-    feed = _frame_bytes(path, first, frames)
     arguments = ["-v", "level+error", *raw_input_arguments(first.shape[1], first.shape[0], fps)]
-    with temporary_sibling(path) as part:
-        arguments += [*H264_ARGUMENTS, "-f", "mp4", "-y", f"file:{part}"]
-        done = run_ffmpeg(arguments, feed=feed)
-        if done.status != 0:
-            raise FfmpegError(f"{path}: cannot be written: {done.reason}")
-        commit(part, path)
+    arguments += [*H264_ARGUMENTS, "-f", "mp4", "-y", f"file:{path}"]
+    done = run_ffmpeg(arguments, feed=_frame_bytes(path, first.shape, chain([first], frames)))
+    if done.status != 0:
+        raise DataError(f"{path}: cannot be written: {done.reason}")
 
 
 def raw_input_arguments(width: int, height: int, fps: float) -> list[str]:
@@ -399,18 +371,12 @@ def raw_input_arguments(width: int, height: int, fps: float) -> list[str]:
     return [*size, "-r", str(fps), "-i", "pipe:0"]
 
 
-def _frame_bytes(path: Path, first: np.ndarray, others: Iterator[np.ndarray]) -> Iterator[bytes]:
-    def check(frame: np.ndarray) -> bytes:
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            shape = list(frame.shape)
-            raise ValueError(f"{path}: frames must be uint8 [H, W, 3], not {frame.dtype} {shape}")
-        if frame.shape != first.shape:
-            sizes = f"{list(first.shape)} first, then {list(frame.shape)}"
-            raise ValueError(f"{path}: frames must have one size, not {sizes}")
-        if frame.shape[0] % 2 or frame.shape[1] % 2:
-            raise ValueError(f"{path}: H and W must be even (4:2:0), not {list(frame.shape[:2])}")
-        return frame.tobytes()
-
-    yield check(first)
-    for frame in others:
-        yield check(frame)
+def _frame_bytes(path: Path, shape: tuple, frames: Iterable[np.ndarray]) -> Iterator[bytes]:
+    for frame in frames:
+        even = frame.ndim == 3 and not (shape[0] % 2 or shape[1] % 2)
+        if frame.dtype != np.uint8 or frame.shape != shape or shape[2:] != (3,) or not even:
+            raise ValueError(
+                f"{path}: frames must be uint8 [H, W, 3] of one size, H and W even (4:2:0), not"
+                f" {frame.dtype} {list(frame.shape)}"
+            )
+        yield frame.tobytes()

@@ -10,23 +10,20 @@ import fcntl
 import io
 import json
 import os
-import time
+import shutil
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-import h5py
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from dataloaders import DataError
 from dataloaders.clips import ClipSource
-from dataloaders.ffmpeg import FfmpegError, read_packets
-from dataloaders.sampling import eval_indices, train_indices
+from dataloaders.sampling import sampled_indices
 from dataloaders.video import load_every_frame
 
 FORMAT, VERSION = "propy frames", 1
@@ -35,41 +32,40 @@ PACK = "make it with `.venv/bin/python -m scripts.data.pack_frames`"
 # more bytes (measured on real clips; README, "Frame store").
 SUBSAMPLING = 0
 DEFAULT_QUALITY = 90
-HEAD = 2**16  # bytes before the JPEGs, for HDF5's bookkeeping
-# Two frames closer than this are fetched by one read, to spare a disk the second seek. The value
-# is a guess: it was not measured on a disk.
-MERGED_GAP = 2**16
-
-MAX_DECODER_DEVIATION = 8  # of 255 levels, in one smooth picture
-# Seconds to wait for a lock: workers of a killed process hold it for the moment until they end.
-LOCK_PATIENCE = 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedClip:
     """One clip as it lies in a store, and what it was made from.
 
     Attributes:
-        lengths: bytes of every frame's JPEG.
-        checksums: CRC-32 of every frame's JPEG.
+        lengths: uint32 [n], bytes of every frame's JPEG.
+        checksums: uint32 [n], CRC-32 of every frame's JPEG.
         psnr: of the JPEGs against the frames they were made from, in dB, over all pixels.
         source, source_bytes, source_mtime_ns: the clip's file; its change time in nanoseconds.
-        source_fps: frames per second according to its container.
+        first_byte: where in the store's file the first JPEG starts.
     """
 
     name: str
-    lengths: list[int]
-    checksums: list[int]
+    lengths: np.ndarray
+    checksums: np.ndarray
     psnr: float
     source: str
     source_bytes: int
     source_mtime_ns: int
-    source_fps: float
+    first_byte: int = 0
 
     def same_source(self, path: Path) -> bool:
         """Whether the file it was made from has not changed since."""
         stat = path.stat()
         return (stat.st_size, stat.st_mtime_ns) == (self.source_bytes, self.source_mtime_ns)
+
+    def same_frames(self, other: PackedClip | None) -> bool:
+        return (
+            other is not None
+            and np.array_equal(self.lengths, other.lengths)
+            and np.array_equal(self.checksums, other.checksums)
+        )
 
 
 def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedClip, bytes]:
@@ -81,27 +77,16 @@ def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedCli
     stat = path.stat()
     frames = load_every_frame(path, size)
     jpegs = [encode_frame(frame, quality) for frame in frames]
-    decoded = decode_frames([_as_tensor(jpeg) for jpeg in jpegs])
     clip = PackedClip(
         name=name,
-        lengths=[len(jpeg) for jpeg in jpegs],
-        checksums=[zlib.crc32(jpeg) for jpeg in jpegs],
-        psnr=psnr(frames, decoded),
+        lengths=np.array([len(jpeg) for jpeg in jpegs], np.uint32),
+        checksums=np.array([zlib.crc32(jpeg) for jpeg in jpegs], np.uint32),
+        psnr=psnr(frames, decode_frames(jpegs)),
         source=path.name,
         source_bytes=stat.st_size,
         source_mtime_ns=stat.st_mtime_ns,
-        source_fps=frame_rate(path),
     )
     return clip, b"".join(jpegs)
-
-
-def frame_rate(path: Path) -> float:
-    """Frames per second by the length of a clip's first frame; NaN if it does not say."""
-    try:
-        start, end = read_packets(path, limit=2).times[0]
-    except (FfmpegError, IndexError) as error:
-        raise DataError(f"{path}: its frame rate cannot be read ({error})") from error
-    return float(1 / (end - start)) if end > start else float("nan")
 
 
 def encode_frame(frame: torch.Tensor, quality: int) -> bytes:
@@ -112,11 +97,12 @@ def encode_frame(frame: torch.Tensor, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def decode_frames(
-    jpegs: Sequence[torch.Tensor], device: str | torch.device = "cpu"
-) -> torch.Tensor:
-    """JPEGs, each uint8 [bytes] on the CPU, as uint8 [n, 3, S, S] RGB on the device."""
-    return torch.stack(decode_jpeg(list(jpegs), mode=ImageReadMode.RGB, device=device))
+def decode_frames(jpegs: Sequence[bytes]) -> torch.Tensor:
+    """JPEGs as uint8 [n, 3, S, S] RGB."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    encoded = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
+    return torch.stack(decode_jpeg(encoded, mode=ImageReadMode.RGB))
 
 
 def psnr(frames: torch.Tensor, decoded: torch.Tensor) -> float:
@@ -125,77 +111,6 @@ def psnr(frames: torch.Tensor, decoded: torch.Tensor) -> float:
         (a.float() - b.float()).square().mean().item() for a, b in zip(frames, decoded, strict=True)
     ) / len(frames)
     return float(10 * np.log10(255**2 / max(error, 255**2 / 1e10)))
-
-
-def _as_tensor(jpeg: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.frombuffer(jpeg, np.uint8).copy())
-
-
-@dataclass(frozen=True)
-class EncodedClips:
-    """Sampled frames of clips, not yet decoded.
-
-    Attributes:
-        label: what messages call them.
-        jpegs: uint8 [bytes], one after the other, every frame once. They are one tensor because
-            each tensor that comes from a worker process costs an open file.
-        lengths: bytes of each.
-        positions: int64 [B, N_f], which of them each sampled frame is.
-        size: side of the frames, pixels.
-    """
-
-    label: str
-    jpegs: torch.Tensor
-    lengths: list[int]
-    positions: torch.Tensor
-    size: int
-
-    @classmethod
-    def stack(cls, clips: Sequence[EncodedClips]) -> EncodedClips:
-        """The clips as one batch."""
-        counts = np.array([len(clip.lengths) for clip in clips])
-        firsts = (counts.cumsum() - counts).tolist()
-        return cls(
-            label=", ".join(clip.label for clip in clips),
-            jpegs=torch.cat([clip.jpegs for clip in clips]),
-            lengths=[length for clip in clips for length in clip.lengths],
-            positions=torch.cat([c.positions + f for c, f in zip(clips, firsts, strict=True)]),
-            size=clips[0].size,
-        )
-
-    def decode(self, device: torch.device) -> torch.Tensor:
-        """uint8 [B, N_f, 3, size, size], RGB, on the device.
-
-        Raises:
-            DataError: there is a JPEG which is none, or has another size.
-        """
-        try:
-            frames = decode_frames(self.jpegs.split(self.lengths), device)
-        except RuntimeError as error:
-            raise DataError(f"{self.label}: cannot be decoded ({error}): {PACK}") from error
-        if frames.shape[1:] != (3, self.size, self.size):
-            raise DataError(f"{self.label}: frames of shape {list(frames.shape[1:])}: {PACK}")
-        if len(frames) == self.positions.numel():  # none is sampled twice: no copy is needed
-            return frames.unflatten(0, self.positions.shape)
-        return frames[self.positions.to(device)]
-
-
-def gpu_decoder_problem(device: torch.device) -> str | None:
-    """Why frames had better not be decoded on this device; None if it does what the CPU does.
-
-    One picture is decoded on both. They may round differently, by a few of 255 levels.
-    """
-    y, x = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
-    picture = torch.stack([x, y, (x + y) // 2]).byte()
-    jpeg = _as_tensor(encode_frame(picture, DEFAULT_QUALITY))
-    try:
-        theirs = decode_frames([jpeg], device).cpu()
-    except RuntimeError as error:
-        return " ".join(str(error).split())[:200]
-    if theirs.shape != (1, *picture.shape):
-        return f"it makes {list(theirs.shape)} of one picture"
-    deviation = (theirs.int() - decode_frames([jpeg]).int()).abs().max().item()
-    return None if deviation <= MAX_DECODER_DEVIATION else f"its pixels are off by {deviation}"
 
 
 class FrameStore(ClipSource):
@@ -211,13 +126,11 @@ class FrameStore(ClipSource):
     - ``source`` and ``source_…``: what it was made from; ``psnr``: its loss. See `PackedClip`.
 
     The index is read once; frames are then read from the file by their offset, without HDF5, whose
-    handles do not survive a fork. Nothing stays open.
+    handles do not survive a fork. Nothing stays open. A file that was extended meanwhile has its
+    index read again.
 
-    Args:
-        path: the file.
-        decode_on: where JPEGs are decoded. None: where they are loaded, so in the loader's workers.
-            A device: clips travel as JPEG, and `EncodedClips.decode` decodes a batch there, which
-            the loader does before it hands the batch out.
+    Attributes:
+        clips: everything but the frames, by name, as the file was when it was opened.
 
     Raises:
         DataError: no such file, no frame store, a damaged one, or one of another version.
@@ -225,48 +138,43 @@ class FrameStore(ClipSource):
 
     kind = "frame store"
 
-    def __init__(self, path: str | Path, decode_on: torch.device | None = None):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.decode_on = decode_on
         if not self.path.is_file():
-            unfinished = any(part.is_file() for part in _partial_paths(self.path))
+            unfinished = packing_path(self.path).is_file()
             state = "is not finished" if unfinished else "no such frame store"
             raise DataError(f"{self.path}: {state}: {PACK}")
+        with self._opened() as file:
+            self.clips = self._places = self._read_index(file)
+            self._identity = file_identity(file)
+
+    def _opened(self) -> BinaryIO:
         try:
-            with h5py.File(self.path, "r", locking=False) as file:
-                self._read_index(file)
-        except DataError:
-            raise
+            return self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def _read_index(self, opened: BinaryIO) -> dict[str, PackedClip]:
+        import h5py
+
+        try:
+            with h5py.File(opened, "r") as file:
+                found = file.attrs.get("format"), int(file.attrs.get("version", 0))
+                if found != (FORMAT, VERSION):
+                    raise DataError(
+                        f"{self.path}: format and version are {found}, but this program reads"
+                        f" {(FORMAT, VERSION)}: {PACK}"
+                    )
+                self.size, self.quality = int(file.attrs["size"]), int(file.attrs["quality"])
+                return _read_clips(file)
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[-200:]
             raise DataError(
                 f"{self.path}: no readable frame store ({reason}): remove it and {PACK}"
             ) from error
-        self._identity = file_identity(self.path.stat())
-
-    def _read_index(self, file: h5py.File) -> None:
-        found = file.attrs.get("format"), int(file.attrs.get("version", 0))
-        if found != (FORMAT, VERSION):
-            raise DataError(
-                f"{self.path}: format and version are {found}, but this program reads"
-                f" {(FORMAT, VERSION)}: {PACK}"
-            )
-        self.size, self.quality = int(file.attrs["size"]), int(file.attrs["quality"])
-        self.names: list[str] = file["name"].asstr()[:].tolist()
-        self._row = {name: row for row, name in enumerate(self.names)}
-        self._frame_bytes, self._frame_crc32 = file["frame_bytes"][:], file["frame_crc32"][:]
-        self._first_frame, self._num_frames = file["first_frame"][:], file["num_frames"][:]
-        self._first_byte = int(file["jpeg"].id.get_offset()) + file["first_byte"][:]
-        self._facts = {
-            field: (file[field].asstr() if field == "source" else file[field])[:].tolist()
-            for field in FACTS
-        }
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name not in self._row]
+        return [name for name in names if name not in self.clips]
 
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (
@@ -278,7 +186,7 @@ class FrameStore(ClipSource):
         return f"{self.path}: clip {name!r}"
 
     def probe(self, name: str, size: int) -> int:
-        return self.num_frames(name)  # `check` has the size, and reading verifies every frame
+        return len(self.clips[name].lengths)  # `check` has the size, reading verifies every frame
 
     def check(self, names: Sequence[str], size: int) -> None:
         if size != self.size:
@@ -295,148 +203,97 @@ class FrameStore(ClipSource):
         num_frames: int,
         size: int,
         generator: np.random.RandomState | None = None,
-    ) -> torch.Tensor | EncodedClips:
+    ) -> torch.Tensor:
         self.check([name], size)
-        n = self.num_frames(name)
-        if generator is None:
-            chosen = eval_indices(n, num_frames)
-        else:
-            chosen = train_indices(n, num_frames, generator)
-        distinct, position = np.unique(chosen, return_inverse=True)
-        jpegs = self.jpegs(name, distinct)
-        clip = EncodedClips(
-            label=self.label(name),
-            jpegs=_as_tensor(b"".join(jpegs)),
-            lengths=[len(jpeg) for jpeg in jpegs],
-            positions=torch.from_numpy(position)[None],
-            size=size,
-        )
-        if self.decode_on is not None:
-            return clip
-        return clip.decode(torch.device("cpu"))[0]
+        chosen = sampled_indices(self.probe(name, size), num_frames, generator)
+        needed, positions = np.unique(chosen, return_inverse=True)
+        try:
+            frames = decode_frames(self.jpegs(name, needed))
+        except RuntimeError as error:
+            raise DataError(f"{self.label(name)}: cannot be decoded ({error}): {PACK}") from error
+        if frames.shape[1:] != (3, size, size):
+            raise DataError(f"{self.label(name)}: frames of shape {[*frames.shape[1:]]}: {PACK}")
+        return frames[torch.from_numpy(positions)]
 
-    def num_frames(self, name: str) -> int:
-        """n, the frames that the clip has."""
-        return int(self._num_frames[self._row[name]])
-
-    def jpegs(self, name: str, frames: np.ndarray) -> list[bytes]:
-        """Some frames of a clip as they are stored, with their checksums verified.
+    def jpegs(self, name: str, frames: np.ndarray | None = None) -> list[bytes]:
+        """Frames of a clip as they are stored, with their checksums verified.
 
         Args:
-            frames: int64, ascending positions in the clip.
+            frames: int64 [n], positions in the clip; None for all.
 
         Raises:
-            DataError: the file is cut short, damaged, or was replaced since it was opened.
+            DataError: the file is cut short, damaged, or has other frames than when it was opened.
         """
-        row = self._row[name]
-        in_clip = self._frames_of(row)
-        lengths = self._frame_bytes[in_clip].astype(np.int64)
-        starts = (self._first_byte[row] + lengths.cumsum() - lengths)[frames]
-        found = read_ranges(self.path, starts, lengths[frames], self._identity)
-        for frame, jpeg, expected in zip(
-            frames, found, self._frame_crc32[in_clip][frames], strict=True
-        ):
-            if zlib.crc32(jpeg) != expected:
-                raise DataError(
-                    f"{self.label(name)}: frame {frame} is damaged (its checksum differs): remove"
-                    f" the file and {PACK}"
-                )
-        return found
-
-    def clips(self) -> Iterator[PackedClip]:
-        """What is known of every clip, in the order of the file."""
-        for row, name in enumerate(self.names):
-            frames = self._frames_of(row)
-            yield PackedClip(
-                name=name,
-                lengths=self._frame_bytes[frames].tolist(),
-                checksums=self._frame_crc32[frames].tolist(),
-                **{field: self._facts[field][row] for field in FACTS},
-            )
-
-    def verify(self) -> Iterator[str]:
-        """Reads everything, clip by clip: the name of each that is as it was packed.
-
-        Raises:
-            DataError: the first that is not.
-        """
-        for name in self.names:
-            self.jpegs(name, np.arange(self.num_frames(name)))
-            yield name
-
-    def first_bytes(self) -> list[int]:
-        """Where each clip's first JPEG starts in the file."""
-        return self._first_byte.tolist()
-
-    def _frames_of(self, row: int) -> slice:
-        first = int(self._first_frame[row])
-        return slice(first, first + int(self._num_frames[row]))
+        with self._opened() as file:
+            if file_identity(file) != self._identity:  # extended; frames may lie elsewhere now
+                self._places, self._identity = self._read_index(file), file_identity(file)
+            clip = self._places.get(name)
+            if clip is not self.clips[name] and not self.clips[name].same_frames(clip):
+                raise DataError(f"{self.label(name)}: changed while it was in use: start again")
+            try:
+                return read_frames(file, clip, frames)
+            except OSError as error:
+                raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+            except DataError as error:
+                remedy = f"remove the file and {PACK}"
+                raise DataError(f"{self.label(name)}: {error}: {remedy}") from error
 
 
-# What a store knows of each clip beside its frames, and HDF5's type of it.
-FACTS = {
-    "psnr": "f8",
-    "source": h5py.string_dtype(),
-    "source_bytes": "i8",
-    "source_mtime_ns": "i8",
-    "source_fps": "f8",
-}
+def _read_clips(file) -> dict[str, PackedClip]:
+    """The index of an open HDF5 file."""
+    lengths, checksums = file["frame_bytes"][:], file["frame_crc32"][:]
+    ends = file["first_frame"][:] + file["num_frames"][:]
+    columns = {
+        "name": file["name"].asstr()[:],
+        "lengths": [lengths[a:b] for a, b in zip(file["first_frame"][:], ends, strict=True)],
+        "checksums": [checksums[a:b] for a, b in zip(file["first_frame"][:], ends, strict=True)],
+        "source": file["source"].asstr()[:],
+        **{f: file[f][:].tolist() for f in ("psnr", "source_bytes", "source_mtime_ns")},
+        "first_byte": (file["jpeg"].id.get_offset() + file["first_byte"][:]).tolist(),
+    }
+    rows = zip(*columns.values(), strict=True)
+    clips = (PackedClip(**dict(zip(columns, row, strict=True))) for row in rows)
+    return {clip.name: clip for clip in clips}
 
 
-def read_ranges(
-    path: Path, starts: np.ndarray, lengths: np.ndarray, identity: tuple[int, ...]
-) -> list[bytes]:
-    """Bytes of a file at ascending places that do not overlap, in few reads.
+def read_frames(file: BinaryIO, clip: PackedClip, frames: np.ndarray | None = None) -> list[bytes]:
+    """As `FrameStore.jpegs`, from an open file.
 
-    All places are announced before the first is read, so that the system fetches them side by side.
-
-    Args:
-        starts, lengths: int64 [n], in bytes.
-        identity: what `file_identity` said of the file.
+    All are announced before the first is read, so that the system fetches them side by side.
 
     Raises:
-        DataError: it cannot be read, or is another file by now.
+        DataError: one is damaged; without the name of file and clip.
     """
-    ends = starts + lengths
-    groups = np.split(
-        np.arange(len(starts)), np.flatnonzero(starts[1:] - ends[:-1] > MERGED_GAP) + 1
-    )
-    found = []
-    try:
-        with path.open("rb", buffering=0) as file:
-            if file_identity(os.fstat(file.fileno())) != identity:
-                raise DataError(f"{path}: was replaced while it was in use: start again")
-            for group in groups:
-                _announce(file, int(starts[group[0]]), int(ends[group[-1]] - starts[group[0]]))
-            for group in groups:
-                start = int(starts[group[0]])
-                data = os.pread(file.fileno(), int(ends[group[-1]]) - start, start)
-                found += [data[starts[i] - start : ends[i] - start] for i in group]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return found
-
-
-def _announce(file: BinaryIO, start: int, length: int) -> None:
+    frames = np.arange(len(clip.lengths)) if frames is None else frames
+    lengths = clip.lengths.astype(np.int64)
+    starts = (clip.first_byte + lengths.cumsum() - lengths)[frames].tolist()
+    places = list(zip(lengths[frames].tolist(), starts, strict=True))
     if hasattr(os, "posix_fadvise"):  # not on every system
-        os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+        for length, start in places:
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+    jpegs = [os.pread(file.fileno(), length, start) for length, start in places]
+    for frame, jpeg in zip(frames, jpegs, strict=True):
+        if zlib.crc32(jpeg) != clip.checksums[frame]:
+            raise DataError(f"frame {frame} is damaged (its checksum differs)")
+    return jpegs
 
 
-def file_identity(stat: os.stat_result) -> tuple[int, ...]:
+def file_identity(file: BinaryIO) -> tuple[int, ...]:
     """Differs once a file was replaced or written to."""
+    stat = os.fstat(file.fileno())
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class FrameStoreWriter:
-    """Builds a frame store, or adds to one; whatever ends the process, what was added is kept.
+    """Builds a frame store, or extends one; whatever ends the process, what was added is kept.
 
-    While it is built the JPEGs lie in ``<file>.packing``, where they will stay, and what is known
-    of each clip in ``<file>.packing.jsonl``, a line each, written once the clip's bytes are on the
-    disk. `finish` puts HDF5's bookkeeping around the JPEGs and gives the file its name. HDF5 itself
-    does not survive being killed while it writes.
+    Clips are collected in ``<file>.packing``: a line of settings, then for each clip a line that
+    describes it, followed by its JPEGs. `finish` writes them and what an earlier store has to a new
+    file, which takes the store's place in one step: until then readers have the earlier one. So
+    there has to be room for both.
 
     Args:
-        path: the store; one that is there is taken apart, and complete again after `finish`.
+        path: the store.
         size, quality: of the frames, see `FrameStore`.
 
     Attributes:
@@ -448,168 +305,139 @@ class FrameStoreWriter:
     """
 
     def __init__(self, path: Path, size: int, quality: int):
-        self.path, self.size, self.quality = path, size, quality
-        self.clips: dict[str, PackedClip] = {}
-        self._first_byte: dict[str, int] = {}
-        self._data_path, self._journal_path = _partial_paths(path)
-        self._reopen_finished()
-        self._data = self._data_path.open("r+b" if self._data_path.is_file() else "x+b")
-        self._lock(self._data)
-        self._end = HEAD
-        if self._journal_path.is_file():
-            self._read_journal()
-        else:
-            self._write_journal()
-        self._journal = self._journal_path.open("a")
-        self._data.truncate(self._end)
+        self.path = path
+        self._settings = {"format": FORMAT, "version": VERSION, "size": size, "quality": quality}
+        if path.is_file():
+            check_settings(path, vars(FrameStore(path)), self._settings)
+        self._packing = packing_path(path)
+        # O_CREAT, and nothing cut off: it may be another process's
+        self._file = os.fdopen(os.open(self._packing, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            self._lock()
+            self._store = FrameStore(path) if path.is_file() else None
+            self._added: dict[str, PackedClip] = {}
+            self._read_packing()
+        except BaseException:
+            self._file.close()
+            raise
+        self.clips = (self._store.clips if self._store else {}) | self._added
 
     def __enter__(self) -> FrameStoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._journal.close()
-        self._data.close()
+        self._file.close()
 
     def add(self, clip: PackedClip, jpegs: bytes) -> None:
-        """Keep a clip; it replaces one of the same name, whose bytes stay behind unused."""
-        before = self.clips.get(clip.name)
-        first_byte = self._end
-        if before and before.checksums == clip.checksums and before.lengths == clip.lengths:
-            first_byte = self._first_byte[clip.name]  # another file with the same frames
-        else:
-            self._data.seek(self._end)
-            self._data.write(jpegs)
-            self._data.flush()
-            os.fsync(self._data.fileno())
-            self._end += len(jpegs)
-        self.clips[clip.name], self._first_byte[clip.name] = clip, first_byte
-        self._journal.write(self._line(clip))
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        """Keep a clip; it replaces one of the same name."""
+        arrays = {"lengths": clip.lengths.tolist(), "checksums": clip.checksums.tolist()}
+        self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
+        clip = replace(clip, first_byte=self._file.tell() - len(jpegs))
+        self.clips[clip.name] = self._added[clip.name] = clip
 
     def finish(self) -> None:
         """Give the complete store its name; nothing can be added any more.
 
         Raises:
-            DataError: no clip was added.
+            DataError: there is not one clip, or no room, or what was packed is damaged by now.
         """
         if not self.clips:
             raise DataError(f"{self.path}: not one clip to pack")
-        length = max(self._end - HEAD, HEAD)  # HDF5 does not align what is smaller
-        head = self._data_path.with_name(self._data_path.name + ".head")
-        try:
-            self._write_hdf5(head, length)
-            with head.open("rb") as file:
-                self._data.seek(0)
-                self._data.write(file.read(HEAD))
-                file.seek(HEAD + length)
-                self._data.truncate(HEAD + length)
-                self._data.seek(HEAD + length)
-                self._data.write(file.read())
-        finally:
-            head.unlink(missing_ok=True)
-        self._data.flush()
-        os.fsync(self._data.fileno())
-        self._data_path.replace(self.path)
-        self._journal_path.unlink()
-
-    def _write_hdf5(self, path: Path, length: int) -> None:
-        """The store with a hole, not yet bytes, where the JPEGs belong."""
-        clips = list(self.clips.values())
-        # Whatever has HEAD bytes or more starts at a multiple of HEAD: the JPEGs, which come first,
-        # directly behind the bookkeeping.
-        options = {"alignment_threshold": HEAD, "alignment_interval": HEAD}
-        with h5py.File(path, "w", libver=("v110", "v110"), **options) as file:
-            plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            plan.set_layout(h5py.h5d.CONTIGUOUS)
-            plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            plan.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            plan.set_obj_track_times(False)  # the same clips give the same bytes
-            space = h5py.h5s.create_simple((length,))
-            jpeg = h5py.h5d.create(file.id, b"jpeg", h5py.h5t.NATIVE_UINT8, space, plan)
-            if jpeg.get_offset() != HEAD:
-                raise RuntimeError(f"HDF5 placed the data at {jpeg.get_offset()}, not at {HEAD}")
-            file.attrs.update(
-                {"format": FORMAT, "version": VERSION, "size": self.size, "quality": self.quality}
-            )
-            counts = np.array([len(clip.lengths) for clip in clips], np.int64)
-            first_byte = np.array([self._first_byte[clip.name] for clip in clips], np.int64)
-            file["num_frames"], file["first_frame"] = counts, counts.cumsum() - counts
-            file["first_byte"] = first_byte - HEAD
-            for name, column in (("frame_bytes", "lengths"), ("frame_crc32", "checksums")):
-                file[name] = np.concatenate([np.array(getattr(c, column), "u4") for c in clips])
-            for name, dtype in {"name": h5py.string_dtype(), **FACTS}.items():
-                file.create_dataset(name, data=[getattr(c, name) for c in clips], dtype=dtype)
-
-    def _reopen_finished(self) -> None:
-        """Turn a finished store back into a beginning: its journal first, then its name.
-
-        `finish` gives the name first and removes the journal then, so that of the three files any
-        two that are found together say what to do.
-        """
-        if self._data_path.is_file() or not self.path.is_file():
-            return
-        with self.path.open("rb") as file:
-            self._lock(file)
-            if not self._journal_path.is_file():
-                store = FrameStore(self.path)
-                check_settings(self.path, (store.size, store.quality), (self.size, self.quality))
-                self.clips = {clip.name: clip for clip in store.clips()}
-                self._first_byte = dict(zip(store.names, store.first_bytes(), strict=True))
-                self._write_journal()
-            self.path.rename(self._data_path)
-
-    def _write_journal(self) -> None:
-        head = {"format": FORMAT, "version": VERSION, "size": self.size, "quality": self.quality}
-        part = self._journal_path.with_name(self._journal_path.name + ".part")
-        with part.open("w") as file:
-            file.write(json.dumps(head) + "\n")
-            file.writelines(self._line(clip) for clip in self.clips.values())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self._journal_path)
-
-    def _line(self, clip: PackedClip) -> str:
-        return json.dumps({"first_byte": self._first_byte[clip.name], **asdict(clip)}) + "\n"
-
-    def _read_journal(self) -> None:
-        text = self._journal_path.read_text()
-        whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
-        os.truncate(self._journal_path, len(whole.encode()))
-        self.clips, self._first_byte = {}, {}
-        try:
-            head, *lines = map(json.loads, whole.splitlines())
-            check_settings(
-                self._data_path, (head["size"], head["quality"]), (self.size, self.quality)
-            )
-            for line in lines:
-                first_byte = line.pop("first_byte")
-                clip = PackedClip(**line)
-                self.clips[clip.name], self._first_byte[clip.name] = clip, first_byte
-                self._end = max(self._end, first_byte + sum(clip.lengths))
-        except (ValueError, KeyError, TypeError) as error:
+        needed = sum(int(clip.lengths.sum()) for clip in self.clips.values()) / 2**30
+        if self._added and shutil.disk_usage(self.path.parent).free / 2**30 < needed:
             raise DataError(
-                f"{self._journal_path}: cannot be gone on with ({error}): remove it and"
-                f" {self._data_path}"
-            ) from error
-        if self._data_path.stat().st_size < self._end:
-            raise DataError(
-                f"{self._data_path}: shorter than {self._journal_path} says: remove both"
+                f"{self.path}: needs {needed:.1f} GiB to be finished: make room, and run again;"
+                " what is packed is kept"
             )
-
-    def _lock(self, file: BinaryIO) -> None:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
+        if self._added:
+            part = self.path.with_name(f".{self._packing.name}")
             try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DataError(f"{self.path}: another process is packing it") from None
-                time.sleep(0.05)
+                self._write_hdf5(part)
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+                part.replace(self.path)
+            finally:
+                part.unlink(missing_ok=True)
+        self._packing.unlink()
+
+    def _write_hdf5(self, path: Path) -> None:
+        import h5py
+
+        clips = list(self.clips.values())
+        sizes = np.array([clip.lengths.sum() for clip in clips], np.int64)
+        counts = np.array([len(clip.lengths) for clip in clips], np.int64)
+        first_byte = sizes.cumsum() - sizes
+        text = h5py.string_dtype()
+        types = {"name": text, "source": text, "psnr": "f8"}
+        with h5py.File(path, "w", libver=("v110", "v110")) as file:
+            file.attrs.update(self._settings)
+            jpeg = file.create_dataset("jpeg", (sizes.sum(),), "u1")
+            for clip, start, size in zip(clips, first_byte, sizes, strict=True):
+                if clip.name in self._added:
+                    jpegs = read_frames(self._file, clip)
+                else:
+                    jpegs = self._store.jpegs(clip.name)
+                jpeg[start : start + size] = np.frombuffer(b"".join(jpegs), np.uint8)
+            file["num_frames"], file["first_frame"] = counts, counts.cumsum() - counts
+            file["first_byte"] = first_byte
+            file["frame_bytes"] = np.concatenate([clip.lengths for clip in clips])
+            file["frame_crc32"] = np.concatenate([clip.checksums for clip in clips])
+            for name in ("name", "psnr", "source", "source_bytes", "source_mtime_ns"):
+                values = [getattr(clip, name) for clip in clips]
+                file.create_dataset(name, data=values, dtype=types.get(name, "i8"))
+
+    def _read_packing(self) -> None:
+        """What an earlier process added, without the clip over which it was killed."""
+        length = self._file.seek(0, os.SEEK_END)
+        end = self._file.seek(0)
+        try:
+            while (line := self._file.readline()).endswith(b"\n"):
+                record = json.loads(line)
+                if end == 0:
+                    check_settings(self._packing, record, self._settings)
+                else:
+                    record |= {f: np.array(record[f], np.uint32) for f in ("lengths", "checksums")}
+                    clip = PackedClip(**record | {"first_byte": end + len(line)})
+                    stop = self._file.seek(clip.first_byte + int(clip.lengths.sum()))
+                    if stop > length or (stop == length and not self._is_whole(clip)):
+                        break
+                    self._added[clip.name] = clip
+                end = self._file.tell()
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise DataError(
+                f"{self._packing}: cannot be continued ({error}): remove it and start again"
+            ) from error
+        self._file.truncate(end)
+        self._file.seek(end)
+        if end == 0:
+            self._write(json.dumps(self._settings).encode() + b"\n")
+
+    def _is_whole(self, clip: PackedClip) -> bool:
+        """The end of the file need not have come to the disk with its length."""
+        try:
+            return bool(read_frames(self._file, clip))
+        except DataError:
+            return False
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # did the one who had it finish, and remove this file?
+            free = os.path.samestat(os.fstat(self._file.fileno()), self._packing.stat())
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        if not free:
+            raise DataError(f"{self.path}: another process is packing it")
 
 
-def check_settings(path: Path, found: tuple[int, int], wanted: tuple[int, int]) -> None:
+def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
     """Raises a DataError if a store's size and quality are not those asked for."""
+    found, wanted = ((settings["size"], settings["quality"]) for settings in (found, wanted))
     if found != wanted:
         raise DataError(
             f"{path}: begun with --size {found[0]} --quality {found[1]}, not {wanted[0]} and"
@@ -617,6 +445,6 @@ def check_settings(path: Path, found: tuple[int, int], wanted: tuple[int, int]) 
         )
 
 
-def _partial_paths(path: Path) -> tuple[Path, Path]:
-    """Where data and journal of an unfinished store are."""
-    return path.with_name(path.name + ".packing"), path.with_name(path.name + ".packing.jsonl")
+def packing_path(path: Path) -> Path:
+    """Where a store is until it is finished."""
+    return path.with_name(path.name + ".packing")

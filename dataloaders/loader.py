@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from dataloaders import DataError
 from dataloaders.annotations import Video
 from dataloaders.clips import ClipSource
-from dataloaders.frame_store import EncodedClips
 from dataloaders.video import DECODE_TIME_LIMIT
 
 # Seconds within which a worker starts to read another clip, whatever the size of its batch: it
@@ -64,7 +63,7 @@ class ClipLoader:
 
     def load(
         self, videos: Sequence[int], generators: Sequence[np.random.RandomState | None]
-    ) -> torch.Tensor | EncodedClips:
+    ) -> torch.Tensor:
         """The frames of videos, given as positions: uint8 [B, N_f, 3, size, size].
 
         Args:
@@ -80,8 +79,6 @@ class ClipLoader:
                 frames.append(self.clips.load(name, self.num_frames, self.size, generator))
         finally:
             self._being_read[slot] = -1
-        if isinstance(frames[0], EncodedClips):
-            return EncodedClips.stack(frames)
         return default_collate(frames)  # in a worker: straight into shared memory
 
     def __len__(self) -> int:
@@ -145,8 +142,6 @@ class ClipLoader:
                 command = self.clips.check_command
                 hint = f"; to find all clips that do not decode: `{command}`" if command else ""
                 raise DataError(f"{batch}{hint}")
-            if isinstance(batch["frames"], EncodedClips):
-                batch["frames"] = batch["frames"].decode(self.clips.decode_on)
             yield batch
 
     def _next(self, batches: Iterator) -> dict | DataError | None:

@@ -13,13 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders import DataError
+
 MAX_HEADER = 2**26  # bytes of one header box; an hour at 3 fps takes about 100 KiB
-HEADER_BOXES = (b"moov", b"moof")
-PARENTS = {b"trak", b"edts", b"mdia", b"minf", b"stbl", b"traf", b"mvex"}
-
-
-class ContainerError(ValueError):
-    """A header that is damaged; the message says what is wrong, without the file's name."""
+PARENTS = {b"trak", b"edts", b"mdia", b"minf", b"stbl"}
 
 
 @dataclass
@@ -29,14 +26,12 @@ class Header:
     Attributes:
         width, height: pixels as stored, of the first video track.
         num_frames: frames that the header's tables list, of all video tracks.
-        codec: the four letters of the first video track's format, such as ``avc1``.
         fragmented: frames are listed in pieces all over the file, not only in the header.
     """
 
     width: int = 0
     height: int = 0
     num_frames: int = 0
-    codec: str = ""
     fragmented: bool = False
 
 
@@ -44,29 +39,34 @@ def read_header(path: Path) -> Header:
     """Read the header of an MP4 file and check it against the file's length.
 
     Raises:
-        ContainerError: it is missing, does not fit the file, or claims what the file cannot hold.
+        DataError: it is missing, does not fit the file, or claims what the file cannot hold. The
+            message leaves the file's name to the caller.
         OSError: the file cannot be read.
     """
-    header, found = Header(), False
+    tracks: list[Header] = []
+    fragmented = found = False
     with path.open("rb") as file:
         length = file.seek(0, os.SEEK_END)
         for kind, start, end in _top_boxes(file, length):
-            if kind not in HEADER_BOXES:
+            fragmented |= kind == b"moof"
+            if kind != b"moov":
                 continue
+            found = True
             if end - start > MAX_HEADER:
-                raise ContainerError(f"its header claims {end - start} bytes")
+                raise DataError(f"its header claims {end - start} bytes")
             file.seek(start)
             box = file.read(end - start)
-            header.fragmented |= kind == b"moof"
-            found |= kind == b"moov"
-            _read_tracks(box, header, length, kind)
+            for name, first, last in _boxes(box, 0, len(box)):
+                if name == b"trak" and (track := _read_track(box, first, last, length)):
+                    tracks.append(track)
     if not found:
-        raise ContainerError("its header (the moov box) is missing: the file was cut short")
-    if not header.codec:
-        raise ContainerError("it has no video track")
-    if not header.num_frames and not header.fragmented:
-        raise ContainerError("it lists no frames")
-    return header
+        raise DataError("its header (the moov box) is missing: the file was cut short")
+    if not tracks:
+        raise DataError("it has no video track")
+    num_frames = sum(track.num_frames for track in tracks)
+    if not num_frames and not fragmented:
+        raise DataError("it lists no frames")
+    return Header(tracks[0].width, tracks[0].height, num_frames, fragmented)
 
 
 def _top_boxes(file, length: int) -> Iterator[tuple[bytes, int, int]]:
@@ -81,10 +81,10 @@ def _top_boxes(file, length: int) -> Iterator[tuple[bytes, int, int]]:
         elif size == 0:
             size = length - place
         if size < inner:
-            raise ContainerError(f"a box of {size} bytes at byte {place}")
+            raise DataError(f"a box of {size} bytes at byte {place}")
         end = place + size
-        if end > length and kind in (*HEADER_BOXES, b"mdat"):
-            raise ContainerError(f"it ends {end - length} bytes before its last box does")
+        if end > length and kind in (b"moov", b"moof", b"mdat"):
+            raise DataError(f"it ends {end - length} bytes before its last box does")
         yield kind, place + inner, end
         place = end
 
@@ -96,47 +96,31 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
         if size == 0:  # some writers end a list so
             return
         if size < 8 or start + size > end:
-            raise ContainerError(f"its header is damaged: a {_name(kind)} box of {size} bytes")
+            raise DataError(f"its header is damaged: a {_name(kind)} box of {size} bytes")
         yield kind, start + 8, start + size
         start += size
 
 
-def _read_tracks(data: bytes, header: Header, length: int, kind: bytes) -> None:
-    for box, start, end in _boxes(data, 0, len(data)):
-        if kind == b"moof" and box == b"traf":
-            _read_fragment(data, start, end, header, length)
-        elif kind == b"moov" and box == b"trak":
-            _read_track(data, start, end, header, length)
-
-
-def _read_fragment(data: bytes, start: int, end: int, header: Header, length: int) -> None:
-    for kind, place, _ in _boxes(data, start, end):
-        if kind == b"trun":
-            header.num_frames += _count(data[place + 4 : place + 8], length)
-
-
-def _read_track(data: bytes, start: int, end: int, header: Header, length: int) -> None:
+def _read_track(data: bytes, start: int, end: int, length: int) -> Header | None:
+    """None for a track that is no video."""
     tables: dict[bytes, bytes] = {}
     for kind, first, last in _leaves(data, start, end):
         tables.setdefault(kind, data[first:last])  # QuickTime has a second hdlr, of the data
     if tables.get(b"hdlr", b"")[8:12] != b"vide":
-        return
+        return None
     durations = _table(tables, b"stts", 2)
     frames = int(durations[:, 0].sum(dtype=np.int64))
-    listed = _count(tables[b"stsz"][8:12], length) if b"stsz" in tables else frames
+    listed = int.from_bytes(tables[b"stsz"][8:12], "big") if b"stsz" in tables else frames
     if frames > length or listed > length:
-        raise ContainerError(f"it lists {max(frames, listed)} frames, but has {length} bytes")
+        raise DataError(f"it lists {max(frames, listed)} frames, but has {length} bytes")
     if frames != listed:
-        raise ContainerError(f"its header is damaged: times of {frames} frames, sizes of {listed}")
-    if not header.codec:
-        description = tables.get(b"stsd", b"")[8:]
-        header.codec = _name(description[4:8])
-        header.width = int.from_bytes(description[32:34], "big")
-        header.height = int.from_bytes(description[34:36], "big")
-    header.num_frames += frames
+        raise DataError(f"its header is damaged: times of {frames} frames, sizes of {listed}")
     if frames:  # none are listed here where they come in fragments
         _check_edits(tables.get(b"elst", b""), int(durations.prod(1, dtype=np.int64).sum()))
-    _check_end(tables, listed, length)
+        _check_end(tables, frames, length)
+    description = tables.get(b"stsd", b"")[8:]
+    width, height = (int.from_bytes(description[i : i + 2], "big") for i in (32, 34))
+    return Header(width, height, frames)
 
 
 def _check_edits(edits: bytes, duration: int) -> None:
@@ -153,7 +137,7 @@ def _check_edits(edits: bytes, duration: int) -> None:
     ]
     shown = [start for start in starts if start != -1]  # -1: a pause
     if shown and not any(0 <= start < duration for start in shown):
-        raise ContainerError("its edit list hides every frame")
+        raise DataError("its edit list hides every frame")
 
 
 def _check_end(tables: dict[bytes, bytes], frames: int, length: int) -> None:
@@ -161,22 +145,22 @@ def _check_end(tables: dict[bytes, bytes], frames: int, length: int) -> None:
     wide = b"co64" in tables
     offsets = _table(tables, b"co64" if wide else b"stco", 1, ">u8" if wide else ">u4")[:, 0]
     if offsets.size and int(offsets.max()) >= length:
-        raise ContainerError(f"it was cut short: a frame starts at byte {offsets.max()}")
-    if frames and not offsets.size:
-        raise ContainerError(f"its header is damaged: it does not say where {frames} frames lie")
+        raise DataError(f"it was cut short: a frame starts at byte {offsets.max()}")
+    if not offsets.size:
+        raise DataError(f"its header is damaged: it does not say where {frames} frames lie")
     sizes = tables.get(b"stsz", b"")
-    if int.from_bytes(sizes[4:8], "big") or not frames:
+    if int.from_bytes(sizes[4:8], "big"):
         return  # all frames have one size
     sizes = np.frombuffer(sizes[12 : 12 + 4 * frames], ">u4")
     if sizes.size < frames:
-        raise ContainerError(f"its header is damaged: sizes of {sizes.size} frames of {frames}")
+        raise DataError(f"its header is damaged: sizes of {sizes.size} frames of {frames}")
     total = int(sizes.sum(dtype=np.int64))
     if total > length:
-        raise ContainerError(f"it was cut short: {length} of at least {total} bytes")
+        raise DataError(f"it was cut short: {length} of at least {total} bytes")
     in_last_chunk = int(_table(tables, b"stsc", 3)[-1:, 1].sum())
     end = int(offsets[-1]) + int(sizes[-in_last_chunk:].sum(dtype=np.int64))
     if in_last_chunk and end > length:
-        raise ContainerError(f"it was cut short: {length} of {end} bytes")
+        raise DataError(f"it was cut short: {length} of {end} bytes")
 
 
 def _leaves(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
@@ -192,16 +176,8 @@ def _table(tables: dict, kind: bytes, columns: int, number: str = ">u4") -> np.n
     box, width = tables.get(kind, bytes(8)), np.dtype(number).itemsize
     rows = int.from_bytes(box[4:8], "big")
     if len(box) < 8 + rows * columns * width:
-        raise ContainerError(f"its header is damaged: {rows} rows in a short {_name(kind)} box")
+        raise DataError(f"its header is damaged: {rows} rows in a short {_name(kind)} box")
     return np.frombuffer(box, number, rows * columns, 8).reshape(rows, columns)
-
-
-def _count(number: bytes, length: int) -> int:
-    """A number of frames: no more than the file has bytes."""
-    count = int.from_bytes(number, "big")
-    if count > length:
-        raise ContainerError(f"it lists {count} frames, but has {length} bytes")
-    return count
 
 
 def _name(kind: bytes) -> str:

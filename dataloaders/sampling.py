@@ -54,6 +54,13 @@ def eval_indices(n: int, num_frames: int) -> np.ndarray:
     return (step / 2 + step * np.arange(num_frames)).astype(np.int64)
 
 
+def sampled_indices(n: int, num_frames: int, generator: np.random.RandomState | None) -> np.ndarray:
+    """`train_indices`, or without a generator `eval_indices`."""
+    if generator is None:
+        return eval_indices(n, num_frames)
+    return train_indices(n, num_frames, generator)
+
+
 def _all_then_last(n: int, num_frames: int) -> np.ndarray:
     return np.arange(num_frames, dtype=np.int64).clip(max=n - 1)
 

@@ -6,21 +6,25 @@ where a frame does not come out, and miscounts where an edit list hides frames: 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import decord
 import numpy as np
 import torch
 
 from dataloaders import DataError
-from dataloaders.ffmpeg import FfmpegError, count_frames, decode_chosen
-from dataloaders.mp4 import ContainerError, Header, read_header
-from dataloaders.sampling import eval_indices, train_indices
+from dataloaders.ffmpeg import decode_chosen, decode_frames
+from dataloaders.mp4 import Header, read_header
+from dataloaders.sampling import sampled_indices
+
+if TYPE_CHECKING:
+    import decord
 
 DECODE_TIME_LIMIT = 60.0  # seconds for one clip; a prepared one takes a fraction of a second
 # decord raises when more than this share of the frames had to be replaced by neighbours: any at all
@@ -30,9 +34,8 @@ NO_REPLACED_FRAMES = 1e-9
 PIXELS_PER_SEEK = 140_000
 PREPARE = "remove it and prepare it again with `bash scripts/prepare.sh`"
 
-decord.logging.set_level(decord.logging.QUIET)  # broken files are reported here, once, by name
-
 T = TypeVar("T")
+_timed_out: set[Path] = set()  # each has left a thread behind in this process: once is enough
 
 
 def load_clip(
@@ -58,20 +61,13 @@ def load_clip(
 
     Raises:
         DataError: no such file, nothing that decodes, damage, another size than prepared, or the
-            decoder did not finish within DECODE_TIME_LIMIT.
+            decoder did not finish within DECODE_TIME_LIMIT, now or earlier in this process.
     """
-    path = Path(path).absolute()  # so that no name is taken for a protocol such as "concat:"
-
-    def choose(n: int) -> np.ndarray:
-        if generator is None:
-            return eval_indices(n, num_frames)
-        return train_indices(n, num_frames, generator)
-
-    frames = _within_time_limit(path, lambda: _decode(path, size, choose, generator))
-    return center_crop(torch.from_numpy(frames), size)
+    choose = partial(sampled_indices, num_frames=num_frames, generator=generator)
+    return _load(Path(path), size, choose, generator)
 
 
-def look_at_clip(path: str | Path, size: int) -> int | None:
+def probe_clip(path: str | Path, size: int) -> int | None:
     """What shows without decoding: that `load_clip` has a file of the right kind and size to read.
 
     Less than a millisecond for what ``scripts/prepare.sh`` writes; a file without an index takes a
@@ -84,17 +80,15 @@ def look_at_clip(path: str | Path, size: int) -> int | None:
         DataError: as `load_clip`, for everything but damage to the frames themselves.
     """
     path = Path(path).absolute()
-    header = _check_file(path)
-    if header is None:
-        try:
-            track = count_frames(path, DECODE_TIME_LIMIT, limit=1)
-        except FfmpegError as error:
-            raise DataError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
-        _check_size(path, track.height, track.width, size)
-        return None
-    if size not in (header.width, header.height):  # which is which depends on the rotation
-        _check_size(path, header.height, header.width, size)
-    return header.num_frames
+    with _named(path):
+        header = _check_file(path)
+        if header is None:
+            track = decode_frames(path, DECODE_TIME_LIMIT, limit=1)
+            _check_size(track.height, track.width, size)
+            return None
+        if size not in (header.width, header.height):  # which is which depends on the rotation
+            _check_size(header.height, header.width, size)
+        return header.num_frames
 
 
 def load_every_frame(path: str | Path, size: int) -> torch.Tensor:
@@ -103,9 +97,7 @@ def load_every_frame(path: str | Path, size: int) -> torch.Tensor:
     Raises:
         DataError: as `load_clip`.
     """
-    path = Path(path).absolute()
-    frames = _within_time_limit(path, lambda: _decode(path, size, np.arange, None))
-    return center_crop(torch.from_numpy(frames), size)
+    return _load(Path(path), size, np.arange, None)
 
 
 def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
@@ -140,6 +132,37 @@ def _overlap(side: int, size: int) -> tuple[slice, slice]:
     return slice(start, start + size), slice(0, size)
 
 
+def _load(
+    path: Path,
+    size: int,
+    choose: Callable[[int], np.ndarray],
+    generator: np.random.RandomState | None,
+) -> torch.Tensor:
+    path = path.absolute()  # so that no name is taken for a protocol such as "concat:"
+    with _named(path):
+        frames = _within_time_limit(path, lambda: _decode(path, size, choose, generator))
+    return center_crop(torch.from_numpy(frames), size)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever goes wrong within, as a DataError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        remedy = "see video_dir and `bash scripts/prepare.sh`"
+        raise DataError(f"{path}: no such video file: {remedy}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}: {PREPARE}") from error
+    except Exception as error:  # decord raises DECORDError, RuntimeError, StopIteration, …
+        # decord's last words, without the times and places in its source that lead them in
+        words = " ".join(re.sub(r"\[[\d:]+\] \S+:\d+:", "", str(error)).split())[-200:]
+        reason = f"cannot be decoded ({words or 'no frame comes out'})"
+        raise DataError(f"{path}: {reason}: {PREPARE}") from error
+
+
 def _check_file(path: Path) -> Header | None:
     """The header of a file that lists its frames; refuses what decord should not even open.
 
@@ -150,26 +173,24 @@ def _check_file(path: Path) -> Header | None:
     Returns:
         None for Matroska and MP4 in fragments: their headers do not say how many frames follow.
     """
-    try:
-        if not path.is_file():
-            remedy = "see video_dir and `bash scripts/prepare.sh`"
-            raise DataError(f"{path}: no such video file: {remedy}")
-        with path.open("rb") as file:
-            start = file.read(8)
-        header = read_header(path) if start[4:] == b"ftyp" else None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except ContainerError as error:
-        raise DataError(f"{path}: cannot be decoded ({error}): {PREPARE}") from error
-    if start[4:] != b"ftyp" and start[:4] != b"\x1a\x45\xdf\xa3":
-        what = "empty" if not start else "neither an MP4 nor a Matroska file"
-        raise DataError(f"{path}: {what}: {PREPARE}")
-    return None if header is None or header.fragmented else header
+    if not path.is_file():
+        raise FileNotFoundError
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start[4:] == b"ftyp":
+        try:
+            header = read_header(path)
+        except DataError as error:
+            raise DataError(f"cannot be decoded ({error})") from error
+        return None if header.fragmented else header
+    if start[:4] != b"\x1a\x45\xdf\xa3":
+        raise DataError("neither an MP4 nor a Matroska file" if start else "empty")
+    return None
 
 
 def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
     # A thread, because a signal does not interrupt decord's C++ code. One that hangs is left behind
-    # as a daemon: it cannot be stopped, and the DataError is about to end the run.
+    # as a daemon: it cannot be stopped.
     result: list[T] = []
     errors: list[BaseException] = []
 
@@ -179,11 +200,14 @@ def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, name=f"decode {path.name}", daemon=True)
-    thread.start()
-    thread.join(DECODE_TIME_LIMIT)
-    if thread.is_alive():
-        raise DataError(f"{path}: not decoded within {DECODE_TIME_LIMIT:g} seconds: {PREPARE}")
+    if path not in _timed_out:
+        thread = threading.Thread(target=run, name=f"decode {path.name}", daemon=True)
+        thread.start()
+        thread.join(DECODE_TIME_LIMIT)
+        if thread.is_alive():
+            _timed_out.add(path)
+    if path in _timed_out:
+        raise DataError(f"not decoded within {DECODE_TIME_LIMIT:g} seconds")
     if errors:
         _release(errors[0])
         raise errors[0]
@@ -205,43 +229,32 @@ def _decode(
     generator: np.random.RandomState | None,
 ) -> np.ndarray:
     """The chosen frames of a file, uint8 [N_f, H, W, 3]."""
-    header = _check_file(path)
-    try:
-        if header is None:
-            return _read_with_ffmpeg(path, size, choose)
-        reader = _open(path)
-        height, width, _ = reader.next().shape
-        _check_size(path, height, width, size)
-        state = generator.get_state() if generator is not None else None
-        frames = _read_by_index(reader, choose, height * width)
-        if frames is None:
-            if generator is not None:
-                generator.set_state(state)
-            frames = _read_in_order(path, choose)
-        return frames
-    except DataError:
-        raise
-    except Exception as error:  # decord raises DECORDError, RuntimeError, StopIteration, …
-        raise DataError(f"{path}: cannot be decoded ({_reason(error)}): {PREPARE}") from error
-
-
-def _reason(error: Exception) -> str:
-    """decord's last words, without the times and places in its source that lead them in."""
-    text = re.sub(r"\[[\d:]+\] \S+:\d+:", "", str(error))
-    return " ".join(text.split())[-200:] or "no frame comes out"
+    if _check_file(path) is None:
+        return _read_with_ffmpeg(path, size, choose)
+    reader = _open(path)
+    height, width, _ = reader.next().shape
+    _check_size(height, width, size)
+    state = generator.get_state() if generator is not None else None
+    frames = _read_by_index(reader, choose, height * width)
+    if frames is None:
+        if generator is not None:
+            generator.set_state(state)
+        frames = _read_with_ffmpeg(path, size, choose)
+    return frames
 
 
 def _open(path: Path) -> decord.VideoReader:
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)  # broken files are reported here, once, by name
     # One decoding thread: the loader's workers are the parallelism.
     return decord.VideoReader(str(path), num_threads=1, fault_tol=NO_REPLACED_FRAMES)
 
 
-def _check_size(path: Path, height: int, width: int, size: int) -> None:
+def _check_size(height: int, width: int, size: int) -> None:
     squashed_portrait = width == size and height < size  # the authors' preparation of portraits
-    if min(height, width) == size or squashed_portrait:
-        return
-    wanted = f"the short side has to be {size}"
-    raise DataError(f"{path}: {width}×{height} pixels, but {wanted}: {PREPARE}")
+    if min(height, width) != size and not squashed_portrait:
+        raise DataError(f"{width}×{height} pixels, but the short side has to be {size}")
 
 
 def _read_by_index(
@@ -251,8 +264,10 @@ def _read_by_index(
 
     decord indexes packets and seeks by their times. That is exact if every packet is a frame, which
     evenly spaced times from 0 on and a last frame that decodes vouch for. It is not if an edit list
-    hides packets (a clip cut without encoding it anew).
+    hides packets (a clip cut without encoding it again).
     """
+    from decord import DECORDLimitReachedError
+
     n = len(reader)
     starts = reader.get_frame_timestamp(range(n))[:, 0]
     steps = np.diff(starts)
@@ -265,43 +280,21 @@ def _read_by_index(
         needed = np.arange(n)
     try:
         frames = reader.get_batch(needed).asnumpy()
-    except decord.DECORDLimitReachedError:
+    except DECORDLimitReachedError:
         return None
     return frames[np.searchsorted(needed, chosen)]
 
 
-def _read_in_order(path: Path, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decodes the file from the start without seeking: slower, and right for every file."""
-    n = sum(1 for _ in _frames_in_order(path))
-    chosen = choose(n)
-    wanted = set(chosen.tolist())
-    frames = {i: f.asnumpy() for i, f in enumerate(_frames_in_order(path)) if i in wanted}
-    return np.stack([frames[i] for i in chosen.tolist()])
-
-
 def _read_with_ffmpeg(path: Path, size: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decodes a file without an index in a process of its own: once to count, once to read.
-
-    decord takes the number of frames from the duration such a file claims, and ends the process
-    where that is absurd.
+    """Decodes a file in a process of its own, once to count and once to read: slower, and right for
+    every file. Where there is no index, decord takes the number of frames from the duration that
+    the file claims, and ends the process where that is absurd.
     """
-    track = count_frames(path, DECODE_TIME_LIMIT)
-    if track.said or not len(track.times):
-        raise DataError(
-            f"{path}: cannot be decoded ({track.said or 'no frame comes out'}): {PREPARE}"
-        )
-    _check_size(path, track.height, track.width, size)
+    track = decode_frames(path, DECODE_TIME_LIMIT, by_number=True)
+    if track.error or not len(track.times):
+        raise DataError(f"cannot be decoded ({track.error or 'no frame comes out'})")
+    _check_size(track.height, track.width, size)
     chosen = choose(len(track.times))
     needed = np.unique(chosen)
     frames = decode_chosen(path, needed, DECODE_TIME_LIMIT, track.height, track.width)
     return frames[np.searchsorted(needed, chosen)]
-
-
-def _frames_in_order(path: Path) -> Iterator[decord.nd.NDArray]:
-    reader = _open(path)
-    for _ in range(len(reader)):
-        try:
-            frame = reader.next()
-        except (decord.DECORDLimitReachedError, StopIteration):  # what follows would be made up
-            return
-        yield frame

@@ -304,5 +304,6 @@ def test_scripts_find_the_checkout_through_a_link(name: str, stubbed_scripts, tm
     link.symlink_to(stubbed_scripts / f"{name}.sh")
     called, module, *_ = words_of(link, input_dir="a", video_dir="b")
     own = {"prepare": "scripts.data.prepare_videos", "demo": "scripts.demo.run"}
+    own["plot/plot_tvr"] = "scripts.plot.plot_run"
     assert called == ("-m" if name in own else "main.py")
     assert name not in own or module == own[name]

@@ -21,13 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders import DataError
-from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.annotations import Video, corpus_videos, read_annotations
+from dataloaders.clips import listed
 from dataloaders.ffmpeg import (
     MAX_TIME_LIMIT,
     PREPARED_FPS,
     PREPARED_SHORT_SIDE,
-    FfmpegError,
-    Track,
     decode_frames,
     kill_running,
     read_packets,
@@ -47,66 +46,43 @@ def check_size(width: int, height: int, authors_scale: bool = False) -> bool:
     return min(width, height) == PREPARED_SHORT_SIDE
 
 
-def constant_rate(times: np.ndarray, whole: bool) -> bool:
-    """Whether packets come at 3 fps.
-
-    Args:
-        times: float64 [n, 2], start and end in seconds, n > 0.
-        whole: they are all of the clip's; else only their lengths say something, as packets are
-            stored in the order in which they decode.
-    """
-    starts = np.sort(times[:, 0])
-    spans = np.diff(starts) if whole else times[:, 1] - times[:, 0]
-    # Times are multiples of a unit that can be as coarse as a thousandth of a second.
-    return bool(np.allclose(spans, 1 / PREPARED_FPS, rtol=0, atol=1.5e-3))
-
-
-def check_video(
-    path: Path,
-    duration: float,
-    *,
-    tolerance: float,
-    decode: bool = False,
-    authors_scale: bool = False,
-    time_limit: float = 60.0,
-) -> list[dict]:
-    """Everything that is wrong with one clip: dicts of a `problem` and its `detail`.
+def check_video(path: Path, duration: float, args: argparse.Namespace) -> dict[str, str]:
+    """Everything that is wrong with one clip: problem -> detail.
 
     Args:
         duration: seconds according to the annotations.
-        tolerance: seconds by which the clip may differ from that.
-        decode: decode every frame; else only the header and the first two packets are read.
+        args: `tolerance` in seconds, `decode`, `authors_scale`, `time_limit`. Without `decode` only
+            the header and the first two packets are read.
     """
     if not path.is_file():
-        return [{"problem": "missing", "detail": "no such file"}]
+        return {"missing": "no such file"}
     try:
-        track = read_packets(path, time_limit, limit=None if decode else 2)
-        decoded = decode_frames(path, time_limit) if decode else None
-    except FfmpegError as error:
-        return [{"problem": "unreadable", "detail": str(error)}]
+        track = read_packets(path, args.time_limit, limit=None if args.decode else 2)
+        decoded = decode_frames(path, args.time_limit) if args.decode else None
+    except DataError as error:
+        return {"unreadable": str(error)}
     if len(track.times) == 0:
-        return [{"problem": "unreadable", "detail": "its video stream is empty"}]
-    seconds = clip_seconds(track, decode)
-    found = []
-    if not check_size(track.width, track.height, authors_scale):
-        found.append({"problem": "size", "detail": f"{track.width}x{track.height}"})
-    if not constant_rate(track.times, whole=decode):
-        found.append({"problem": "rate", "detail": f"not constantly {PREPARED_FPS} fps"})
-    elif abs(seconds - duration) > tolerance + 0.5 / PREPARED_FPS:
+        return {"unreadable": "its video stream is empty"}
+    found = {}
+    if not check_size(track.width, track.height, args.authors_scale):
+        found["size"] = f"{track.width}x{track.height}"
+    # Of two packets only the lengths say something: they are stored in the order of decoding.
+    starts = np.sort(track.times[:, 0])
+    spans = np.diff(starts) if args.decode else track.times[:, 1] - track.times[:, 0]
+    seconds = float(track.times[:, 1].max())
+    if not args.decode and track.container_seconds is not None:
+        seconds = track.container_seconds
+    # Times are multiples of a unit that can be as coarse as a thousandth of a second.
+    if not np.allclose(spans, 1 / PREPARED_FPS, rtol=0, atol=1.5e-3):
+        found["rate"] = f"not constantly {PREPARED_FPS} fps"
+    elif abs(seconds - duration) > args.tolerance + 0.5 / PREPARED_FPS:
         frames = round(seconds * PREPARED_FPS)
-        detail = f"{frames} frames are {seconds:.2f} s, the annotations say {duration:g} s"
-        found.append({"problem": "duration", "detail": detail})
-    if decoded is not None and (decoded.said or len(decoded.times) < len(track.times)):
-        detail = f"{len(decoded.times)} of {len(track.times)} frames decode: {decoded.said}"
-        found.append({"problem": "broken", "detail": detail})
+        said = f"the annotations say {duration:g} s"
+        found["duration"] = f"{frames} frames are {seconds:.2f} s, {said}"
+    if decoded is not None and (decoded.error or len(decoded.times) < len(track.times)):
+        counts = f"{len(decoded.times)} of {len(track.times)} frames decode"
+        found["broken"] = f"{counts}: {decoded.error}"
     return found
-
-
-def clip_seconds(track: Track, whole: bool) -> float:
-    """Duration of a clip: from all its packets if they were read, else as its header says."""
-    if whole or track.container_seconds is None:
-        return float(track.times[:, 1].max())
-    return track.container_seconds
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -149,17 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     videos = corpus_videos(queries)
 
-    def check(video) -> list[dict]:
-        path = args.video_dir / f"{video.vid_name}.mp4"
-        found = check_video(
-            path,
-            video.duration,
-            tolerance=args.tolerance,
-            decode=args.decode,
-            authors_scale=args.authors_scale,
-            time_limit=args.time_limit,
-        )
-        return [{"vid_name": video.vid_name, **problem} for problem in found]
+    def check(video: Video) -> list[dict]:
+        found = check_video(args.video_dir / f"{video.vid_name}.mp4", video.duration, args)
+        return [{"vid_name": video.vid_name, "problem": p, "detail": d} for p, d in found.items()]
 
     problems: list[dict] = []
     checked, status = 0, 0
@@ -178,27 +146,19 @@ def main(arguments: list[str] | None = None) -> int:
         except OSError as error:
             print(f"{args.report}: cannot be written: {error.strerror}", file=sys.stderr)
             status = status or 1
-    used = {video.vid_name for video in videos}
-    summarise(problems, checked, {path.stem for path in args.video_dir.glob("*.mp4")} - used)
+    counts = Counter(problem["problem"] for problem in problems)
+    for kind in (kind for kind in PROBLEMS if counts[kind]):
+        some = [p for p in problems if p["problem"] == kind]
+        print(listed([f"{kind}: {p['vid_name']}: {p['detail']}" for p in some]))
+    unused = {path.stem for path in args.video_dir.glob("*.mp4")} - {v.vid_name for v in videos}
+    if unused:
+        print(f"{len(unused)} clips are used by none of the annotations: {min(unused)}, …")
+    bad = len({problem["vid_name"] for problem in problems})
+    kinds = "".join(f", {counts[kind]} {kind}" for kind in PROBLEMS if counts[kind])
+    print(f"{checked} videos checked, {bad} with problems{kinds}")
     if checked < len(videos):
         print(f"interrupted: this is of the first {checked} of {len(videos)} videos only")
     return status or int(bool(problems))
-
-
-def summarise(problems: list[dict], checked: int, unused: set[str]) -> None:
-    """Print the first few problems of each kind and the counts."""
-    counts = Counter(problem["problem"] for problem in problems)
-    for kind in PROBLEMS:
-        for problem in [p for p in problems if p["problem"] == kind][:10]:
-            print(f"{kind}: {problem['vid_name']}: {problem['detail']}")
-        if counts[kind] > 10:
-            print(f"{kind}: {counts[kind] - 10} more (--report lists them all)")
-    if unused:
-        some = ", ".join(sorted(unused)[:5])
-        print(f"{len(unused)} clips are used by none of the annotations: {some}, …")
-    bad = len({problem["vid_name"] for problem in problems})
-    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in PROBLEMS if counts[kind])
-    print(f"{checked} videos checked, {bad} with problems{f': {kinds}' if kinds else ''}")
 
 
 if __name__ == "__main__":

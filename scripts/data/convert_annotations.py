@@ -15,7 +15,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from dataloaders import DataError
@@ -26,10 +25,6 @@ from utils.files import commit, temporary_sibling
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class ConversionError(Exception):
-    """A source file that is not what it should be; the message names it and the place in it."""
-
-
 def activitynet_records(file: Path) -> Iterator[dict]:
     """ActivityNet Captions: ``{video: {"duration", "timestamps": [[s, e], …], "sentences"}}``."""
     videos = _load_json(file, file.read_bytes())
@@ -38,9 +33,9 @@ def activitynet_records(file: Path) -> Iterator[dict]:
             pairs = list(zip(video["timestamps"], video["sentences"], strict=True))
             duration = video["duration"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ConversionError(
+            raise DataError(
                 f"{file}: {name}: duration, and as many timestamps as sentences, are expected: get "
-                "the file anew"
+                "the file again"
             ) from error
         for number, (window, sentence) in enumerate(pairs):
             yield {
@@ -64,9 +59,9 @@ def charades_records(file: Path) -> Iterator[dict]:
         except ValueError:
             separator = ""
         if not separator:
-            raise ConversionError(f"{place}: not 'VIDEO start end##caption': get the file anew")
+            raise DataError(f"{place}: not 'VIDEO start end##caption': get the file again")
         if name not in durations:
-            raise ConversionError(
+            raise DataError(
                 f"{place}: no length of video {name} in Charades_v1_train.csv or _test.csv: put "
                 f"both into {file.parent}"
             )
@@ -90,12 +85,12 @@ def charades_durations(folder: Path) -> dict[str, float]:
                 for row in rows:
                     durations[row["id"]] = float(row["length"])
             except (csv.Error, UnicodeDecodeError) as error:
-                raise ConversionError(
-                    f"{file}:{rows.line_num + 1}: not CSV ({error}): get the file anew"
+                raise DataError(
+                    f"{file}:{rows.line_num + 1}: not CSV ({error}): get the file again"
                 ) from error
             except (KeyError, TypeError, ValueError) as error:
-                raise ConversionError(
-                    f"{file}:{rows.line_num}: no number in column 'length': get the file anew"
+                raise DataError(
+                    f"{file}:{rows.line_num}: no number in column 'length': get the file again"
                 ) from error
     return durations
 
@@ -123,7 +118,7 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConversionError(f"{file}: not UTF-8 text ({error}): get the file anew") from error
+        raise DataError(f"{file}: not UTF-8 text ({error}): get the file again") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{file}:{number}", line.removesuffix("\r")
@@ -133,45 +128,38 @@ def _load_json(place: str | Path, text: str | bytes) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{place}: not JSON ({error}): get the file anew") from error
+        raise DataError(f"{place}: not JSON ({error}): get the file again") from error
     if not isinstance(value, dict):
-        raise ConversionError(f"{place}: not a JSON object: is this the right file?")
+        raise DataError(f"{place}: not a JSON object: is this the right file?")
     return value
 
 
 def _pick(place: str, source: dict, **names: str) -> dict:
     missing = [name for name in names.values() if name not in source]
     if missing:
-        raise ConversionError(f"{place}: no field {', '.join(missing)}: is this the right file?")
+        raise DataError(f"{place}: no field {', '.join(missing)}: is this the right file?")
     return {ours: source[theirs] for ours, theirs in names.items()}
 
 
-@dataclass(frozen=True)
-class Split:
-    """A split: its original file, and its standard numbers of videos and queries."""
-
-    file: str
-    size: tuple[int, int]
-
-
-# The paper's splits are the original releases whole.
-SPLITS: dict[str, dict[str, Split]] = {
+# The original files, and the standard numbers of videos and queries. The paper's splits are the
+# original releases whole.
+SPLITS: dict[str, dict[str, tuple[str, tuple[int, int]]]] = {
     "activitynet": {
-        "train": Split("train.json", SPLIT_SIZES["activitynet"]["train"]),
-        "val": Split("val_1.json", SPLIT_SIZES["activitynet"]["val"]),
+        "train": ("train.json", SPLIT_SIZES["activitynet"]["train"]),
+        "val": ("val_1.json", SPLIT_SIZES["activitynet"]["val"]),
     },
     "charades": {
-        "train": Split("charades_sta_train.txt", SPLIT_SIZES["charades"]["train"]),
-        "test": Split("charades_sta_test.txt", SPLIT_SIZES["charades"]["val"]),
+        "train": ("charades_sta_train.txt", SPLIT_SIZES["charades"]["train"]),
+        "test": ("charades_sta_test.txt", SPLIT_SIZES["charades"]["val"]),
     },
     "qvhighlights": {
-        "train": Split("highlight_train_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["train"]),
-        "val": Split("highlight_val_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["val"]),
-        "test": Split("highlight_test_release.jsonl", SPLIT_SIZES["qvhighlights_test"]["val"]),
+        "train": ("highlight_train_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["train"]),
+        "val": ("highlight_val_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["val"]),
+        "test": ("highlight_test_release.jsonl", SPLIT_SIZES["qvhighlights_test"]["val"]),
     },
     "tvr": {
-        "train": Split("tvr_train_release.jsonl", SPLIT_SIZES["tvr"]["train"]),
-        "val": Split("tvr_val_release.jsonl", SPLIT_SIZES["tvr"]["val"]),
+        "train": ("tvr_train_release.jsonl", SPLIT_SIZES["tvr"]["train"]),
+        "val": ("tvr_val_release.jsonl", SPLIT_SIZES["tvr"]["val"]),
     },
 }
 READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
@@ -202,7 +190,7 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
     and the sha256 of `output`.
 
     Raises:
-        ConversionError, DataError: the source is not what it should be.
+        DataError: the source is not what it should be; names the place.
     """
     counts = Counter(reversed=0, beyond=0)
     lines = []
@@ -211,7 +199,7 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
             swapped, beyond = order_windows(record)
         except (LookupError, TypeError, AttributeError) as error:
             shown = f"query {record['desc_id']}: windows {record.get('ts')!r}"
-            raise ConversionError(f"{source}: {shown}: not [start, end] in seconds") from error
+            raise DataError(f"{source}: {shown}: not [start, end] in seconds") from error
         counts.update(reversed=swapped, beyond=beyond)
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     content = "".join(lines).encode()
@@ -221,24 +209,19 @@ def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]
         try:
             queries = read_annotations(part)
         except DataError as error:
-            raise ConversionError(f"{source}: {str(error).replace(str(part), 'line')}") from error
+            raise DataError(f"{source}: {str(error).replace(str(part), 'line')}") from error
         commit(part, output)
-    return {
-        "queries": len(queries),
-        "videos": len(corpus_videos(queries)),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        **counts,
-    }
+    videos, sha256 = len(corpus_videos(queries)), hashlib.sha256(content).hexdigest()
+    return {"videos": videos, "queries": len(queries), "sha256": sha256, **counts}
 
 
-def describe(result: dict, split: Split) -> str:
+def describe(result: dict, published: tuple[int, int]) -> str:
     """What came out of a split, for the terminal."""
     text = f"{result['queries']} queries, {result['videos']} videos"
-    videos, queries = split.size
-    if (result["videos"], result["queries"]) == split.size:
+    if (result["videos"], result["queries"]) == published:
         text += ", as published"
     else:
-        text += f"\n  WARNING: the published split has {queries} and {videos}"
+        text += f"\n  WARNING: the published split has {published[1]} and {published[0]}"
     if result["reversed"]:
         text += f"\n  {result['reversed']} windows ended before they started: put in order"
     if result["beyond"]:
@@ -260,13 +243,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{args.source}: no such folder")
     output_dir = args.output_dir or ROOT / "annotations" / args.dataset
     failed = False
-    for name, split in SPLITS[args.dataset].items():
-        source, output = args.source / split.file, output_dir / f"{name}.jsonl"
+    for name, (file, published) in SPLITS[args.dataset].items():
+        source, output = args.source / file, output_dir / f"{name}.jsonl"
         try:
             if not source.is_file():
-                raise ConversionError(f"no {source}: see annotations/README.md for its source")
-            print(f"{output}: {describe(convert(source, output, READERS[args.dataset]), split)}")
-        except (ConversionError, OSError) as error:
+                raise DataError(f"no {source}: see annotations/README.md for its source")
+            result = convert(source, output, READERS[args.dataset])
+            print(f"{output}: {describe(result, published)}")
+        except (DataError, OSError) as error:
             print(f"{args.dataset} {name}: {error}", file=sys.stderr)
             failed = True
     return int(failed)

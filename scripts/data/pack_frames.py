@@ -4,7 +4,8 @@
         --frame_store data/tvr/frames.h5
 
 An interrupted run, however it ended, is continued by the next one. Later runs pack what was added
-to the folder or has changed. In the end every byte is read again and checked.
+to the folder or has changed; a finished store stays as it is until the extended one takes its
+place, so there has to be room for both. In the end every byte is read again and checked.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from dataloaders.frame_store import (
     FrameStore,
     FrameStoreWriter,
     PackedClip,
-    check_settings,
     pack_clip,
 )
 from dataloaders.video import PREPARE
@@ -49,26 +49,23 @@ def pack_side_by_side(
 
     A clip that ends its process, as a decoder may on a damaged file, costs only itself.
     """
-    files = deque(files)
-    while files:
-        in_hand: deque[tuple[str, Path, Future]] = deque()
-        with _pool(workers) as pool:
-            try:
-                while files or in_hand:
-                    while files and len(in_hand) < 2 * workers:  # bounds what waits in memory
-                        name, path = files[0]
-                        future = pool.submit(_pack, name, path, size, quality)
-                        in_hand.append((name, path, future))
-                        files.popleft()
-                    name, path, future = in_hand[0]
-                    result = future.result()
-                    in_hand.popleft()
-                    yield name, result
-                continue
-            except BrokenProcessPool:
-                pass
-        for name, path, _ in in_hand:  # one of these it was
-            yield name, _pack_alone(name, path, size, quality)
+    waiting = deque(files)
+    while waiting:
+        running: deque[tuple[tuple[str, Path], Future]] = deque()
+        with _pool(workers) as pool, contextlib.suppress(BrokenProcessPool):
+            while waiting or running:
+                while waiting and len(running) < 2 * workers:  # bounds what waits in memory
+                    running.append((waiting[0], pool.submit(_pack, *waiting[0], size, quality)))
+                    waiting.popleft()
+                result = running[0][1].result()
+                yield running.popleft()[0][0], result
+        for (name, path), _ in running:  # one of these it was
+            with _pool(1) as pool:
+                try:
+                    result = pool.submit(_pack, name, path, size, quality).result()
+                except BrokenProcessPool:
+                    result = DataError(f"{path}: its decoder crashed: {PREPARE}")
+            yield name, result
 
 
 def _pack(name: str, path: Path, size: int, quality: int) -> Packed | DataError:
@@ -76,14 +73,6 @@ def _pack(name: str, path: Path, size: int, quality: int) -> Packed | DataError:
         return pack_clip(name, path, size, quality)
     except DataError as error:
         return error
-
-
-def _pack_alone(name: str, path: Path, size: int, quality: int) -> Packed | DataError:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(_pack, name, path, size, quality).result()
-        except BrokenProcessPool:
-            return DataError(f"{path}: its decoder crashed: {PREPARE}")
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
@@ -107,8 +96,7 @@ def find_clips(
     """The clips to pack, name and file, and the names of those that are needed but not there.
 
     Raises:
-        DataError: an annotation file cannot be used.
-        DataError: the folder has no clips at all.
+        DataError: an annotation file cannot be used, or the folder has no clips at all.
     """
     if annotations:
         queries = [query for file in annotations for query in read_annotations(file)]
@@ -123,28 +111,20 @@ def find_clips(
     return [f for f in files if f[1].is_file()], [f[0] for f in files if not f[1].is_file()]
 
 
-def is_packed(known: dict[str, PackedClip], name: str, path: Path) -> bool:
-    return name in known and known[name].same_source(path)
-
-
 def pack(
     store: Path, files: Sequence[tuple[str, Path]], size: int, quality: int, workers: int
 ) -> list[str]:
     """Pack what is not packed yet, under a progress bar; returns the failures, a message each.
 
     Raises:
-        DataError: the store, or what there is of it, cannot be gone on with.
+        DataError: the store, or what there is of it, cannot be continued with.
     """
-    if store.is_file():
-        finished = FrameStore(store)
-        check_settings(store, (finished.size, finished.quality), (size, quality))
-        known = {clip.name: clip for clip in finished.clips()}
-        if all(is_packed(known, *file) for file in files):
-            return []
     failures = []
     with FrameStoreWriter(store, size, quality) as writer:
-        todo = [file for file in files if not is_packed(writer.clips, *file)]
-        print(f"{len(todo)} clips to pack, {len(files) - len(todo)} are packed already", flush=True)
+        known = writer.clips
+        todo = [f for f in files if f[0] not in known or not known[f[0]].same_source(f[1])]
+        if todo:
+            print(f"{len(todo)} clips to pack, {len(files) - len(todo)} are packed", flush=True)
         results = pack_side_by_side(todo, size, quality, workers)
         with contextlib.closing(results):
             for _, result in tqdm(results, total=len(todo), unit="clip", dynamic_ncols=True):
@@ -153,17 +133,19 @@ def pack(
                 else:
                     writer.add(*result)
         if writer.clips:
+            if todo:
+                print(f"writing {store}", flush=True)
             writer.finish()
     return failures
 
 
 def summarise(store: FrameStore) -> None:
     """Read everything again, then print sizes and loss."""
-    for _ in tqdm(store.verify(), desc="verify", total=len(store), unit="clip", dynamic_ncols=True):
-        pass
-    clips = list(store.clips())
+    clips = list(store.clips.values())
+    for name in tqdm(store.clips, desc="verify", unit="clip", dynamic_ncols=True):
+        store.jpegs(name)
     frames = sum(len(clip.lengths) for clip in clips)
-    jpegs = sum(sum(clip.lengths) for clip in clips)
+    jpegs = sum(int(clip.lengths.sum()) for clip in clips)
     sources = sum(clip.source_bytes for clip in clips)
     whole = store.path.stat().st_size
     worst = min(clips, key=lambda clip: clip.psnr)
@@ -175,9 +157,6 @@ def summarise(store: FrameStore) -> None:
         f"PSNR {sum(clip.psnr for clip in clips) / len(clips):.1f} dB in the mean of the clips,"
         f" lowest {worst.psnr:.1f} dB ({worst.name})"
     )
-    unused = whole - jpegs
-    if unused > max(0.05 * whole, 2**20):
-        print(f"{unused / 2**30:.3g} GiB are of clips that changed: remove the file to pack anew")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,10 +1,3 @@
 #!/usr/bin/env bash
-# What ProPy attends to on QVHighlights, test: pictures in VIS/qvhighlights_test of queries whose right video it
-# ranks first. Settings are those of scripts/prvr_qvhighlights_test.sh; resume=… takes another checkpoint,
-# and flags are passed on to main.py: --plot_ids, --plot_limit, --plot_layer, --plot_head,
-# --plot_style, --plot_format.
-
-do_train=0
-do_plot=1
-resume=${resume:-logs/prvr_qvhighlights_test/ckpt.best.pth.tar}
-source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../prvr_qvhighlights_test.sh"
+# Pictures of the run of scripts/prvr_qvhighlights_test.sh, or of resume=CKPT: see plot_run.sh.
+exec bash "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/plot_run.sh" "${resume:-logs/prvr_qvhighlights_test}" "$@"

@@ -12,10 +12,9 @@ import decord
 import numpy as np
 import pytest
 
-from dataloaders import ffmpeg
+from dataloaders import DataError, ffmpeg
 from dataloaders.ffmpeg import (
     Completed,
-    FfmpegError,
     decode_frames,
     ffmpeg_program,
     parse_track,
@@ -89,20 +88,10 @@ def test_any_file_name_is_harmless(tmp_path, monkeypatch, name):
         ([*ramp(3), *ramp(1, width=64)], "one size"),
     ],
 )
-def test_bad_frames_are_refused_and_leave_the_old_file(tmp_path, frames, message):
-    path = tmp_path / "a.mp4"
-    path.write_text("old")
+def test_bad_frames_are_refused(tmp_path, frames, message):
     with pytest.raises(ValueError, match=message):
-        write_video(path, frames)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+        write_video(tmp_path / "a.mp4", frames)
     assert no_child_is_left()
-
-
-def test_a_clip_is_as_readable_as_any_new_file(tmp_path):
-    write_video(tmp_path / "a.mp4", ramp(2))
-    (tmp_path / "b").touch()
-    assert (tmp_path / "a.mp4").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
 def test_reading_tells_size_times_and_duration(tmp_path):
@@ -112,20 +101,20 @@ def test_reading_tells_size_times_and_duration(tmp_path):
         assert np.allclose(track.times[:, 0], np.arange(7) / 3)
         assert np.allclose(track.times[:, 1], np.arange(1, 8) / 3)
         assert track.container_seconds == pytest.approx(7 / 3, abs=0.01)
-        assert track.said is None
+        assert track.error is None
     assert len(read_packets(tmp_path / "a.mp4", limit=2).times) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"just text, no video\n" * 50, bytes(5000)])
 def test_what_is_no_video_is_refused_with_a_reason(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(FfmpegError, match=r"cannot be read: .+"):
+    with pytest.raises(DataError, match=r"cannot be read: .+"):
         read_packets(tmp_path / "a.mp4")
 
 
 def test_the_time_limit_ends_the_process():
     start = time.monotonic()
-    with pytest.raises(FfmpegError, match=r"not done within 0\.3 s"):
+    with pytest.raises(DataError, match=r"not done within 0\.3 s"):
         run_ffmpeg(ENDLESS, time_limit=0.3)
     assert time.monotonic() - start < 5
     assert no_child_is_left()
@@ -137,14 +126,14 @@ def test_the_time_limit_holds_while_feeding():
             yield bytes(64 * 64 * 3)
 
     arguments = [*ffmpeg.raw_input_arguments(64, 64, 3), "-f", "null", "-"]
-    with pytest.raises(FfmpegError, match="not done within"):
+    with pytest.raises(DataError, match="not done within"):
         run_ffmpeg(arguments, time_limit=0.3, feed=endless())
     assert no_child_is_left()
 
 
 def test_running_processes_can_be_killed_from_another_thread():
     threading.Timer(0.3, ffmpeg.kill_running).start()
-    with pytest.raises(FfmpegError, match="signal 9"):
+    with pytest.raises(DataError, match="signal 9"):
         run_ffmpeg(ENDLESS, time_limit=30)
     assert no_child_is_left()
 
@@ -160,13 +149,13 @@ def test_memory_is_limited(monkeypatch):
 
 
 def test_a_reason_is_the_most_telling_error():
-    said = """[mov,mp4 @ 0x55] [error] moov atom not found
+    messages = """[mov,mp4 @ 0x55] [error] moov atom not found
 [in#0 @ 0x5f0] [error] Error opening input: Invalid data found
 [fatal] Error opening input files: Invalid data found"""
-    assert Completed(183, "", said).reason == "moov atom not found"
+    assert Completed(183, "", messages).reason == "moov atom not found"
     assert Completed(1, "", "[info] fine").reason == "ffmpeg ended with status 1"
-    said = "[error] Stream map '0:V:0' matches no streams.\n[error] Failed to set value"
-    assert Completed(1, "", said).reason == "it has no video stream"
+    messages = "[error] Stream map '0:V:0' matches no streams.\n[error] Failed to set value"
+    assert Completed(1, "", messages).reason == "it has no video stream"
 
 
 @pytest.fixture
@@ -192,10 +181,10 @@ def test_a_broken_ffmpeg_on_the_path_is_passed_over(tmp_path, monkeypatch, fresh
     (tmp_path / "ffmpeg").write_text("#!/bin/sh\nexit 127\n")
     (tmp_path / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert ffmpeg_program() == ffmpeg.imageio_ffmpeg.get_ffmpeg_exe()
+    assert ffmpeg_program() == ffmpeg.get_ffmpeg_exe()
 
 
 def test_a_broken_ffmpeg_that_was_asked_for_is_an_error(tmp_path, monkeypatch, fresh_program):
     monkeypatch.setenv("FFMPEG", str(tmp_path / "absent"))
-    with pytest.raises(FfmpegError, match=r"absent.*unset it"):
+    with pytest.raises(DataError, match=r"absent.*unset it"):
         ffmpeg_program()

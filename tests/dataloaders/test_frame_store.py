@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -13,19 +16,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from dataloaders import DataError, frame_store
-from dataloaders.annotations import Query, Video
+from dataloaders.annotations import Video
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import EvaluationLoader, TrainingLoader
+from dataloaders.datasets import evaluation_video_loader
 from dataloaders.ffmpeg import write_video
-from dataloaders.frame_store import (
-    FrameStore,
-    FrameStoreWriter,
-    gpu_decoder_problem,
-    pack_clip,
-    psnr,
-)
+from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
 from dataloaders.video import load_every_frame
 from scripts.data import pack_frames
 from tests.corpus import make_run
@@ -75,10 +73,6 @@ def store(video_dir, tmp_path_factory) -> FrameStore:
     return make_store(tmp_path_factory.mktemp("store") / "frames.h5", video_dir)
 
 
-def same_clips(left: FrameStore, right: FrameStore) -> bool:
-    return {clip.name: clip for clip in left.clips()} == {clip.name: clip for clip in right.clips()}
-
-
 @pytest.mark.parametrize("num_frames", [1, 8, 32, 250])
 @pytest.mark.parametrize("seed", [None, 3])
 def test_frames_are_those_of_the_video_folder(video_dir, store, num_frames, seed):
@@ -97,23 +91,23 @@ def test_frames_are_those_of_the_video_folder(video_dir, store, num_frames, seed
 
 
 def test_what_is_stored_is_what_the_clip_has(video_dir, store, tmp_path):
-    for clip in store.clips():
+    for clip in store.clips.values():
         path = video_dir / f"{clip.name}.mp4"
         every = load_every_frame(path, SIZE)
-        assert len(clip.lengths) == store.num_frames(clip.name) == LENGTHS[clip.name] == len(every)
+        assert len(clip.lengths) == store.probe(clip.name, SIZE) == LENGTHS[clip.name] == len(every)
         loaded = store.load(clip.name, len(every), SIZE)
         assert psnr(every, loaded) == pytest.approx(clip.psnr, abs=1e-6)
         assert clip.same_source(path)
-        assert (clip.source, clip.source_fps) == (path.name, pytest.approx(3))
+        assert clip.source == path.name
     finer = make_store(tmp_path / "fine.h5", video_dir, ["long"], quality=95)
     coarse = make_store(tmp_path / "coarse.h5", video_dir, ["long"], quality=50)
-    clips = [next(s.clips()) for s in (finer, coarse)]
+    clips = [s.clips["long"] for s in (finer, coarse)]
     assert clips[0].psnr > clips[1].psnr + 3
-    assert sum(clips[0].lengths) > 1.5 * sum(clips[1].lengths)
+    assert clips[0].lengths.sum() > 1.5 * clips[1].lengths.sum()
 
 
 def test_the_file_is_plain_hdf5(store):
-    jpegs = store.jpegs("long", np.arange(200))
+    jpegs = store.jpegs("long")
     with h5py.File(store.path) as file:
         row = file["name"].asstr()[:].tolist().index("long")
         start = file["first_byte"][row]
@@ -121,54 +115,19 @@ def test_the_file_is_plain_hdf5(store):
         assert file.attrs["size"] == SIZE
 
 
-@pytest.mark.parametrize("gap", [0, 10**9])
-def test_reads_may_be_merged(store, monkeypatch, gap):
-    every = store.jpegs("long", np.arange(200))
-    monkeypatch.setattr(frame_store, "MERGED_GAP", gap)
-    some = np.array([0, 1, 2, 57, 90, 91, 199])
-    assert store.jpegs("long", some) == [every[i] for i in some]
-
-
 def test_batches_do_not_depend_on_the_number_of_workers(store):
     videos = [Video(name, 1.0) for name in LENGTHS]
 
     def load(num_workers: int) -> torch.Tensor:
-        loader = EvaluationLoader(
+        loader = evaluation_video_loader(
             videos, store, num_frames=8, size=SIZE, batch_size=2, num_workers=num_workers,
+            pin_memory=False,
         )  # fmt: skip
         return torch.cat([batch["frames"] for batch in loader])
 
     reference = load(0)
     assert torch.equal(load(1), reference)
     assert torch.equal(load(3), reference)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_may_be_decoded_where_they_are_used(store, num_workers):
-    """As on a GPU, here by the CPU; one clip is short, so that frames are repeated."""
-    later = FrameStore(store.path, decode_on=torch.device("cpu"))
-    queries = [Query(name, "text", name, 1.0, None) for name in LENGTHS]
-    settings = {"num_frames": 8, "size": SIZE, "num_workers": num_workers}
-    for make in (
-        lambda clips: EvaluationLoader(
-            [Video(name, 1.0) for name in LENGTHS], clips, batch_size=4, **settings
-        ),
-        lambda clips: TrainingLoader(queries, clips, batch_size=3, max_words=8, seed=1, **settings),
-    ):
-        for ours, theirs in zip(make(store), make(later), strict=True):
-            assert theirs.keys() == ours.keys()
-            assert torch.equal(theirs["frames"], ours["frames"])
-
-
-def test_a_gpu_that_does_not_decode_is_found_out(monkeypatch):
-    assert gpu_decoder_problem(torch.device("cpu")) is None
-    if not torch.cuda.is_available():
-        assert gpu_decoder_problem(torch.device("cuda"))
-    decode = frame_store.decode_frames
-    monkeypatch.setattr(
-        frame_store, "decode_frames", lambda jpegs, *device: decode(jpegs).flip(1 if device else 0)
-    )
-    assert "pixels are off by" in gpu_decoder_problem(torch.device("cpu"))
 
 
 def test_packing_twice_gives_the_same_bytes_and_does_nothing(video_dir, tmp_path, capsys):
@@ -214,7 +173,7 @@ def test_nothing_to_pack_and_a_folder_for_a_store_are_errors(video_dir, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "store"]
 
 
-def test_a_store_is_added_to_and_changed_clips_are_packed_anew(video_dir, tmp_path):
+def test_a_store_is_extended_and_changed_clips_are_packed_again(video_dir, tmp_path):
     folder, path = tmp_path / "videos", tmp_path / "f.h5"
     folder.mkdir()
     files = {name: (video_dir / f"{name}.mp4").read_bytes() for name in ("few", "long", "one")}
@@ -228,22 +187,50 @@ def test_a_store_is_added_to_and_changed_clips_are_packed_anew(video_dir, tmp_pa
     (folder / "one.mp4").write_bytes(files["one"])  # new
     assert pack_frames.main([*flags, "--workers", "1"]) == 0
     store = FrameStore(path)
-    assert store.names == ["few", "long", "one"]
-    assert store.num_frames("long") == 1
+    assert list(store.clips) == ["few", "long", "one"]
+    assert store.probe("long", SIZE) == 1
     assert torch.equal(store.load("long", 1, SIZE), store.load("one", 1, SIZE))
     expected = load_every_frame(folder / "few.mp4", SIZE)
     assert psnr(store.load("few", 5, SIZE), expected) > 35
-    assert path.stat().st_size < size + 10_000
+    assert store.clips["few"].same_source(folder / "few.mp4")
+    assert path.stat().st_size < size  # nothing is left of what was replaced
+
+
+def test_readers_keep_reading_while_a_store_is_extended(video_dir, tmp_path):
+    path = tmp_path / "f.h5"
+    before = make_store(path, video_dir, ["few", "long"])
+    expected = {name: before.load(name, 8, SIZE) for name in ("few", "long")}
+
+    def check() -> None:
+        """By a reader of old and by one that opens the file now, in this and in worker processes"""
+        loader = evaluation_video_loader(
+            [Video(name, 1.0) for name in expected], before, num_frames=8, size=SIZE, batch_size=1,
+            num_workers=1, pin_memory=False,
+        )  # fmt: skip
+        for (name, frames), batch in zip(expected.items(), loader, strict=True):
+            loaded = [store.load(name, 8, SIZE) for store in (before, FrameStore(path))]
+            assert all(torch.equal(clip, frames) for clip in (*loaded, batch["frames"][0]))
+
+    for attempt in range(2):  # the first one is interrupted
+        with FrameStoreWriter(path, SIZE, 90) as writer:
+            check()
+            if attempt == 0:
+                writer.add(*pack_clip("one", video_dir / "one.mp4", SIZE, 90))
+                continue
+            assert list(writer.clips) == ["few", "long", "one"]
+            writer.finish()
+        check()
+    assert list(FrameStore(path).clips) == ["few", "long", "one"]
     with FrameStoreWriter(path, SIZE, 90) as writer:
-        assert writer.clips["few"].same_source(folder / "few.mp4")
-    with pytest.raises(DataError, match="is not finished"):
-        FrameStore(path)
-    assert pack_frames.main([*flags, "--workers", "1"]) == 0
-    assert same_clips(FrameStore(path), store)
+        writer.add(*pack_clip("few", video_dir / "v 2.5.mp4", SIZE, 90))
+        writer.finish()
+    assert torch.equal(before.load("long", 8, SIZE), expected["long"])
+    with pytest.raises(DataError, match=r"f\.h5: clip 'few': changed while it was in use"):
+        before.load("few", 8, SIZE)
 
 
 @pytest.mark.parametrize("step", range(8))
-def test_a_writer_that_is_killed_anywhere_is_gone_on_with(video_dir, tmp_path, monkeypatch, step):
+def test_a_writer_that_is_killed_anywhere_is_continued(video_dir, tmp_path, monkeypatch, step):
     """Dies at the step-th time that anything becomes lasting, then once more at each later one."""
     names = ["few", "one", "v 2.5"]
     whole = make_store(tmp_path / "whole.h5", video_dir, names)
@@ -267,7 +254,7 @@ def test_a_writer_that_is_killed_anywhere_is_gone_on_with(video_dir, tmp_path, m
 
         with monkeypatch.context() as patch:
             patch.setattr(frame_store.os, "fsync", dying(os.fsync))
-            for name in ("replace", "rename", "unlink"):
+            for name in ("replace", "unlink"):
                 patch.setattr(Path, name, dying(getattr(Path, name)))
             with FrameStoreWriter(path, SIZE, 90) as writer:
                 for name, file in files_of(video_dir, names):
@@ -289,21 +276,32 @@ def test_a_writer_that_is_killed_anywhere_is_gone_on_with(video_dir, tmp_path, m
 def test_what_a_kill_left_half_written_is_dropped(video_dir, tmp_path):
     names = ["one", "few"]
     whole = make_store(tmp_path / "whole.h5", video_dir, names)
-    path = tmp_path / "f.h5"
+    path, packing = tmp_path / "f.h5", tmp_path / "f.h5.packing"
+    ends = []
     with FrameStoreWriter(path, SIZE, 90) as writer:
-        writer.add(*pack_clip("one", video_dir / "one.mp4", SIZE, 90))
-    journal = tmp_path / "f.h5.packing.jsonl"
-    with journal.open("a") as file, (tmp_path / "f.h5.packing").open("ab") as data:
-        data.write(b"x" * 40_000)
-        file.write(journal.read_text().splitlines()[-1][:50])
-    with FrameStoreWriter(path, SIZE, 90) as writer:
-        assert list(writer.clips) == ["one"]
-        writer.add(*pack_clip("few", video_dir / "few.mp4", SIZE, 90))
-        writer.finish()
-    assert path.read_bytes() == whole.path.read_bytes()
+        for name, file in files_of(video_dir, names):
+            writer.add(*pack_clip(name, file, SIZE, 90))
+            ends.append(packing.stat().st_size)
+    data = packing.read_bytes()
+    halves = [data[: ends[0] + 50], data[:-1], data[:-900] + bytes(900), data[:20]]
+    for half, kept in zip(halves, [["one"], ["one"], ["one"], []], strict=True):
+        packing.write_bytes(half)
+        with pytest.raises(DataError, match="is not finished"):
+            FrameStore(path)
+        with FrameStoreWriter(path, SIZE, 90) as writer:
+            assert list(writer.clips) == kept
+            for name, file in files_of(video_dir, names):
+                if name not in kept:
+                    writer.add(*pack_clip(name, file, SIZE, 90))
+            writer.finish()
+        assert path.read_bytes() == whole.path.read_bytes()
+        path.unlink()
+    packing.write_bytes(bytes(70_000) + b"\n")
+    with pytest.raises(DataError, match=r"f\.h5\.packing: cannot be continued .* remove it"):
+        FrameStoreWriter(path, SIZE, 90)
 
 
-def test_packing_goes_on_after_every_sigkill(tmp_path):
+def test_packing_is_continued_after_every_sigkill(tmp_path):
     """A process that packs is killed at random times, until one comes to the end."""
     folder, paths = tmp_path / "videos", [tmp_path / "f.h5", tmp_path / "whole.h5"]
     folder.mkdir()
@@ -325,7 +323,7 @@ def test_packing_goes_on_after_every_sigkill(tmp_path):
         process.join()
         kills += 1
     assert process.exitcode == 0
-    assert kills > 2
+    assert kills > 0
     assert pack_frames.main([*flags, str(paths[1])]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5", "videos", "whole.h5"]
@@ -336,6 +334,8 @@ def test_packing_goes_on_after_every_sigkill(tmp_path):
 
 
 def pack_quietly(flags: list[str]) -> None:
+    # tqdm's own is shared with the parent: a child that is killed would never let go of it
+    tqdm.set_lock(threading.RLock())
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -376,7 +376,7 @@ def test_failures_are_counted_and_listed_and_the_rest_is_packed(video_dir, tmp_p
     assert f"failed: {folder}/small.mp4: 32×32 pixels" in out
     assert f"missing: {folder}/gone.mp4" in out
     assert "2 of 3 clips failed, 1 are missing" in out
-    assert FrameStore(path).names == ["good"]
+    assert list(FrameStore(path).clips) == ["good"]
 
 
 def die_on_v(name, path, size, quality):
@@ -395,17 +395,17 @@ def test_a_clip_that_crashes_its_decoder_costs_only_itself(video_dir, monkeypatc
     assert all(clip.name == name for name, (clip, _) in results.items())
 
 
-def test_what_does_not_fit_is_refused(store, video_dir, tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused(store, video_dir, tmp_path):
     videos = [Video(name, 1.0) for name in ("one", "gone")]
-    loader = {"num_frames": 8, "batch_size": 2, "num_workers": 0}
+    loader = {"num_frames": 8, "batch_size": 2, "num_workers": 0, "pin_memory": False}
     with pytest.raises(DataError) as raised:
-        EvaluationLoader(videos, store, size=SIZE, **loader)
+        evaluation_video_loader(videos, store, size=SIZE, **loader)
     first, *listed = str(raised.value).splitlines()
     assert first.startswith(f"{store.path}: 1 of 2 clips are missing from the frame store")
-    assert "scripts/data/pack_frames.py" in first
+    assert "scripts.data.pack_frames" in first
     assert listed == ["gone"]
     with pytest.raises(DataError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
-        EvaluationLoader(videos[:1], store, size=224, **loader)
+        evaluation_video_loader(videos[:1], store, size=224, **loader)
     with pytest.raises(DataError, match="no such frame store"):
         FrameStore(tmp_path / "no.h5")
     for size, quality in [(SIZE, 80), (32, 90)]:
@@ -415,9 +415,12 @@ def test_what_does_not_fit_is_refused(store, video_dir, tmp_path, monkeypatch):
     path = tmp_path / "f.h5"
     with FrameStoreWriter(path, SIZE, 90) as writer:
         writer.add(*pack_clip("one", video_dir / "one.mp4", SIZE, 90))
-        monkeypatch.setattr(frame_store, "LOCK_PATIENCE", 0)
-        with pytest.raises(DataError, match="another process is packing it"):
-            FrameStoreWriter(path, SIZE, 90)
+        other = subprocess.run(
+            [sys.executable, "-m", "scripts.data.pack_frames", "--video_dir", video_dir,
+             "--frame_store", path, "--size", str(SIZE)], capture_output=True, text=True,
+        )  # fmt: skip
+        assert other.returncode == 2
+        assert f"{path}: another process is packing it" in other.stderr
     with pytest.raises(DataError, match="begun with"):
         FrameStoreWriter(path, SIZE, 91)
 
@@ -450,10 +453,10 @@ def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
     damaged = FrameStore(path)
     message = r"f\.h5: clip 'long': frame 150 is damaged"
     with pytest.raises(DataError, match=message):
-        list(damaged.verify())
-    loader = EvaluationLoader(
+        damaged.jpegs("long")
+    loader = evaluation_video_loader(
         [Video(name, 1.0) for name in LENGTHS], damaged, num_frames=200, size=SIZE, batch_size=2,
-        num_workers=num_workers,
+        num_workers=num_workers, pin_memory=False,
     )  # fmt: skip
     with pytest.raises(DataError, match=message) as raised:
         list(loader)
@@ -461,13 +464,13 @@ def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
     assert damaged.load("few", 5, SIZE).shape == (5, 3, SIZE, SIZE)
 
 
-def test_a_file_that_is_replaced_or_cut_short_in_use_is_named(store, tmp_path):
+def test_a_file_that_is_cut_short_or_removed_in_use_is_named(store, tmp_path):
     path = tmp_path / "f.h5"
     path.write_bytes(store.path.read_bytes())
     opened = FrameStore(path)
     opened.load("few", 5, SIZE)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(DataError, match=r"f\.h5: was replaced while it was in use"):
+    with pytest.raises(DataError, match=r"f\.h5: no readable frame store"):
         opened.load("few", 5, SIZE)
     path.unlink()
     with pytest.raises(DataError, match=r"f\.h5: cannot be read: No such file"):
@@ -513,5 +516,5 @@ def test_main_wants_one_place_of_clips_that_has_them_all(tmp_path_factory, store
     assert done.returncode != 0
     assert "4 videos are missing" in done.stderr
     assert f"{store.path}: clip 'clip 0': missing" in done.stderr
-    assert "scripts/data/pack_frames.py" in done.stderr
+    assert "pack_frames" in done.stderr
     assert "Traceback" not in done.stderr

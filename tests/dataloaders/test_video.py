@@ -9,8 +9,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
+import decord
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def encode(path, frames, *arguments: str):
 
 
 def copy_from(source, target, start: float):
-    """Cuts a clip without encoding it anew: an MP4 then hides frames behind an edit list."""
+    """Cuts a clip without encoding it again: an MP4 then hides frames behind an edit list."""
     command = [ffmpeg_program(), "-nostdin", "-v", "error", "-y", "-ss", str(start)]
     subprocess.run([*command, "-i", str(source), "-c", "copy", str(target)], check=True)
     return target
@@ -248,7 +250,7 @@ def test_a_refused_file_leaves_no_reader_behind(tmp_path, golden):
     try:
         with pytest.raises(DataError, match="cannot be decoded"):
             load_clip(tmp_path / "v.mp4", 8, 64)
-        assert not [o for o in gc.get_objects() if type(o) is video.decord.VideoReader]
+        assert not [o for o in gc.get_objects() if type(o) is decord.VideoReader]
     finally:
         gc.enable()
 
@@ -267,21 +269,27 @@ def test_hostile_names_are_only_names(tmp_path, golden, monkeypatch):
         assert load_clip(name, 8, 64).shape == (8, 3, 64, 64)
 
 
-def test_a_decoder_that_hangs_is_given_up(golden, monkeypatch):
+def test_a_decoder_that_hangs_is_given_up_and_not_tried_again(tmp_path, golden, monkeypatch):
+    path = shutil.copy(golden / "short.mp4", tmp_path)
+    hanging = threading.Event()
     monkeypatch.setattr(video, "DECODE_TIME_LIMIT", 0.2)
-    monkeypatch.setattr(video.decord, "VideoReader", lambda *args, **kwargs: time.sleep(5))
+    monkeypatch.setattr(decord, "VideoReader", lambda *args, **kwargs: hanging.wait(60))
+    threads = threading.active_count()
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"short\.mp4: not decoded within"):
-        load_clip(golden / "short.mp4", 8, 64)
+    for _ in range(3):
+        with pytest.raises(DataError, match=r"short\.mp4: not decoded within"):
+            load_clip(path, 8, 64)
     assert time.monotonic() - start < 3
+    assert threading.active_count() == threads + 1
+    hanging.set()
 
 
 @pytest.mark.timeout(60)
 def test_the_program_ends_although_a_decoder_hangs(golden):
     code = (
-        "import sys, time; from dataloaders import video\n"
+        "import sys, time, decord; from dataloaders import video\n"
         "video.DECODE_TIME_LIMIT = 0.2\n"
-        "video.decord.VideoReader = lambda *args, **kwargs: time.sleep(1000)\n"
+        "decord.VideoReader = lambda *args, **kwargs: time.sleep(1000)\n"
         "try: video.load_clip(sys.argv[1], 8, 64)\n"
         "except video.DataError: print('given up')"
     )

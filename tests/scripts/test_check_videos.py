@@ -100,10 +100,10 @@ def test_bad_annotations_are_refused(folder, tmp_path, capsys):
 def test_an_interrupt_leaves_what_is_known(folder, tmp_path, monkeypatch, capsys):
     whole = check_videos.check_video
 
-    def interrupted(path: Path, *args, **more) -> list[dict]:
+    def interrupted(path: Path, *args) -> dict[str, str]:
         if path.stem == "good":
             raise KeyboardInterrupt
-        return whole(path, *args, **more)
+        return whole(path, *args)
 
     monkeypatch.setattr(check_videos, "check_video", interrupted)
     annotations, report = tmp_path / "a.jsonl", tmp_path / "report.jsonl"

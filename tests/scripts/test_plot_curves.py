@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts.plot.plot_curves import choose_names, main, plot_curves, published_values, run_names
+from scripts.plot.plot_curves import main, run_names
 from utils import RunError
 from utils.logger import append_json
+from utils.report.curves import choose_names, draw_curves, published_values
 from utils.report.run_log import best_epoch, curve, curve_names, label, read_epochs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ def write(folder: Path, lines: list[dict], torn: str = "", **args: object) -> Pa
 def test_lines_are_what_was_logged() -> None:
     runs = {"a": records(5), "b": records(3, factor=2.0)}
     names = ["loss", "R1", "VCMR/0.5-r10"]
-    figure = plot_curves(runs, names, {"R1": 22.4})
+    figure = draw_curves(runs, names, {"R1": 22.4})
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == ["training loss", "R@1 (%)", "VCMR R@10, IoU ≥ 0.5 (%)"]
     for name, axes in zip(names, panels.values(), strict=True):
@@ -58,7 +59,7 @@ def test_the_legend_names_a_reduced_split() -> None:
     left = {"val_videos": 1000, "val_videos_left_out": 179}
     left |= {"val_queries": 5000, "val_queries_left_out": 895}
     runs = {"a": [record | left for record in records(2)], "b": records(2)}
-    figure = plot_curves(runs, ["R1"], {"R1": 22.4})
+    figure = draw_curves(runs, ["R1"], {"R1": 22.4})
     (legend,) = figure.legends
     shown = [" ".join(t.get_text().split()) for t in legend.get_texts()]
     size = "on 1,000 of the 1,179 videos and 5,000 of the 5,895 queries"
@@ -108,15 +109,35 @@ def test_an_epoch_run_again_counts_once(tmp_path) -> None:
 
 
 def test_what_is_a_curve() -> None:
-    epochs = [*records(2), {"epoch": 3, "loss": float("nan"), "note": "text", "ok": True, "R1": 1}]
+    epochs = [*records(2), {"epoch": 3, "loss": None, "lr": float("nan"), "note": "text", "R1": 1}]
     assert curve_names(epochs) == ["loss", "lr", "R1", "SumR", "VCMR/0.5-r10",
                                    "VCMR/random_event/0.5-r10", "VR/r1"]  # fmt: skip
-    assert curve(epochs, "loss") == [(1, 1.0), (2, 0.5)] and curve(epochs, "R1")[-1] == (3, 1)
+    assert curve(epochs, "loss") == [(1, 1.0), (2, 0.5)] and len(curve(epochs, "lr")) == 2
+    assert curve(epochs, "R1")[-1] == (3, 1)
     assert choose_names(curve_names(epochs), []) == ["loss", "lr", "R1", "SumR", "VCMR/0.5-r10",
                                                      "VR/r1"]  # fmt: skip
     assert choose_names(curve_names(epochs), ["VCMR/*", "lr"])[-1] == "VCMR/random_event/0.5-r10"
     assert best_epoch(records(5))["epoch"] == 4
     assert label("VR/r5") == "VR R@5 (%)" and label("something") == "something"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_scores_that_are_not_normalised_have_a_panel_of_their_own(named: bool, tmp_path) -> None:
+    """Runs with --event_scores dot: logs that name the row, and those from before."""
+    lines = [record | ({"row": "dot"} if named else {}) for record in records(2)]
+    lines = [{key: value for key, value in line.items() if key != "VR/r1"} for line in lines]
+    folder = write(tmp_path / "run", lines, event_scores="cosine" if named else "dot")
+    names = curve_names(read_epochs(folder))
+    assert names[:4] == ["loss", "lr", "dot/R1", "dot/SumR"]
+    assert label("dot/R1") == "R@1 (%), events not normalised"
+    assert choose_names(names, ["SumR"]) == ["dot/SumR"]
+    assert published_values({"tvr"})["dot/SumR"] == 212.8
+    both = [line | {"dot/R1": 1.0} for line in records(2)]  # --event_scores both: cosine first
+    folder = write(tmp_path / "both", both, event_scores="both")
+    assert {"R1", "dot/R1"} <= set(curve_names(read_epochs(folder)))
+    # moments are ranked by cosine, whatever PRVR is scored by
+    moments = write(tmp_path / "moments", records(2), event_scores="dot")
+    assert "R1" in curve_names(read_epochs(moments))
 
 
 def test_published_values_only_where_all_runs_compare() -> None:
@@ -142,14 +163,8 @@ def test_run_names_tell_runs_apart() -> None:
 def test_an_output_that_cannot_be_is_refused(tmp_path, output: str, message: str) -> None:
     folder = write(tmp_path / "run", records(2), datatype=["tvr"])
     (tmp_path / "folder.png").mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.plot.plot_curves",
-        str(folder),
-        "--output",
-        str(tmp_path / output),
-    ]
+    command = [sys.executable, "-m", "scripts.plot.plot_curves", str(folder)]
+    command += ["--output", str(tmp_path / output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert message in done.stderr

@@ -8,26 +8,29 @@ import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dataloaders.annotations import read_annotations
 from scripts import report
 from tests.corpus import CAPTIONS, ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
-from utils.report.parts import lane, legend, line_chart, pyramid, table
-from utils.report.queries import best_and_worst, retrieved
+from utils.report.page import Run, curves, result_tables, write_page
+from utils.report.queries import best_and_worst, pyramid, retrieved, templates
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-VOID = {"meta", "link", "img", "br", "line", "circle", "polyline"}
+VOID = {"meta", "link", "img", "br"}
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +94,9 @@ def test_the_page_is_whole_and_fetches_nothing(page) -> None:
             assert value.startswith(("data:", "#")), (tag, value[:80])
             assert not value.startswith("#") or value[1:] in ids
             pictures += value.startswith("data:image/jpeg")
+            if value.startswith("data:image/svg"):
+                svg = b64decode(value.split(",")[1]).decode()
+                assert not re.search(r'(href|src)="(?!#)|url\((?!#)|<script|@import', svg)
     assert pictures > 3 * 12 and "@import" not in source and "url(" not in source
     assert sum(tag == "script" for tag in re.findall(r"<(\w+)", source)) == 1
 
@@ -104,21 +110,14 @@ def test_the_page_says_what_the_run_logged(page, tiny_run) -> None:
         assert f"{best[name]:.2f}" in text
     assert "212.80" in text and "published" in text, "TVR's row"
     assert CAPTIONS["v/0#1"] in text, "as text, nothing of it as markup"
-    labels = [value for _, name, value in structure.attributes if name == "aria-label"]
-    assert any(value.startswith(f"training loss: {epochs[0]['loss']:.4g} in") for value in labels)
+    alts = [value for tag, name, value in structure.attributes if (tag, name) == ("img", "alt")]
+    assert any(value.startswith(f"training loss: {epochs[0]['loss']:.4g} in") for value in alts)
     sections = {
         value for tag, name, value in structure.attributes if (tag, name) == ("section", "id")
     }
-    assert sections == {
-        "results",
-        "curves",
-        "attention",
-        "best-queries",
-        "worst-queries",
-        "settings",
-    }
-    overviews = [v for t, n, v in structure.attributes if (t, n) == ("img", "alt") and v]
-    assert len(overviews) == 3 and all("attends to" in alt for alt in overviews)
+    queries = {"best-queries", "worst-queries"}
+    assert sections == {"results", "curves", "attention", "settings"} | queries
+    assert sum("attends to" in alt for alt in alts) == 3
 
 
 def test_cards_show_rank_moment_and_times(page, tiny_run) -> None:
@@ -152,15 +151,15 @@ def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> No
     words = [str(tmp_path), "--annotations", str(tiny_run.corpus / "annos.jsonl")]
     report.main([*words, "--video_dir", str(videos)])
     said = capsys.readouterr().err
-    assert "clip 1.mp4: " in said and "clip 2.mp4: no such video file" in said
+    assert "clip 1.mp4: " in said and "clip 2.mp4: no such video" in said
     text = " ".join(read((tmp_path / "report.html").read_text()).text)
-    assert "clip 2.mp4: no such video file" in text and "Left out" in text
+    assert "clip 2.mp4: no such video" in text and "Left out" in text
 
     (tmp_path / "predictions.h5").unlink()
     report.main([*words, "--output", str(tmp_path / "new" / "page.html")])
     assert "--save_predictions 1" in capsys.readouterr().err
     assert (tmp_path / "new" / "page.html").is_file()
-    with pytest.raises(RunError, match=r"no attn\.hdf5"):
+    with pytest.raises(RunError, match=r"attn\.hdf5.*--do_plot 1"):
         report.main([*words, "--plots", str(videos)])
     (tmp_path / "log.jsonl").unlink()
     with pytest.raises(RunError, match=r"neither log\.jsonl nor eval\.jsonl"):
@@ -180,7 +179,7 @@ def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> No
         ("logs/args.json", b'{"datatype": [1], "plot_dir": "plots"}', "Queries: no annotations"),
     ],
 )
-def test_a_spoiled_file_is_named_and_the_rest_is_shown(
+def test_a_corrupt_file_is_named_and_the_rest_is_shown(
     tiny_run, tmp_path, monkeypatch, capsys, name, content, said
 ) -> None:
     """In the folder where main.py ran, whose relative paths args.json has."""
@@ -211,11 +210,33 @@ def test_a_page_that_cannot_be_written(tiny_run, tmp_path) -> None:
         report.main([str(tiny_run.logs), "--queries", "0", "--output", str(tmp_path)])
 
 
+def cards() -> ModuleType:
+    """The macros of query cards."""
+    return templates().get_template("cards.html").module
+
+
 def test_a_video_without_length() -> None:
     """As float32, the shortest durations that annotations can have are 0."""
     proposals = np.array([[0, 1], [0, 0.5]], np.float32)
-    read(pyramid(proposals, np.array([0.1, 0.4]), 1, 0.0, "cosine"))
-    read(lane(0.0, [(0.0, 0.0, "chosen")], "moment"))
+    read(cards().pyramid(pyramid(proposals, np.array([0.1, 0.4]), 0.0)))
+    read(cards().lane([(0.0, 0.0)], 0.0, "chosen", "moment"))
+
+
+def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
+    store = tmp_path / "frames.h5"
+    pack = ["-m", "scripts.data.pack_frames", "--video_dir", str(tiny_run.corpus / "videos")]
+    pack += ["--frame_store", str(store), "--size", "64"]
+    subprocess.run([sys.executable, *pack], cwd=ROOT, check=True)
+    for name in ("log.jsonl", "predictions.h5"):
+        shutil.copy(tiny_run.logs / name, tmp_path / name)
+    args = json.loads((tiny_run.logs / "args.json").read_text())
+    args |= {"frame_store": str(store), "video_dir": None, "event_scores": "dot"}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    report.main([str(tmp_path), "--annotations", str(tiny_run.corpus / "annos.jsonl")])
+    assert "Thumbnails" not in capsys.readouterr().err
+    source = (tmp_path / "report.html").read_text()
+    assert source.count("data:image/jpeg") > 2 * 12
+    assert "by the largest lead, ranked by cosine." in source
 
 
 # ---------------------------------------------------------------- parts
@@ -259,58 +280,78 @@ def test_best_and_worst_against_a_plain_search() -> None:
     for t in (0, 7):
         found = retrieved(predictions, t)
         ranked = best[t].argsort(descending=True)[:5].tolist()
-        assert [f.video for f in found] == ranked
-        for f in found:
-            assert f.score == float(best[t, f.video])
-            moment = 10 * predictions.proposals[cosines[t, f.video].argmax()]
+        assert [f.name for f in found] == [f"v{v}" for v in ranked]
+        for f, v in zip(found, ranked, strict=True):
+            assert f.score == float(best[t, v])
+            moment = 10 * predictions.proposals[cosines[t, v].argmax()]
             assert (f.start, f.end) == pytest.approx(moment.tolist())
-
-
-@pytest.mark.parametrize(
-    "values", [[1.0, 3.0, 2.0], [5.0], [0.0, 0.0], [1e-5, 8e-4], [-2.0, 1e7]], ids=str
-)
-def test_charts_put_larger_values_higher_and_inside(values: list[float]) -> None:
-    points = list(enumerate(values, start=1))
-    svg = line_chart("loss & more", points, 1, published=None)
-    read(svg)
-    (path,) = re.findall(r'points="([^"]*)"', svg)
-    places = [tuple(map(float, point.split(","))) for point in path.split()]
-    assert all(0 <= x <= 320 and 0 <= y <= 190 for x, y in places)
-    for (_, y1), v1 in zip(places, values, strict=True):
-        for (_, y2), v2 in zip(places, values, strict=True):
-            assert (v1 < v2) <= (y1 > y2) and (v1 == v2) <= (y1 == y2)
-    assert [x for x, _ in places] == sorted({x for x, _ in places})
-    labels = re.findall(r'text-anchor="end">([^<>]*)</text>', svg)
-    assert len(set(labels)) == len(labels) > 2 and all(len(label) <= 7 for label in labels)
 
 
 def test_pyramid_colours_follow_the_scores() -> None:
     proposals = np.array([[0, 1], [0, 0.5], [0.25, 0.75], [0.5, 1]], np.float32)
-    source = pyramid(proposals, np.array([0.1, 0.4, -0.2, 0.4 - 1e-9]), 1, 60.0, "cosine")
+    found = pyramid(proposals, np.array([0.1, 0.4, -0.2, 0.4 - 1e-9]), 60.0)
+    source = cards().pyramid(found)
     read(source)
     colours = re.findall(r"background:(#\w{6})", source)
     assert colours[1] == colours[3] and len(set(colours)) == 3
     assert source.count("chosen-edge") == 1 and "0.0–30.0 s: cosine 0.400" in source
-    assert pyramid(proposals, np.zeros(4), 0, 60.0, "cosine").count("background:#") == 4
+    stops = found["stops"].split(",")
+    assert (stops[0], stops[-1]) == (colours[2], colours[1])
+    assert (found["low"], found["high"]) == ("-0.200", "0.400")
+    flat = cards().pyramid(pyramid(proposals, np.zeros(4), 60.0))
+    assert flat.count("background:#") == 4
 
 
-def test_the_legend_runs_from_the_lowest_to_the_highest_colour() -> None:
-    scores = np.array([0.1, 0.4, -0.2])
-    proposals = np.array([[0, 1], [0, 0.5], [0.5, 1]], np.float32)
-    boxes = re.findall(r"background:(#\w{6})", pyramid(proposals, scores, 1, 60.0, "cosine"))
-    source = legend(scores, "cosine", timed=True)
-    stops = re.findall(r"#\w{6}", source)
-    assert (stops[0], stops[-1]) == (boxes[2], boxes[1])
-    assert "-0.200" in source and "0.400" in source and "true moment" in source
-    assert "true moment" not in legend(scores, "cosine", timed=False)
+def a_run(folder: Path, records: list[dict], evaluations: list[dict] = (), **args: object) -> Run:
+    for name, lines in (("log.jsonl", records), ("eval.jsonl", evaluations)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "args.json").write_text(json.dumps(args))
+    return Run.read(folder)
 
 
-def test_tables_escape_and_fill_gaps() -> None:
-    source = table(
-        "a <b>", {"<i>x</i>": {"R1": 1.005, "n": 3}}, {"R1": "R@1", "n": "n", "no": "no"}
-    )
-    text = read(source).text
-    assert "a <b>" in text and "<i>x</i>" in text and "–" in text and "3" in text
+@pytest.mark.parametrize("named", [True, False])
+def test_scores_that_are_not_normalised_are_called_so(named: bool, tmp_path) -> None:
+    """A run with --event_scores dot, as it is logged now and as it was before."""
+    record = {"epoch": 1, "loss": 1.0, "R1": 12.5, "SumR": 99.0, "best_epoch": 1}
+    record |= {"row": "dot"} if named else {}
+    evaluation = {"checkpoint": "c", "epoch": 1, "metrics": {"dot": {"R1": 12.5}}}
+    args = {"datatype": "activitynet"} | ({} if named else {"event_scores": "dot"})
+    run = a_run(tmp_path, [record], [evaluation], **args)
+    (table,) = result_tables(run)
+    assert list(table["rows"]) == [
+        "epoch 1, events not normalised", "evaluated c, epoch 1, events not normalised",
+        "published",
+    ]  # fmt: skip
+    alts = [chart["alt"] for chart in curves(run)["charts"]]
+    assert alts[1] == "R@1 (%), events not normalised: 12.5 in epoch 1, 12.5 in epoch 1, " \
+        "published 14.9"  # fmt: skip
+    assert alts[0].startswith("training loss: 1 in")
+
+
+def test_numbers_that_are_none(tmp_path) -> None:
+    record = {"epoch": 1, "loss": None, "R1": None, "SumR": 9.0, "best_epoch": None, "row": None}
+    metrics = {"cosine": {"R1": None, "SumR": 9.0}, "VCMR": {"0.5-r1": None}}
+    run = a_run(tmp_path, [record], [{"metrics": metrics}], trainable=None, datatype=None)
+    source = report_of(run)
+    assert "–" in source and "9.00" in source
+    assert [chart["alt"][:4] for chart in curves(run)["charts"]] == ["SumR"]
+
+
+def test_hostile_texts_stay_texts(tmp_path) -> None:
+    bad = "<img src=x onerror=alert(1)>\"'&{{ 1 }}$x^{"
+    evaluation = {"checkpoint": bad, "epoch": bad, "metrics": {bad: {bad: 1}, "cosine": {"R1": 1}}}
+    evaluation["metrics"] |= {f"levels/{bad}": {bad: 1.0}, f"VCMR/{bad}": {"0.5-r1": 1}}
+    record = {"epoch": 1, bad: 1.0, "val_videos": 1, "best_epoch": 1}
+    folder = tmp_path / bad.replace("/", "")
+    folder.mkdir()
+    structure = read(report_of(a_run(folder, [record], [evaluation], **{bad: bad, "git": bad})))
+    assert not [a for a in structure.attributes if a[1] == "onerror" or a[2] == "x"]
+    assert any(bad in text for text in structure.text)
+
+
+def report_of(run: Run) -> str:
+    write_page(run, run.folder / "p.html", annotations=None, video_dir=None, plots=None, queries=1)
+    return (run.folder / "p.html").read_text()
 
 
 # ---------------------------------------------------------------- browser
@@ -334,15 +375,15 @@ def test_no_console_errors_in_a_browser(page, tmp_path) -> None:
     broken.write_text("<script>nothing.at.all()</script>")
     assert console(broken, tmp_path), "errors would be seen"
     assert console(page, tmp_path, "--window-size=1200,2000") == []
-    driven = tmp_path / "driven.html"  # the page with its keys and its button used
+    driven = tmp_path / "driven.html"  # the page with its keys used
     drive = """<script>
       for (const key of ["j", "j", "k"])
         document.dispatchEvent(new KeyboardEvent("keydown", {key}));
       if (document.activeElement !== document.querySelector("article.query")) throw "no focus";
-      const theme = document.getElementById("theme");
-      theme.click(); theme.click();
-      if (document.documentElement.dataset.theme !== "dark") throw "not dark";
       if (document.documentElement.scrollWidth > innerWidth) throw "wider than the phone";
     </script>"""
     driven.write_text(page.read_text().replace("</body>", drive + "</body>"))
     assert console(driven, tmp_path, "--window-size=500,900") == []
+    dark = console(page, tmp_path, "--blink-settings=preferredColorScheme=0")
+    with Image.open(tmp_path / "page.png") as picture:
+        assert dark == [] and max(picture.convert("RGB").getpixel((2, 500))) < 40, "a dark page"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -24,11 +24,14 @@ from dataloaders.annotations import Query, corpus_videos, read_annotations
 from dataloaders.tokenizer import tokenize
 from dataloaders.video import load_clip
 from models import ProPy, build_model
+from modules import ModelError
 from modules.pyramid import PromptPyramid
 from modules.similarity import event_scores
+from scripts.plot import plot_run
 from tests.corpus import ROOT, TinyRun, make_run
 from tests.golden_model import GoldenModel
-from utils import RunError
+from utils import OutputError, RunError
+from utils.arguments import PLOT_STYLES, parse_args
 from utils.pictures.attention_store import AttentionStore, query_name, read_attention, read_scores
 from utils.pictures.draw import (
     STYLES,
@@ -47,7 +50,7 @@ from utils.pictures.plots import (
     choose_queries,
     plot_queries,
 )
-from utils.training.checkpoint import load_checkpoint
+from utils.training.checkpoint import BEST, load_checkpoint
 
 SPLITS = ["tvr", "activitynet", "charades", "qvhighlights_val", "qvhighlights_test"]
 PYRAMIDS = [
@@ -182,7 +185,7 @@ def picture(title: str, windows: tuple | None = ((1.0, 3.0),)) -> QueryPicture:
     return QueryPicture(asked, "video v", frames, attention, 3, rng.random(42), "cosine", pyramid)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", PLOT_STYLES)
 def test_overview_says_what_is_what(style: str, tmp_path) -> None:
     title = "it costs $5, then $6_x^2 & <b>"
     save_overview(tmp_path / "o.svg", picture(title), STYLES[style])
@@ -274,6 +277,24 @@ def test_a_broken_off_store_leaves_the_old_files(tmp_path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("limit", [100_000, 3_000_000])
+def test_a_store_on_a_full_disk(limit: int, tmp_path) -> None:
+    """HDF5 itself would end the program by a segmentation fault."""
+    one = np.random.default_rng(0).random((3, 7, 30_000), np.float32)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with (
+            pytest.raises(OutputError, match=r"attn\.hdf5: cannot be written"),
+            AttentionStore(tmp_path, {}) as store,
+        ):
+            for name in NASTY:
+                store.add(name, f"v{name}", one, one[0, 0, :7], 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- the program
 
 
@@ -282,7 +303,7 @@ def test_what_plotting_leaves(tiny_run) -> None:
     model = build_model(
         tiny_run.corpus / "clip.pt", tiny_run.corpus / "pyramid.json", adapter_channels=16
     ).eval()
-    load_checkpoint(tiny_run.logs / "ckpt.best.pth.tar", model)
+    load_checkpoint(tiny_run.logs / BEST, model)
     names = [video.vid_name for video in corpus_videos(queries.values())]
     clips = torch.stack(
         [
@@ -349,79 +370,69 @@ def test_impossible_requests(settings: dict, ids: list[str], message: str, tmp_p
         check_request(PlotSettings(tmp_path, **settings), ids, queries, model)
 
 
-def test_flags_of_plotting(tiny_run, tmp_path) -> None:
+def test_a_run_is_drawn_with_the_settings_of_its_checkpoint(tiny_run, tmp_path) -> None:
+    shutil.copy(tiny_run.logs / BEST, tmp_path)
     folder = tmp_path / "attention" / "v_1#0"
     (folder / "figures").mkdir(parents=True)
     for name in ("overview.png", "tree.pdf", "figures/8.jpg"):
         (folder / name).write_text("of an earlier plot")
-    done = tiny_run.main(
-        "--do_plot", "1", "--resume", str(tiny_run.logs / "ckpt.best.pth.tar"),
-        "--plot_dir", str(tmp_path), "--output_dir", str(tmp_path), "--plot_ids", "v_1#0",
-        "--plot_layer", "2", "--plot_head", "1", "--plot_style", "authors", "--plot_format", "svg",
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "scripts.plot.plot_run", str(tmp_path), "--plot_ids", "v_1#0",
+        "--plot_layer", "2", "--plot_head", "1", "--plot_style", "authors",
+    ]  # fmt: skip
+    outside = {"plot_format": "svg", "plot_dir": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    # its videos, CLIP and pyramid have relative paths, which count from where main.py ran
+    done = subprocess.run(
+        command, cwd=tiny_run.corpus, env=os.environ | outside, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+    assert f"from the environment: plot_dir={tmp_path} plot_format=svg" in done.stderr
     assert len(list((folder / "figures").iterdir())) == 8
     files = {path.name for path in folder.iterdir()}
     assert files == {"figures", "meta.json", "tree.jpg", "tree.svg", "overview.svg"}
     meta = json.loads((folder / "meta.json").read_text())
     assert (meta["layer"], meta["head"]) == (2, 1)
     with h5py.File(tmp_path / "attn.hdf5") as file:
-        assert file.attrs["heads"] == "1"
+        assert dict(file.attrs) == {"heads": "1", "model": str(tmp_path / BEST)}
 
 
-@pytest.fixture
-def flags_of(tmp_path) -> Callable[..., dict[str, str]]:
-    """Runs a copy of a script with a Python that prints what main.py would be called with."""
+def test_flags_of_a_run(tiny_run, tmp_path, monkeypatch) -> None:
+    flags = plot_run.flags_of(tiny_run.logs)
+    assert parse_args(flags).resume == tiny_run.logs / BEST
+    args = json.loads((tiny_run.logs / "args.json").read_text())
+    for name in ("prvr_val_annos", "video_dir", "pretrained_clip_name", "pyr_config_path",
+                 "adapter_channels", "temp_kernel_sz", "max_words", "datatype", "plot_dir",
+                 "event_scores"):  # fmt: skip
+        assert f"--{name}={args[name]}" in flags, name
+    assert flags == plot_run.flags_of(tiny_run.logs / BEST)
+    stored = plot_run.flags_of(tiny_run.logs, ["--frame_store", "f.h5"])
+    assert stored[-2:] == ["--frame_store", "f.h5"] and "--video_dir=videos" not in stored
+    monkeypatch.setenv("video_dir", "elsewhere")
+    assert "--video_dir=elsewhere" in plot_run.flags_of(tiny_run.logs)
+    with pytest.raises((ModelError, RunError), match="no such checkpoint"):
+        plot_run.flags_of(tmp_path)
+    golden = GoldenModel.read("m1")
+    with pytest.raises(RunError, match=r"no settings in it.*bash scripts/prvr_"):
+        plot_run.flags_of(golden.write_authors_checkpoint(tmp_path / "authors.pth.tar"))
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "run"),
+    [(f"plot_{split}.sh", {}, f"logs/prvr_{split}") for split in SPLITS]
+    + [
+        ("plot_tvr.sh", {"resume": "a b.pth.tar"}, "a b.pth.tar"),
+        ("plot_demo.sh", {}, "logs/demo"),
+        ("plot_demo.sh", {"run": "logs/prvr_mine"}, "logs/prvr_mine"),
+    ],
+)
+def test_plot_scripts(script: str, variables: dict, run: str, tmp_path) -> None:
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     (tmp_path / "scripts/setup.sh").write_text("")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(
-        f'#!/bin/sh\n[ "$1" = main.py ] || exec {sys.executable} "$@"\nprintf "%s\\n" "$@"\n'
-    )
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
-
-    def flags(script: str, **variables: str) -> dict[str, str]:
-        command = ["bash", str(tmp_path / "scripts" / script), "--plot_limit", "3"]
-        env = os.environ | variables
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
-        _, *words = done.stdout.splitlines()
-        return dict(zip(words[::2], words[1::2], strict=True))
-
-    return flags
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_plot_scripts_use_the_settings_of_training(split: str, flags_of) -> None:
-    plot, train = flags_of(f"plot/plot_{split}.sh"), flags_of(f"prvr_{split}.sh")
-    assert plot.pop("--resume") == f"logs/prvr_{split}/ckpt.best.pth.tar"
-    assert (plot.pop("--do_train"), plot.pop("--do_plot")) == ("0", "1")
-    assert (train.pop("--do_train"), train.pop("--do_plot")) == ("1", "0")
-    del train["--prvr_train_annos"]
-    assert plot == train
-
-
-def test_plotting_a_run_takes_its_settings(tiny_run, flags_of, tmp_path) -> None:
-    flags = flags_of("plot/plot_demo.sh", run=str(tiny_run.logs), plot_dir="VIS/a b")
-    assert flags["--resume"] == str(tiny_run.logs / "ckpt.best.pth.tar")
-    assert (flags["--do_plot"], flags["--plot_dir"]) == ("1", "VIS/a b")
-    args = json.loads((tiny_run.logs / "args.json").read_text())
-    for name in ("prvr_val_annos", "video_dir", "pretrained_clip_name", "pyr_config_path", "lr",
-                 "adapter_channels", "temp_kernel_sz", "max_words", "datatype"):  # fmt: skip
-        assert flags[f"--{name}"] == str(args[name]), name
-    assert flags["--event_scores"] == args["event_scores"]
-    reduced = args | {"allow_missing": 1}
-    (tmp_path / "args.json").write_text(json.dumps(reduced))
-    assert flags_of("plot/plot_demo.sh", run=str(tmp_path))["--allow_missing"] == "1"
-
-
-@pytest.mark.parametrize("content", ["{", '"text"', "[1]", '{"lr": 1}', "5", "\xff"])
-def test_plotting_a_run_whose_settings_are_spoiled(content: str, flags_of, tmp_path) -> None:
-    (tmp_path / "args.json").write_bytes(content.encode("latin-1"))
-    command = ["bash", str(tmp_path / "scripts/plot/plot_demo.sh")]
-    env = os.environ | {"run": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 1 and done.stdout == ""
-    message = f"error: {tmp_path / 'args.json'}: not the settings of a run"
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+    command = ["bash", str(tmp_path / "scripts/plot" / script), "--plot_ids", "a b", "c"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    words = ["-m", "scripts.plot.plot_run", run, "--plot_ids", "a b", "c"]
+    assert done.stdout.splitlines() == words, done.stderr

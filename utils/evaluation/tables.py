@@ -24,12 +24,13 @@ def metrics_table(
     widths = {key: max(len(head), 6) for key, head in heads.items()}
     lines = [" " * first + "".join(f"  {head:>{widths[key]}}" for key, head in heads.items())]
     for name, numbers in rows.items():
-        cells = (
-            f"  {_number(numbers[key]) if key in numbers else '–':>{widths[key]}}" for key in heads
-        )
+        cells = (f"  {cell(numbers.get(key)):>{widths[key]}}" for key in heads)
         lines.append(f"{name:<{first}}" + "".join(cells))
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
+def cell(value: float | None) -> str:
+    """A number as it stands in tables, of text and of the report page."""
+    if value is None:
+        return "–"
     return str(value) if isinstance(value, int) else f"{value:.2f}"

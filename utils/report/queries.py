@@ -1,78 +1,120 @@
-"""The report's queries: which are shown, and the card of each with what was retrieved for it."""
+"""The report's queries: which are shown, and what templates/cards.html shows of each.
+
+The macros serve any page that shows videos found for a text: `templates`, `Hit`, `Thumbnails`.
+"""
 
 from __future__ import annotations
 
+import base64
 import functools
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
+from PIL import Image
 
 from dataloaders import DataError
 from dataloaders.annotations import Query
-from dataloaders.ffmpeg import FfmpegError, read_packets
-from dataloaders.video import load_clip
+from dataloaders.clips import ClipSource, VideoFolder
+from dataloaders.ffmpeg import read_packets
 from utils.evaluation.predictions import MomentPredictions
-from utils.report import parts as parts
+from utils.evaluation.tables import cell
 
 SAMPLED = 32  # frames of a video that thumbnails are taken from
 STRIP = 12  # thumbnails of the right video
 THUMBNAIL = 112  # pixels
 RETRIEVED = 5  # videos of a query that are shown
+ROW_HEIGHT = 0.75  # rem of a pyramid's row
+
+
+def templates() -> jinja2.Environment:
+    """The pages of this folder, with what their macros call."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
+    pages.globals |= {"extent": extent, "seconds": seconds}
+    pages.filters |= {"cell": cell, "anchor": lambda title: title.lower().replace(" ", "-")}
+    return pages
 
 
 @dataclass(frozen=True)
-class Found:
-    """A retrieved video with its best moment: start and end in seconds."""
+class Hit:
+    """A retrieved video with its best moment, as the macro found_list shows it.
 
-    video: int
+    Attributes:
+        start, end, duration: seconds; windows: true moments, of the right video.
+        picture: the frame in the middle of the moment as a value of src, if it can be had.
+    """
+
+    name: str
     start: float
     end: float
+    duration: float
     score: float
+    picture: str | None = None
+    right: bool = False
+    windows: Sequence[tuple[float, float]] = ()
 
 
 class Thumbnails:
-    """Small frames of the split's videos, each video decoded once.
+    """Small frames of videos as values of src, each video decoded once.
 
     Attributes:
         failed: a message for every video that cannot be shown.
     """
 
-    def __init__(self, video_dir: Path | None) -> None:
-        self.video_dir = video_dir
+    def __init__(self, clips: ClipSource | None) -> None:
+        self.clips = clips
         self.failed: dict[str, str] = {}
         self.frames = functools.cache(self._frames)
 
-    def at(self, vid_name: str, share: float) -> np.ndarray | None:
-        """The frame at a share of the video in [0, 1]: uint8 [S, S, 3]."""
+    def at(self, vid_name: str, share: float) -> str | None:
+        """The frame at a share of the video in [0, 1]."""
         frames = self.frames(vid_name)
-        return None if frames is None else frames[min(int(share * SAMPLED), SAMPLED - 1)]
+        return None if frames is None else image_uri(frames[min(int(share * SAMPLED), SAMPLED - 1)])
 
-    def strip(self, vid_name: str) -> list[np.ndarray]:
+    def strip(self, vid_name: str) -> list[str]:
         """Frames evenly over the video, in the middle of the strip's parts."""
         frames = [self.at(vid_name, (i + 0.5) / STRIP) for i in range(STRIP)]
         return [frame for frame in frames if frame is not None]
 
     def _frames(self, vid_name: str) -> np.ndarray | None:
-        if self.video_dir is None:
+        if self.clips is None:
             return None
-        path = self.video_dir / f"{vid_name}.mp4"
+        label = self.clips.label(vid_name)
         try:
-            if not path.is_file():
-                raise DataError(f"{path}: no such video file")
-            track = read_packets(path, limit=2)
-            frames = load_clip(path, SAMPLED, min(track.width, track.height)).float()
-        except FfmpegError as error:
-            self.failed[vid_name] = f"{path}: {error}"
-            return None
+            if self.clips.missing([vid_name]):
+                raise DataError(f"{label}: no such video")
+            frames = self.clips.load(vid_name, SAMPLED, self._side(vid_name)).float()
         except DataError as error:
-            self.failed[vid_name] = str(error)
+            self.failed[vid_name] = str(error) if label in str(error) else f"{label}: {error}"
             return None
         side = min(THUMBNAIL, frames.shape[-1])
         small = torch.nn.functional.interpolate(frames, size=(side, side), mode="area")
         return small.round().byte().permute(0, 2, 3, 1).numpy()
+
+    def _side(self, vid_name: str) -> int:
+        """Of the clip's frames, which no one but a frame store notes."""
+        if isinstance(self.clips, VideoFolder):
+            track = read_packets(self.clips.path(vid_name), limit=2)
+            return min(track.width, track.height)
+        return self.clips.size
+
+
+def image_uri(picture: np.ndarray | Image.Image, **options: object) -> str:
+    """A picture, or uint8 [H, W, 3], as the value of src. Args: options: of JPEG, for PIL."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", **{"quality": 75} | options)
+    return data_uri("image/jpeg", buffer.getvalue())
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A file as the value of src."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def best_and_worst(predictions: MomentPredictions, count: int) -> tuple[list[int], list[int]]:
@@ -88,30 +130,30 @@ def best_and_worst(predictions: MomentPredictions, count: int) -> tuple[list[int
     best = lead.argsort(descending=True, stable=True).tolist()
     worst = rank.argsort(descending=True, stable=True).tolist()
     target = predictions.target.tolist()
+
+    def of_different_videos(rows: Iterable[int]) -> list[int]:
+        first: dict[int, int] = {}
+        for row in rows:
+            first.setdefault(target[row], row)
+        return list(first.values())[:count]
+
     return (
-        _of_different_videos((row for row in best if rank[row] == 1), target, count),
-        _of_different_videos((row for row in worst if rank[row] > 1), target, count),
+        of_different_videos(row for row in best if rank[row] == 1),
+        of_different_videos(row for row in worst if rank[row] > 1),
     )
 
 
-def _of_different_videos(rows: Sequence[int], target: Sequence[int], count: int) -> list[int]:
-    first: dict[int, int] = {}
-    for row in rows:
-        first.setdefault(target[row], row)
-        if len(first) == count:
-            break
-    return list(first.values())
-
-
-def retrieved(predictions: MomentPredictions, row: int) -> list[Found]:
+def retrieved(predictions: MomentPredictions, row: int) -> list[Hit]:
     """The first videos for a query, each with its best moment."""
-    best: dict[int, Found] = {}
-    times = predictions.seconds(predictions.videos[row], predictions.events[row])
+    best: dict[int, Hit] = {}
+    videos = predictions.videos[row].tolist()
+    times = predictions.seconds(predictions.videos[row], predictions.events[row]).tolist()
     for video, (start, end), score in zip(
-        predictions.videos[row].tolist(), times.tolist(), predictions.scores[row].tolist(),
-        strict=True,
-    ):  # fmt: skip
-        best.setdefault(video, Found(video, start, end, score))
+        videos, times, predictions.scores[row].tolist(), strict=True
+    ):
+        duration = float(predictions.durations[video])
+        hit = Hit(predictions.vid_names[video], start, end, duration, score)
+        best.setdefault(video, hit)
         if len(best) == RETRIEVED:
             break
     return list(best.values())
@@ -119,67 +161,80 @@ def retrieved(predictions: MomentPredictions, row: int) -> list[Found]:
 
 def query_card(
     predictions: MomentPredictions, row: int, query: Query, thumbnails: Thumbnails
-) -> str:
-    """One query: the right video with its pyramid, and the videos that were retrieved."""
-    rank, videos = int(predictions.target_rank[row]), len(predictions.vid_names)
-    badge = "good" if rank == 1 else "bad"
-    return (
-        f'<article class="card query" tabindex="-1"><h3>{parts.text(query.desc)}</h3>'
-        f'<p><span class="badge {badge}">right video at rank {rank} of {videos}</span> '
-        f'<span class="soft">query {parts.text(query.desc_id)}</span></p>'
-        f"{_right_video(predictions, row, query, thumbnails)}"
-        f"<h4>Retrieved videos, each with its best moment</h4>"
-        f"{_found_list(predictions, row, query, thumbnails)}</article>"
-    )
-
-
-def _right_video(
-    predictions: MomentPredictions, row: int, query: Query, thumbnails: Thumbnails
-) -> str:
-    scores = predictions.target_scores[row].nan_to_num(-1).numpy()
-    proposals = predictions.proposals.numpy()
-    event = int(scores.argmax())
+) -> dict:
+    """What the macro query_card shows: the right video with its pyramid, and those retrieved."""
+    windows = query.windows or ()
     duration = float(predictions.durations[int(predictions.target[row])])
-    frames = "".join(
-        f'<img src="{parts.data_uri(frame)}" alt="" loading="lazy">'
-        for frame in thumbnails.strip(query.vid_name)
-    )
-    windows = [(start, end, "true") for start, end in query.windows or ()]
-    times = ", ".join(parts.seconds(start, end) for start, end, _ in windows)
-    true_lane = parts.lane(duration, windows, f"true moment: {times}") if windows else ""
-    return (
-        f"<h4>The right video: {parts.text(query.vid_name)}, {duration:.1f} s</h4>"
-        f'<div class="strip" aria-hidden="true">{frames}</div>{true_lane}'
-        f"{parts.pyramid(proposals, scores, event, duration, 'cosine')}{parts.time_axis(duration)}"
-        f"{parts.legend(scores, 'cosine', bool(windows))}"
-    )
+    hits = []
+    for hit in retrieved(predictions, row):
+        right = hit.name == query.vid_name
+        middle = (hit.start + hit.end) / 2 / hit.duration if hit.duration else 0.0
+        more = {"picture": thumbnails.at(hit.name, middle), "right": right}
+        hits.append(vars(hit) | more | {"windows": windows if right else ()})
+    scores = predictions.target_scores[row].nan_to_num(-1).numpy()
+    return {
+        "text": query.desc,
+        "desc_id": query.desc_id,
+        "rank": int(predictions.target_rank[row]),
+        "videos": len(predictions.vid_names),
+        "video": {
+            "name": query.vid_name,
+            "duration": duration,
+            "windows": windows,
+            "times": ", ".join(seconds(*window) for window in windows),
+            "strip": thumbnails.strip(query.vid_name),
+            "pyramid": pyramid(predictions.proposals.numpy(), scores, duration),
+        },
+        "hits": hits,
+    }
 
 
-def _found_list(
-    predictions: MomentPredictions, row: int, query: Query, thumbnails: Thumbnails
-) -> str:
-    items = []
-    for place, found in enumerate(retrieved(predictions, row), start=1):
-        name = predictions.vid_names[found.video]
-        duration = float(predictions.durations[found.video])
-        right = name == query.vid_name
-        middle = (found.start + found.end) / 2 / duration if duration else 0.0
-        frame = thumbnails.at(name, middle)
-        picture = (
-            '<span class="blank"></span>' if frame is None
-            else f'<img src="{parts.data_uri(frame)}" alt="" loading="lazy">'
-        )  # fmt: skip
-        moments = [(found.start, found.end, "chosen")]
-        moment = parts.seconds(found.start, found.end)
-        lanes = parts.lane(duration, moments, f"retrieved moment: {moment}")
-        if right and query.windows:
-            windows = [(start, end, "true") for start, end in query.windows]
-            lanes += parts.lane(duration, windows, "true moment, on the same time axis")
-        mark = ' <span class="badge good">right video</span>' if right else ""
-        items.append(
-            f'<li{" class=right" if right else ""}><span class="place">{place}</span>{picture}'
-            f'<div><div class="name">{parts.text(name)}{mark}</div>'
-            f'<div class="when">{moment} of {duration:.1f} s · cosine {found.score:.3f}</div></div>'
-            f'<div class="timeline">{lanes}</div></li>'
-        )
-    return f'<ol class="found">{"".join(items)}</ol>'
+def pyramid(proposals: np.ndarray, scores: np.ndarray, duration: float) -> dict:
+    """Every event over its span, the bottom level lowest, coloured by score, the highest marked.
+
+    Args:
+        proposals: [N_e, 2] shares of the video.
+        scores: [N_e].
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    from utils.pictures.draw import event_rows
+
+    scale = colormaps["cividis"]
+    # Levels differ in length; one level's events differ by rounding.
+    levels = np.unique((proposals[:, 1] - proposals[:, 0]).round(5), return_inverse=True)[1]
+    rows, _ = event_rows(proposals.round(6).tolist(), levels.tolist())
+    height = (max(rows) + 1) * ROW_HEIGHT
+    chosen, low, high = int(scores.argmax()), float(scores.min()), float(scores.max())
+    spans = [seconds(start * duration, end * duration) for start, end in proposals.tolist()]
+    boxes = []
+    for event, (start, end) in enumerate(proposals.tolist()):
+        shade = (scores[event] - low) / ((high - low) or 1)
+        top = height - (rows[event] + 1) * ROW_HEIGHT
+        boxes.append({
+            "chosen": event == chosen,
+            "style": f"{extent(start, end, 1)};top:{top:.2f}rem;bottom:auto;"
+            f"height:{ROW_HEIGHT - 0.1:.2f}rem;background:{to_hex(scale(shade))}",
+            "title": f"event {event}, {spans[event]}: cosine {scores[event]:.3f}",
+        })  # fmt: skip
+    return {
+        "boxes": boxes,
+        "height": f"{height:.2f}",
+        "low": f"{low:.3f}",
+        "high": f"{high:.3f}",
+        "stops": ",".join(to_hex(scale(x)) for x in np.linspace(0.0, 1.0, 9)),
+        "summary": f"{len(scores)} events of the pyramid, cosine from {low:.3f} to {high:.3f}; "
+        f"the highest is event {chosen}, {spans[chosen]}",
+    }
+
+
+def seconds(start: float, end: float) -> str:
+    """A moment in words."""
+    return f"{start:.1f}–{end:.1f} s"
+
+
+def extent(start: float, end: float, whole: float) -> str:
+    """Where a part of something lies on an axis of it, as CSS."""
+    start, end = (min(max(time / whole, 0), 1) if whole else 0 for time in (start, end))
+    return f"left:{100 * start:.3f}%;width:{100 * max(end - start, 0):.3f}%"

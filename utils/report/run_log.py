@@ -1,20 +1,19 @@
-"""Reading what runs left: args.json, log.jsonl, eval.jsonl."""
+"""Reading what runs left: args.json, log.jsonl, eval.jsonl; and what readers call the numbers."""
 
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from utils import RunError
+from utils.evaluation.rows import COSINE, DOT
+from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import read_records
 from utils.misc import is_number
 
-logger = logging.getLogger("propy.run_log")
-
-# Counters of log.jsonl, nothing to look at as a curve.
+# Counters of log.jsonl, which make no curve.
 COUNTERS = (
     *("epoch", "global_step", "steps", "skipped_steps", "best_epoch"),
     *("val_videos", "val_videos_left_out", "val_queries", "val_queries_left_out"),
@@ -27,6 +26,8 @@ NAMES = {
     "memory_gib": "peak memory (GiB)", "MedR": "median rank", "MeanR": "mean rank",
     "R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "R100": "R@100 (%)",
 }  # fmt: skip
+OF_DOT = f"{DOT}/"  # before PRVR metrics of scores whose events are not normalised
+NOT_NORMALISED = ", events not normalised"
 MOMENT_RECALL = re.compile(r"(\w+)/([\d.]+)-r(\d+)")
 VIDEO_RECALL = re.compile(r"(\w+)/r(\d+)")
 
@@ -53,14 +54,28 @@ def datatype(args: Mapping) -> str:
 def read_epochs(folder: Path) -> list[dict]:
     """log.jsonl by epoch, in order; of an epoch that was run again after resuming, the last.
 
+    PRVR metrics of scores whose events are not normalised are named "dot/R1" and so on, whichever
+    row of metrics the run put first.
+
     Raises:
-        RunError: there is no log.jsonl, or it holds no epoch.
+        RunError: there is no log.jsonl, it holds no epoch, or args.json is damaged.
     """
     path = folder / "log.jsonl"
     records = [record for record in read_records(path) if _is_epoch(record.get("epoch"))]
     if not records:
         raise RunError(f"{path}: no finished epoch in it")
-    return sorted({record["epoch"]: record for record in records}.values(), key=_epoch)
+    by_epoch = {record["epoch"]: record for record in records}
+    default = read_args(folder).get("event_scores")
+    return [_name_rows(by_epoch[epoch], default) for epoch in sorted(by_epoch)]
+
+
+def _name_rows(record: dict, event_scores: object) -> dict:
+    """Args: event_scores: the flag of the run; earlier logs do not name the first row, `row`."""
+    has_both = any(key.startswith(OF_DOT) for key in record)
+    row = record.get("row", COSINE if has_both or "VR/r1" in record else event_scores)
+    if row != DOT:
+        return record
+    return {OF_DOT + key if key in PRVR_COLUMNS else key: value for key, value in record.items()}
 
 
 def curve(epochs: list[dict], name: str) -> list[tuple[int, float]]:
@@ -78,8 +93,9 @@ def curve_names(epochs: list[dict]) -> list[str]:
 
 def label(name: str) -> str:
     """What a reader calls a number of the log, with its unit."""
-    name = MOMENT_RECALL.sub(r"\1 R@\3, IoU ≥ \2 (%)", name)
-    return NAMES.get(name, VIDEO_RECALL.sub(r"\1 R@\2 (%)", name))
+    plain = MOMENT_RECALL.sub(r"\1 R@\3, IoU ≥ \2 (%)", name.removeprefix(OF_DOT))
+    shown = NAMES.get(plain, VIDEO_RECALL.sub(r"\1 R@\2 (%)", plain))
+    return shown + NOT_NORMALISED if name.startswith(OF_DOT) else shown
 
 
 def best_epoch(epochs: list[dict]) -> dict:
@@ -90,7 +106,3 @@ def best_epoch(epochs: list[dict]) -> dict:
 
 def _is_epoch(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
-
-
-def _epoch(record: dict) -> int:
-    return record["epoch"]

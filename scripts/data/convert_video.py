@@ -1,13 +1,13 @@
 """Turns one downloaded video, or a folder of frames, into one verified clip of the prepared format.
 
-scripts/data/prepare_videos.py does so for whole data sets. The clip keeps the file's clock: frame k
-shows what a player shows in the third of a second after k/3 s.
+prepare_videos.py does so for whole data sets. The clip keeps the file's clock: frame k shows what a
+player shows in the third of a second after k/3 s.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from dataloaders import DataError
 from dataloaders.ffmpeg import (
     DEFAULT_TIME_LIMIT,
     H264_ARGUMENTS,
     PREPARED_FPS,
     PREPARED_SHORT_SIDE,
-    FfmpegError,
+    Completed,
     Track,
     decode_frames,
     input_arguments,
@@ -43,10 +44,6 @@ LOST_AFTER = 0.5  # seconds
 WARN_BELOW = 0.95  # share of a video that decodes
 
 
-class PrepareError(Exception):
-    """An input that cannot be prepared, with the reason."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """What is the same for every video of a run.
@@ -63,12 +60,21 @@ class Settings:
 
 
 def prepare(source: Path, output: Path, settings: Settings) -> dict:
-    """Prepare one input of either kind; a failure becomes its line in the report."""
+    """Prepare one input of either kind; `output` appears only when it is complete and verified.
+
+    Returns:
+        The fields of its line in the report. ``status`` is done, partial or failed; the latter two
+        have a ``reason``, the former two ``frames, width, height, seconds`` (of the source) and
+        ``decoded`` (the share of it that decodes).
+    """
     convert = convert_frames if source.is_dir() else convert_video
     try:
-        return convert(source, output, settings)
-    except (FfmpegError, PrepareError, OSError) as error:
+        with temporary_sibling(output) as part:
+            result = convert(source, part, settings)
+            commit(part, output)
+    except (DataError, OSError) as error:
         return {"status": "failed", "reason": str(error)}
+    return result
 
 
 def prepared_size(
@@ -81,7 +87,7 @@ def prepared_size(
     ⌊224·a/2⌋·2 < 224, a = width/height of the stored pixels: squashed, as in the authors' files.
 
     Raises:
-        PrepareError: the aspect is too extreme for H.264.
+        DataError: the aspect is too extreme for H.264.
     """
     aspect = Fraction(width, height) * (1 if authors_scale else sample_aspect)
     short = PREPARED_SHORT_SIDE
@@ -92,7 +98,7 @@ def prepared_size(
     else:
         size = short, int(short / aspect / 2) * 2
     if max(size) > MAX_SIDE:
-        raise PrepareError(f"its aspect of {width}:{height} is too extreme to prepare")
+        raise DataError(f"its aspect of {width}:{height} is too extreme to prepare")
     return size
 
 
@@ -137,50 +143,57 @@ def decoded_share(packets: Track, frames: np.ndarray, seconds: float | None) -> 
 
 
 def convert_video(source: Path, output: Path, settings: Settings) -> dict:
-    """Prepare one video file.
-
-    Returns the fields of its line in the report: status, reason, frames, width, height, seconds
-    (of the source) and decoded (the share of it that decodes).
+    """Prepare one video file, see `prepare`.
 
     Raises:
-        FfmpegError, PrepareError: it cannot be prepared; no output is left.
+        DataError: it cannot be prepared.
     """
     packets = read_packets(source, settings.time_limit)
     if len(packets.times) == 0:
-        raise PrepareError(f"its video stream is empty ({packets.said or 'no packets'})")
+        raise DataError(f"its video stream is empty ({packets.error or 'no packets'})")
     first = decode_frames(source, settings.time_limit, limit=1)
     size = prepared_size(first.width, first.height, first.sample_aspect, settings.authors_scale)
     start, seconds = video_clock(packets)
     arguments = [
         # The filters meet a change of resolution themselves: what follows is scaled to the same
-        # size. Starting them anew, as is the default, would start the clock anew as well.
+        # size. Starting them again, as is the default, would start the clock again as well.
         *("-reinit_filter", "0", "-itsoffset", f"{-start:.6f}", *input_arguments(source)),
         *("-map", "0:V:0", *encode_arguments(size, seconds)),
     ]
-    with temporary_sibling(output) as part:
-        arguments += [f"file:{part}", *listing_arguments()]
-        done = run_ffmpeg(["-v", "level+error", "-y", *arguments], settings.time_limit)
-        if done.status != 0:
-            raise FfmpegError(f"cannot be converted: {done.reason}")
-        decoded = parse_track(done)
-        share = decoded_share(packets, decoded.times[:, 0], seconds)
-        words = decoded.said or packets.said or "the file ends before its header says"
-        reason = f"only {share:.0%} of it decodes: {words}"
-        if share < settings.min_decoded:
-            raise PrepareError(f"{reason} (get it anew, or see --min_decoded)")
-        ends = [decoded.times[:, 1].max(), *([] if seconds is None else [seconds])]
-        count = verify(part, size, ends, settings.time_limit)
-        commit(part, output)
-    return _result(count, size, ends[-1], share, reason if share < WARN_BELOW else None)
+    done = _run([*arguments, f"file:{output}", *listing_arguments()], settings)
+    decoded = parse_track(done)
+    share = decoded_share(packets, decoded.times[:, 0], seconds)
+    words = decoded.error or packets.error or "the file ends before its header says"
+    reason = f"only {share:.0%} of it decodes: {words}" if share < WARN_BELOW else None
+    ends = [decoded.times[:, 1].max(), *([] if seconds is None else [seconds])]
+    return _verified(output, size, ends, share, reason, settings)
 
 
-def _result(
-    count: int, size: tuple[int, int], seconds: float, share: float, reason: str | None
-) -> dict:
-    result = {"status": "partial" if reason else "done", "frames": count}
-    result |= {"width": size[0], "height": size[1]}
-    result |= {"seconds": round(float(seconds), 3), "decoded": round(share, 4)}
-    return result | ({"reason": reason} if reason else {})
+def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
+    """Prepare a folder of JPEG frames, taken as 3 fps in natural order, see `prepare`.
+
+    A frame that does not decode shows the one before it, so that the others keep their times.
+
+    Raises:
+        DataError: it cannot be prepared.
+    """
+    files = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
+    frames = FrameReader(sorted(files, key=natural_key))
+    size = prepared_size(frames.width, frames.height, authors_scale=settings.authors_scale)
+    seconds = len(files) / PREPARED_FPS
+    arguments = raw_input_arguments(frames.width, frames.height, PREPARED_FPS)
+    _run([*arguments, *encode_arguments(size, seconds), f"file:{output}"], settings, frames)
+    broken = frames.broken
+    reason = f"{len(broken)} of {len(files)} frames are broken: {broken[:3]}" if broken else None
+    share = 1 - len(broken) / len(files)
+    return _verified(output, size, [seconds], share, reason, settings)
+
+
+def _run(arguments: list[str], settings: Settings, feed: Iterable[bytes] = ()) -> Completed:
+    done = run_ffmpeg(["-v", "level+error", "-y", *arguments], settings.time_limit, feed)
+    if done.status != 0:
+        raise DataError(f"cannot be converted: {done.reason}")
+    return done
 
 
 def encode_arguments(size: tuple[int, int], seconds: float | None) -> list[str]:
@@ -198,60 +211,44 @@ def encode_arguments(size: tuple[int, int], seconds: float | None) -> list[str]:
     return [*arguments, "-f", "mp4"]
 
 
-def verify(part: Path, size: tuple[int, int], ends: list[float], time_limit: float) -> int:
-    """Decode what was written and compare it with what it should be; gives its frame count.
+def _verified(
+    written: Path,
+    size: tuple[int, int],
+    ends: list[float],
+    share: float,
+    reason: str | None,
+    settings: Settings,
+) -> dict:
+    """The line of the report for what was written, once that decodes as it should.
 
     Args:
         size: width and height.
         ends: seconds at which the video may end: with its last decoded frame, or where the
             container ends it.
+        share: of the source that decodes, between 0 and 1.
+        reason: what is wrong with the source, if it is worth saying.
 
     Raises:
-        PrepareError: wrong size, or a count that is off by more than half a frame interval.
+        DataError: too little decodes, or the number of frames is off by more than half an interval.
     """
-    written = decode_frames(part, time_limit)
-    if (written.width, written.height) != size:
-        found = f"{written.width}x{written.height}"
-        raise PrepareError(f"written as {found} instead of {size[0]}x{size[1]}: report this")
-    count = len(written.times)
+    if share < settings.min_decoded:
+        raise DataError(f"{reason or 'not all decodes'} (get it again, or see --min_decoded)")
+    count = len(decode_frames(written, settings.time_limit).times)
     if count == 0:
-        raise PrepareError("not one frame was written: it is too short, or tells no times")
+        raise DataError("not one frame was written: it is too short, or tells no times")
     off = min(abs(count - end * PREPARED_FPS) for end in ends)
     if off > 0.5 + 0.05 and count > 1:  # times are rounded on their way
         wanted = " or ".join(f"{end:.2f}" for end in ends)
-        raise PrepareError(f"{count} frames were written for {wanted} s at {PREPARED_FPS} fps")
-    return count
-
-
-def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
-    """Prepare a folder of JPEG frames, taken as 3 fps in natural order; else as `convert_video`.
-
-    A frame that does not decode shows the one before it, so that the others keep their times.
-    """
-    files = sorted(frame_files(folder), key=natural_key)
-    frames = FrameReader(files)
-    size = prepared_size(frames.width, frames.height, authors_scale=settings.authors_scale)
-    seconds = len(files) / PREPARED_FPS
-    arguments = raw_input_arguments(frames.width, frames.height, PREPARED_FPS)
-    arguments += encode_arguments(size, seconds)
-    with temporary_sibling(output) as part:
-        command = ["-v", "level+error", "-y", *arguments, f"file:{part}"]
-        done = run_ffmpeg(command, settings.time_limit, feed=frames)
-        if done.status != 0:
-            raise FfmpegError(f"cannot be converted: {done.reason}")
-        share = 1 - len(frames.broken) / len(files)
-        reason = f"{len(frames.broken)} of {len(files)} frames are broken: {frames.broken[:3]}"
-        if share < settings.min_decoded:
-            raise PrepareError(f"{reason} (get it anew, or see --min_decoded)")
-        count = verify(part, size, [seconds], settings.time_limit)
-        commit(part, output)
-    return _result(count, size, seconds, share, reason if frames.broken else None)
+        raise DataError(f"{count} frames were written for {wanted} s at {PREPARED_FPS} fps")
+    result = {"status": "partial" if reason else "done", "frames": count, "width": size[0]}
+    result |= {"height": size[1], "seconds": round(float(ends[-1]), 3), "decoded": round(share, 4)}
+    return result | ({"reason": reason} if reason else {})
 
 
 class FrameReader:
     """The pixels of JPEG files, one after the other, all in the size of the first that decodes.
 
-    `broken` fills with the names of those that do not decode. Raises PrepareError if none does.
+    `broken` fills with the names of those that do not decode. Raises DataError if none does.
     """
 
     def __init__(self, files: list[Path]) -> None:
@@ -259,7 +256,7 @@ class FrameReader:
         self.broken: list[str] = []
         self.current = next((image for image in map(_read_jpeg, files) if image), None)
         if self.current is None:
-            raise PrepareError("none of its frames decodes")
+            raise DataError("none of its frames decodes")
         self.width, self.height = self.current.size
 
     def __iter__(self) -> Iterator[bytes]:
@@ -283,8 +280,3 @@ def _read_jpeg(file: Path) -> Image.Image | None:
 def natural_key(path: Path) -> list:
     """Sort key that puts frame 9 before frame 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
-
-
-def frame_files(folder: Path) -> list[Path]:
-    """The JPEG files of a folder, in no order."""
-    return [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
