@@ -5,13 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
+
+from utils.misc import set_seed
 
 # The same examples every time, and no alarm where the machine is busy.
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """No test hears of those before it: each begins with the same random states, also its modules'
+    fixtures, and leaves torch's switches as they were."""
+    set_seed(0)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
-"""Runs main.py again and again in forks of a process that has imported everything already.
+"""Runs main.py again and again in forks of a process that has imported everything already, which
+takes milliseconds instead of seconds, and with a fault of `tests.faults` where one is asked for.
 
-As a program it is that process: a line of JSON with main.py's arguments comes in, the process id of
-the fork goes out, and after its end its exit status. It computes nothing itself, which is what
-makes forking it safe.
+As a program it is that process: a line of JSON comes in for a run, the process id of the fork goes
+out, and after its end its exit status. It computes nothing itself, which makes forking it safe.
 """
 
 from __future__ import annotations
@@ -10,58 +10,88 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from functools import cache
+from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+FAULT_FAILED = 70  # exit status: a fault could not be put in, or the run never came to it
+numbers = count()
+
+
+@cache
+def server() -> tuple[subprocess.Popen, Path]:
+    """One a test session, and a folder for what runs print."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.forked_main"], cwd=ROOT, bufsize=0,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    atexit.register(process.wait, 60)
+    atexit.register(process.stdin.close)
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    assert process.stdout.readline() == b"ready\n"
+    return process, Path(folder.name)
 
 
 class ForkedMain:
-    """main.py in `folder`; every run appends to `folder`/output.txt. Use as a context manager."""
+    """main.py started in `folder`, one run at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self.output = folder / "output.txt"
-        self.seconds = 0.0  # that a run takes, for who measures it
-        self._told = 0
-        self._server = subprocess.Popen(
-            [sys.executable, __file__], cwd=folder, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self._server.stdout.readline()  # it is ready
+        self.folder = folder
 
-    def __enter__(self) -> ForkedMain:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stdin.close()
-        self._server.wait()
-        self._server.stdout.close()
-
-    def start(self, *flags: str, patch: str = "") -> int:
+    def start(self, *flags: str, fault: str | None = None, **settings: object) -> int:
         """Process id of a run, the leader of its own process group.
 
         Args:
-            patch: Python to execute before.
+            fault: a function of `tests.faults`, called with the settings before the run.
         """
-        print(json.dumps([patch, *flags]), file=self._server.stdin, flush=True)
-        return int(self._server.stdout.readline())
+        self._server, outputs = server()
+        name = outputs / str(next(numbers))
+        self._outputs = [name.with_suffix(".out"), name.with_suffix(".err")]
+        order = (self.folder, self._outputs, fault, settings, flags)
+        self._server.stdin.write(json.dumps(order, default=str).encode() + b"\n")
+        self._pid = int(self._server.stdout.readline())
+        return self._pid
 
-    def wait(self) -> int:
-        """Exit status of the run, negative if a signal ended it."""
-        return int(self._server.stdout.readline())
+    def wait(self, seconds: float = 120.0) -> subprocess.CompletedProcess:
+        """The run at its end; its exit status is negative if a signal ended it.
 
-    def told(self) -> str:
-        """What runs have printed since this was asked last."""
-        text = self.output.read_text()[self._told :]
-        self._told += len(text)
-        return text
+        Raises:
+            AssertionError: it does not end, or its fault never happened.
+        """
+        late = not self._ended(seconds)
+        if late:
+            os.killpg(self._pid, signal.SIGKILL)
+        status = int(self._server.stdout.readline())
+        stdout, stderr = (path.read_text(errors="replace") for path in self._outputs)
+        assert not late, f"no end within {seconds} seconds:\n{stdout}{stderr}"
+        assert status != FAULT_FAILED, stdout + stderr
+        return subprocess.CompletedProcess("main.py", status, stdout, stderr)
 
-    def run(self, *flags: str, patch: str = "") -> int:
-        self.start(*flags, patch=patch)
+    def run(self, *flags: str, fault: str | None = None, **settings: object):
+        """`start` and `wait`."""
+        self.start(*flags, fault=fault, **settings)
         return self.wait()
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
+        """AssertionError: the run ended or the time was over before the condition held."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline or (self._ended(0.002) and not condition()):
+                os.killpg(self._pid, signal.SIGKILL)
+                raise AssertionError(f"waited in vain: {self.wait()}")
+
+    def _ended(self, seconds: float) -> bool:
+        return bool(select.select([self._server.stdout], [], [], seconds)[0])
 
 
 def serve() -> None:
@@ -69,25 +99,40 @@ def serve() -> None:
 
     import main
     from dataloaders.tokenizer import tokenize
+    from tests import faults
 
     tokenize(["its table"], 8)  # read once, not in every run
-
-    answers = os.fdopen(os.dup(1), "w")
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    print("ready", file=answers, flush=True)
+    faults.log_every_step()
+    print("ready", flush=True)
     for line in sys.stdin:
-        patch, *flags = json.loads(line)
         child = os.fork()
         if child == 0:
-            os.setpgid(0, 0)
-            exec(patch, {"main": main})
-            sys.argv = ["main.py", *flags]
-            _end(_status_of(main.command_line))
-        print(child, file=answers, flush=True)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(status, file=answers, flush=True)
+            _end(_run(main.command_line, *json.loads(line)))
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _run(
+    program: Callable[[], None], folder: str, outputs: list[str], fault: str, settings, flags
+) -> int:
+    from tests import faults
+
+    os.setpgid(0, 0)
+    os.chdir(folder)
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    try:
+        if fault:
+            getattr(faults, fault)(**settings)
+    except BaseException:
+        traceback.print_exc()
+        return FAULT_FAILED
+    sys.argv = ["main.py", *flags]
+    status = _status_of(program)
+    if unreached := faults.unreached():
+        print(f"the run ended with {status} and never came to {unreached}", file=sys.stderr)
+        return FAULT_FAILED
+    return status
 
 
 def _status_of(program: Callable[[], None]) -> int:
@@ -95,11 +140,11 @@ def _status_of(program: Callable[[], None]) -> int:
         program()
     except SystemExit as end:
         if isinstance(end.code, str):
-            print(end.code)
+            print(end.code, file=sys.stderr)
             return 1
         return end.code or 0
     except BaseException:
-        traceback.print_exc(file=sys.stdout)
+        traceback.print_exc()
         return 1
     return 0
 
@@ -114,5 +159,4 @@ def _end(status: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     serve()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
+from utils.misc import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOT_STYLES = ("readable", "authors")  # of utils.pictures.draw, which imports matplotlib
@@ -40,13 +40,6 @@ def config_from(cls: type[Config], args: argparse.Namespace, **given: Any) -> Co
     flags = vars(args)
     values = {name: flags[FLAG_OF_FIELD.get(name, name)] for name in names}
     return cls(**values, **given)
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may use; under Slurm or taskset fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # absent on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -38,7 +38,12 @@ def commit(part: Path, path: Path) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     part.replace(path)
-    _sync_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -62,8 +67,13 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}. Make room, fix what is wrong "
+            "there, or write elsewhere"
+        ) from error
 
 
 def check_outputs(files: Iterable[Path]) -> None:
@@ -108,7 +118,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _lock(descriptor, folder)
+        with writing(folder):
+            _lock(descriptor, folder)
         holder = f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
             os.ftruncate(descriptor, 0)
@@ -134,32 +145,14 @@ def _lock(descriptor: int, folder: Path) -> None:
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise _output_error(folder, error) from error
+            raise
         logger.warning("%s: its file system has no locks; start no second run there", folder)
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    if isinstance(error, OutputError):
-        return error
-    return OutputError(
-        f"{path}: cannot be written: {error.strerror or error}. Make room, fix what is wrong "
-        "there, or write elsewhere"
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_records(path: Path) -> list[dict]:
     """The lines of a .jsonl file, each an object.
 
-    Other lines are left out with a warning: one was torn off if the run was killed while it wrote
+    Other lines are skipped with a warning: one was torn off if the run was killed while it wrote
     (the run that continued began a new line), and may be anything if the power failed.
 
     Raises:
@@ -170,17 +163,14 @@ def read_records(path: Path) -> list[dict]:
     records, unreadable = [], []
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
+        record = None
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
         if isinstance(record, dict):
             records.append(record)
-        else:
+        elif line.strip():
             unreadable.append(str(number))
     if unreadable:
         first = ", ".join(unreadable[:10]) + (", …" if len(unreadable) > 10 else "")
-        logger.warning("%s: unreadable lines left out: %d (line %s)", path, len(unreadable), first)
+        logger.warning("%s: unreadable lines skipped: %d (line %s)", path, len(unreadable), first)
     return records

@@ -7,10 +7,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from utils import OutputError
 from utils.files import append_line, read_records, writing
 
 # Numbers of an epoch that differ from one time to the next.
@@ -109,28 +107,19 @@ class EpochLog:
 
     def flush(self) -> None:
         """See all scalars in the file."""
-        with self._write_errors():
+        with writing(self.path.parent):
             self.board.flush()
 
     def close(self) -> None:
         self.board.close()
 
     def _plot(self, record: dict, step: int, flush: bool = True) -> None:
-        with self._write_errors():
+        with writing(self.path.parent):
             for name, value in record.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self.board.add_scalar(name, value, step)
             if flush:
                 self.board.flush()
-
-    @contextlib.contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"{self.board.log_dir}: TensorBoard's events cannot be written: {error}"
-            ) from error
 
 
 def _outcome(record: dict) -> str:

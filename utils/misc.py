@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,17 +63,13 @@ def choose_device() -> torch.device:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Autocast of a training forward: float16 for amp, bfloat16 for bf16, nothing for fp32."""
     dtype = AUTOCAST_DTYPE[precision]
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of the GPU's tensors, or this process's on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # absent on Windows, where a GPU is the only supported device
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -116,9 +113,7 @@ def parameter_report(model: nn.Module, dead: set[str]) -> dict[str, int]:
 
 def usable_cores() -> int:
     """CPU cores that this process may use; under Slurm or taskset fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):  # absent on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -26,7 +26,7 @@ from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
 from dataloaders.video import load_every_frame
 from scripts.data import pack_frames
-from tests.tiny_run import make_run
+from tests.corpus import make_run
 from utils.arguments import parse_args
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -16,8 +16,8 @@ from dataloaders.clips import VideoFolder
 from dataloaders.ffmpeg import run_ffmpeg, write_video
 from dataloaders.preflight import probe_all
 from scripts import report, score_predictions
+from tests.corpus import TinyRun, make_run
 from tests.fuzz import mutations
-from tests.tiny_run import TinyRun, make_run
 from utils.missing_videos import MissingVideos
 
 SIZE, FRAMES = 64, 4

@@ -73,16 +73,16 @@ def test_the_legend_names_a_reduced_split() -> None:
 def test_torn_and_damaged_lines_are_left_out(tmp_path, caplog) -> None:
     folder = write(tmp_path / "run", records(3), torn='{"epoch": 4, "lo')
     assert [r["epoch"] for r in read_epochs(folder)] == [1, 2, 3]
-    assert "log.jsonl: unreadable lines left out: 1 (line 4)" in caplog.text
+    assert "log.jsonl: unreadable lines skipped: 1 (line 4)" in caplog.text
     append_json(folder / "log.jsonl", {"epoch": 4})  # the run goes on, and is killed again
     with (folder / "log.jsonl").open("a") as file:
         file.write("{")
     assert [r["epoch"] for r in read_epochs(folder)] == [1, 2, 3, 4]
-    assert "log.jsonl: unreadable lines left out: 2 (line 4, 6)" in caplog.text
+    assert "log.jsonl: unreadable lines skipped: 2 (line 4, 6)" in caplog.text
     with (folder / "log.jsonl").open("ab") as file:
         file.write(b"\n" + bytes(300) + b"\nepoch 5\n[1]\n" + b"[" * 100_000)
     assert [r["epoch"] for r in read_epochs(folder)] == [1, 2, 3, 4]
-    assert "left out: 6 (line 4, 6, 7, 8, 9, 10)" in caplog.text
+    assert "skipped: 6 (line 4, 6, 7, 8, 9, 10)" in caplog.text
     whole = write(tmp_path / "no_line_end", records(2), torn='{"epoch": 3}')
     assert [r["epoch"] for r in read_epochs(whole)] == [1, 2, 3]
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dataloaders.annotations import read_annotations
 from scripts import report
-from tests.tiny_run import CAPTIONS, ROOT, TinyRun, make_run
+from tests.corpus import CAPTIONS, ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
 from utils.report.page import Run, curves, result_tables, write_page

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataloaders.annotations import VAL, Query, Split
-from tests.tiny_run import TinyRun, make_run
+from tests.corpus import TinyRun, make_run
 from utils import RunError
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_embeddings

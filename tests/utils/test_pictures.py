@@ -28,8 +28,8 @@ from modules import ModelError
 from modules.pyramid import PromptPyramid
 from modules.similarity import event_scores
 from scripts.plot import plot_run
+from tests.corpus import ROOT, TinyRun, make_run
 from tests.golden_model import GoldenModel
-from tests.tiny_run import ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.arguments import PLOT_STYLES, parse_args
 from utils.pictures.attention_store import AttentionStore, query_name, read_attention, read_scores
