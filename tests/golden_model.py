@@ -16,7 +16,8 @@ from torch import Tensor
 
 from models import ProPy, build_model
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests/golden"
 sys.path.insert(0, str(GOLDEN))
 import inputs  # noqa: E402
 import make_weights  # noqa: E402

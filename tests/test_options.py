@@ -1,0 +1,90 @@
+"""A new option takes three edits: a field, a flag, and what reads it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+
+import models.trained
+from dataloaders.datasets import LoaderConfig
+from models import ProPy, ProPyConfig, load_propy
+from models.clip_weights import build_clip
+from modules import ModelError
+from tests.golden_model import ROOT, GoldenModel
+from utils.arguments import AUTO, FLAG_OF_FIELD, build_parser, config_from
+from utils.evaluation.evaluator import EvalConfig
+from utils.training.checkpoint import load_checkpoint, save_checkpoint
+from utils.training.engine import TrainConfig
+from utils.training.optim import build_optimizer
+from utils.training.progress import Progress
+
+CONFIGS = (ProPyConfig, LoaderConfig, TrainConfig, EvalConfig)
+NO_FLAGS = {"pyramid", "readout", "clip_seconds"}  # main.py decides these
+
+
+@dataclass(frozen=True)
+class WithDummy(ProPyConfig):
+    dummy: float = 0.0  # 1. the field
+
+
+class DummyProPy(ProPy):
+    def scores(self, texts: torch.Tensor, events: torch.Tensor) -> torch.Tensor:
+        return super().scores(texts, events) + self.config.dummy  # 3. what reads it
+
+
+def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
+    """Its value comes from the command line, decides what the model computes, is in the checkpoint,
+    and is compared when the checkpoint is read; nothing else names it."""
+    parser = build_parser()
+    parser.add_argument("--dummy", type=float, default=0.0)  # 2. the flag
+    args = parser.parse_args(["--prvr_val_annos", "x", "--adapter_channels", "48", "--dummy", "2"])
+    golden = GoldenModel.read("m3")
+    config = config_from(
+        WithDummy, args, pyramid=golden.config["pyramid"], readout="max", clip_seconds=None
+    )
+    assert (config.dummy, config.adapter_channels, config.num_prompts) == (2, 48, 4)
+
+    def build(config: WithDummy) -> ProPy:
+        return DummyProPy(build_clip(golden.clip_state()), config)
+
+    model = build(config)
+    texts, events = torch.randn(2, 64), torch.randn(3, 8, 64)
+    without = ProPy.scores(model, texts, events)
+    assert torch.equal(model.scores(texts, events), without + 2)
+    optimizer, scaler = build_optimizer(model, 1e-3, 1e-3, 0.2), torch.amp.GradScaler("cpu")
+    save_checkpoint(tmp_path / "c", model, optimizer, scaler, Progress())
+    with pytest.raises(ModelError, match=r"trained with dummy 2\.0, not 0\.0"):
+        load_checkpoint(tmp_path / "c", build(replace(config, dummy=0.0)))
+    monkeypatch.setattr(models.trained, "ProPy", DummyProPy)
+    monkeypatch.setattr(models.trained, "ProPyConfig", WithDummy)
+    opened = load_propy(tmp_path / "c", golden.clip_state())
+    assert opened.config == config and torch.equal(opened.scores(texts, events), without + 2)
+
+
+def test_every_flag_fills_a_field_or_is_read_by_main() -> None:
+    flags = {action.dest for action in build_parser()._actions} - {"help"}
+    filled = {FLAG_OF_FIELD.get(f.name, f.name) for c in CONFIGS for f in fields(c)} - NO_FLAGS
+    assert filled <= flags
+    main = ast.parse((ROOT / "main.py").read_text())
+    read = {
+        node.attr
+        for node in ast.walk(main)
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args"
+    }
+    assert flags == filled | read
+
+
+def test_every_flag_is_explained_with_its_default() -> None:
+    for action in build_parser()._actions:
+        assert action.help, action.dest
+        assert len(re.findall(r"\(default", action.help)) <= 1, action.dest
+
+
+def test_a_checkpoint_may_be_called_auto() -> None:
+    parse = build_parser().parse_args
+    assert parse(["--prvr_val_annos", "x", "--resume", "auto"]).resume == AUTO
+    assert parse(["--prvr_val_annos", "x", "--resume", "./auto"]).resume != AUTO
