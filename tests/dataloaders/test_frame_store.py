@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dataloaders import DataError, frame_store
 from dataloaders.annotations import Video
 from dataloaders.clips import VideoFolder
-from dataloaders.datasets import evaluation_video_loader
+from dataloaders.datasets import EvaluationLoader, LoaderConfig
 from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
 from dataloaders.video import load_every_frame
@@ -33,6 +33,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 SIZE = 64
 LENGTHS = {"one": 1, "few": 5, "v 2.5": 31, "long": 200, "ünder": 32, "sub/clip": 12}
+
+
+def loader_of(videos, store, num_frames=8, size=SIZE, batch_size=2, num_workers=0):
+    config = LoaderConfig(batch_size_val=batch_size, num_thread_reader=num_workers)
+    return EvaluationLoader(videos, store, num_frames, size, config)
 
 
 def moving_pattern(n: int, seed: int, height: int = SIZE, width: int = 98) -> np.ndarray:
@@ -119,10 +124,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(store):
     videos = [Video(name, 1.0) for name in LENGTHS]
 
     def load(num_workers: int) -> torch.Tensor:
-        loader = evaluation_video_loader(
-            videos, store, num_frames=8, size=SIZE, batch_size=2, num_workers=num_workers,
-            pin_memory=False,
-        )  # fmt: skip
+        loader = loader_of(videos, store, batch_size=2, num_workers=num_workers)
         return torch.cat([batch["frames"] for batch in loader])
 
     reference = load(0)
@@ -203,9 +205,8 @@ def test_readers_keep_reading_while_a_store_is_extended(video_dir, tmp_path):
 
     def check() -> None:
         """By a reader of old and by one that opens the file now, in this and in worker processes"""
-        loader = evaluation_video_loader(
-            [Video(name, 1.0) for name in expected], before, num_frames=8, size=SIZE, batch_size=1,
-            num_workers=1, pin_memory=False,
+        loader = loader_of([Video(name, 1.0) for name in expected], before, batch_size=1,
+            num_workers=1
         )  # fmt: skip
         for (name, frames), batch in zip(expected.items(), loader, strict=True):
             loaded = [store.load(name, 8, SIZE) for store in (before, FrameStore(path))]
@@ -397,15 +398,14 @@ def test_a_clip_that_crashes_its_decoder_costs_only_itself(video_dir, monkeypatc
 
 def test_what_does_not_fit_is_refused(store, video_dir, tmp_path):
     videos = [Video(name, 1.0) for name in ("one", "gone")]
-    loader = {"num_frames": 8, "batch_size": 2, "num_workers": 0, "pin_memory": False}
     with pytest.raises(DataError) as raised:
-        evaluation_video_loader(videos, store, size=SIZE, **loader)
+        loader_of(videos, store, size=SIZE)
     first, *listed = str(raised.value).splitlines()
     assert first.startswith(f"{store.path}: 1 of 2 clips are missing from the frame store")
     assert "scripts.data.pack_frames" in first
     assert listed == ["gone"]
     with pytest.raises(DataError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
-        evaluation_video_loader(videos[:1], store, size=224, **loader)
+        loader_of(videos[:1], store, size=224)
     with pytest.raises(DataError, match="no such frame store"):
         FrameStore(tmp_path / "no.h5")
     for size, quality in [(SIZE, 80), (32, 90)]:
@@ -454,10 +454,8 @@ def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
     message = r"f\.h5: clip 'long': frame 150 is damaged"
     with pytest.raises(DataError, match=message):
         damaged.jpegs("long")
-    loader = evaluation_video_loader(
-        [Video(name, 1.0) for name in LENGTHS], damaged, num_frames=200, size=SIZE, batch_size=2,
-        num_workers=num_workers, pin_memory=False,
-    )  # fmt: skip
+    videos = [Video(name, 1.0) for name in LENGTHS]
+    loader = loader_of(videos, damaged, num_frames=200, num_workers=num_workers)
     with pytest.raises(DataError, match=message) as raised:
         list(loader)
     assert "Traceback" not in str(raised.value)
