@@ -12,6 +12,7 @@ flags: everything else takes plain values or a configuration.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from modules import ModelError
 from modules.pyramid import PromptPyramid
 from utils import OutputError, RunError
 from utils.arguments import config_from, parse_args
+from utils.distributed import from_main, is_main, process_group, rank, world_size
 from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_embeddings
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.predictions import EXPORTS, SAVED
@@ -65,15 +67,22 @@ logger = logging.getLogger("propy.main")
 
 def main(args: argparse.Namespace) -> None:
     """One run, which has its output folder to itself: train, evaluate and plot as asked for."""
-    with locked_folder(args.output_dir):
-        setup_logging(args.output_dir)
+    device = choose_device()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(args.backend, device))
+        if is_main():
+            stack.enter_context(locked_folder(args.output_dir))
+        setup_logging(args.output_dir if is_main() else None)
         logger.info("propy %s, torch %s", git_revision(), torch.__version__)
         disable_tf32()
         set_seed(args.seed)
-        device = choose_device()
         args.precision = args.precision or ("amp" if device.type == "cuda" else "fp32")
-        logger.info("device %s, precision %s; float32 is computed as such", device, args.precision)
-        check_outputs(outputs(args))
+        logger.info(
+            "device %s, processes %d, precision %s; float32 is computed as such",
+            *(device, world_size(), args.precision),
+        )
+        if is_main():
+            check_outputs(outputs(args))
         val = read_split(args.prvr_val_annos, VAL, args.datatype)
         if args.load_embeddings:
             evaluate_saved(args, val, device)
@@ -90,9 +99,12 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     if args.compile:
         model.compile_encoders()
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
-    missing = require_videos(
-        splits, clips, model.input_resolution, args.output_dir, bool(args.allow_missing)
-    )
+    missing = None
+    if is_main():
+        missing = require_videos(
+            splits, clips, model.input_resolution, args.output_dir, bool(args.allow_missing)
+        )
+    missing = from_main(missing)
     val, *train_split = (missing.remaining(split) for split in splits)
     evaluator = CorpusEvaluator(
         val,
@@ -122,7 +134,7 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     logger.info("using %s, %d epochs trained", best, epoch)
     with memory_advice(LESS_MEMORY_EVALUATING):
         embeddings = evaluator.embed(model, device)
-    if args.save_embeddings:
+    if args.save_embeddings and is_main():
         saved = SavedEmbeddings.from_split(
             embeddings,
             val,
@@ -199,7 +211,9 @@ def train(
     device: torch.device,
 ) -> Path:
     """All epochs, each with its evaluation and checkpoint; returns the best checkpoint's path."""
-    resume = checkpoint_to_resume(args.resume, args.output_dir)
+    if world_size() > args.batch_size:
+        raise RunError(f"{world_size()} processes for --batch_size {args.batch_size}: use fewer")
+    resume = from_main(checkpoint_to_resume(args.resume, args.output_dir))
     if args.load_from_pretrained and not resume:
         load_checkpoint(args.load_from_pretrained, model)
         logger.info("starting from the weights of %s", args.load_from_pretrained)
@@ -207,7 +221,14 @@ def train(
     num_frames, config = model.pyramid.num_frames, config_from(TrainConfig, args)
     trainer = Trainer(
         model,
-        TrainingLoader(split, clips, num_frames, model.input_resolution, evaluator.loading),
+        TrainingLoader(
+            split,
+            clips,
+            num_frames,
+            model.input_resolution,
+            evaluator.loading,
+            (rank(), world_size()),
+        ),
         evaluator,
         args.output_dir,
         config,
@@ -221,9 +242,10 @@ def train(
         "%s parameters, %s trainable (%s can receive a gradient)",
         *(f"{count / 1e6:.2f} M" for count in parameters.values()),
     )
-    with atomic_write(args.output_dir / "args.json") as part:
-        record = flags | parameters | {"git": git_revision()}
-        part.write_text(json.dumps(record, indent=1) + "\n")
+    if is_main():
+        with atomic_write(args.output_dir / "args.json") as part:
+            record = flags | parameters | {"git": git_revision()}
+            part.write_text(json.dumps(record, indent=1) + "\n")
     return trainer.run()
 
 
@@ -256,7 +278,8 @@ def report(
         logger.info("\n%s", table)
     record = {"checkpoint": str(checkpoint), "epoch": epoch, "git": git_revision()}
     record |= evaluator.counts() | {"metrics": rows}
-    append_json(args.output_dir / "eval.jsonl", record)
+    if is_main():
+        append_json(args.output_dir / "eval.jsonl", record)
 
 
 def command_line(argv: list[str] | None = None) -> None:

@@ -16,6 +16,7 @@ from dataloaders import DataError
 from dataloaders.annotations import Query, Split, Video
 from dataloaders.clips import ClipSource
 from dataloaders.loader import ClipLoader
+from dataloaders.sampling import share
 from dataloaders.tokenizer import tokenize
 
 
@@ -46,9 +47,16 @@ class TrainingLoader(ClipLoader):
     """
 
     def __init__(
-        self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig
+        self,
+        split: Split,
+        clips: ClipSource,
+        num_frames: int,
+        size: int,
+        config: LoaderConfig,
+        part: tuple[int, int] = (0, 1),
     ):
         super().__init__(split.videos, clips, num_frames, size, config.num_thread_reader)
+        self.part = part
         self.max_words = config.max_words
         self.batch_size = config.batch_size
         self.seed = config.seed
@@ -80,11 +88,12 @@ class TrainingLoader(ClipLoader):
 
     def batch(self, key: tuple[int, list[int]]) -> dict:
         epoch, videos = key
-        generators = [np.random.RandomState([self.seed, epoch, video]) for video in videos]
+        own = videos[share(len(videos), *self.part)]
+        generators = [np.random.RandomState([self.seed, epoch, video]) for video in own]
         texts = [text for video in videos for text in self.captions[video]]
         counts = torch.tensor([len(self.captions[video]) for video in videos])
         return {
-            "frames": self.load(videos, generators),
+            "frames": self.load(own, generators),
             "token_ids": tokenize(texts, self.max_words),
             "text_to_video": torch.arange(len(videos)).repeat_interleave(counts),
             "vid_names": [self.names[video] for video in videos],
@@ -111,13 +120,20 @@ class EvaluationLoader(ClipLoader):
         num_frames: int,
         size: int,
         config: LoaderConfig,
+        part: tuple[int, int] = (0, 1),
     ):
         super().__init__(videos, clips, num_frames, size, config.num_thread_reader)
-        rows, batch_size = range(len(videos)), config.batch_size_val
-        self.keys = [list(rows[first : first + batch_size]) for first in rows[::batch_size]]
+        keys = batches_of(len(videos), config)
+        self.keys = keys[share(len(keys), *part)]
 
     def batch(self, key: list[int]) -> dict:
         return {"frames": self.load(key, [None] * len(key)), "indices": torch.tensor(key)}
+
+
+def batches_of(count: int, config: LoaderConfig) -> list[list[int]]:
+    """Positions of `count` videos in batches, the last of which may be smaller."""
+    rows, size = range(count), config.batch_size_val
+    return [list(rows[first : first + size]) for first in rows[::size]]
 
 
 def evaluation_text_batches(

@@ -61,6 +61,11 @@ def sampled_indices(n: int, num_frames: int, generator: np.random.RandomState | 
     return train_indices(n, num_frames, generator)
 
 
+def share(count: int, part: int, parts: int) -> slice:
+    """The part-th of so many contiguous, nearly equal cuts of `count` things."""
+    return slice(part * count // parts, (part + 1) * count // parts)
+
+
 def _all_then_last(n: int, num_frames: int) -> np.ndarray:
     return np.arange(num_frames, dtype=np.int64).clip(max=n - 1)
 

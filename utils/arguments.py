@@ -219,6 +219,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the training forward: amp (float16 autocast with loss scaling), bf16 (bfloat16 "
         "autocast) or fp32; loss and evaluation are float32 always [published: amp] "
         "(default amp on a GPU, fp32 on a CPU)")
+    add("--backend", choices=["nccl", "gloo"],
+        help="how several processes, which torchrun starts, speak to each other (default nccl on "
+        "GPUs, gloo on CPUs)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42,
         help="of initial values, shuffling and frame sampling [published: 42]")
     add("--save_every_steps", type=number(int, 0), default=0, metavar="N",

@@ -15,14 +15,20 @@ from utils.files import append_line, read_records, writing
 MEASURED = ("data_time", "step_time", "memory_gib")
 
 
-def setup_logging(folder: Path) -> logging.Logger:
+def setup_logging(folder: Path | None) -> logging.Logger:
     """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``.
 
     Warnings of libraries go the same way.
 
+    Args:
+        folder: None in a process that does not write, which has only errors on its terminal.
+
     Raises:
         OutputError: log.txt cannot be opened.
     """
+    if folder is None:
+        logging.basicConfig(level=logging.ERROR, force=True)
+        return logging.getLogger("propy")
     with writing(folder / "log.txt"):
         folder.mkdir(parents=True, exist_ok=True)
         log_file = _LogFile(folder / "log.txt", encoding="utf-8")
@@ -78,13 +84,16 @@ class EpochLog:
     """One record an epoch, to log.jsonl and as TensorBoard scalars, and some steps to TensorBoard.
 
     Args:
-        folder: of the run.
+        folder: of the run; None in a process that does not write.
         resumed_at: the step after which a resumed run continues. What TensorBoard has beyond it is
             hidden, and an epoch that log.jsonl has already is not written a second time unless
             something else came out of it.
     """
 
-    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
+    def __init__(self, folder: Path | None, resumed_at: int | None = None) -> None:
+        self.board = None
+        if folder is None:
+            return
         self.path = folder / "log.jsonl"
         resumed = resumed_at is not None
         known = read_records(self.path) if resumed and self.path.is_file() else []
@@ -96,7 +105,7 @@ class EpochLog:
 
     def write(self, record: dict) -> None:
         """Args: record: flat, with ``epoch`` and ``global_step``; numbers are plotted."""
-        if _outcome(record) in self._known:
+        if self.board is None or _outcome(record) in self._known:
             return
         self._plot(record, record["global_step"])
         append_json(self.path, record)
@@ -107,13 +116,18 @@ class EpochLog:
 
     def flush(self) -> None:
         """See all scalars in the file."""
+        if self.board is None:
+            return
         with writing(self.path.parent):
             self.board.flush()
 
     def close(self) -> None:
-        self.board.close()
+        if self.board is not None:
+            self.board.close()
 
     def _plot(self, record: dict, step: int, flush: bool = True) -> None:
+        if self.board is None:
+            return
         with writing(self.path.parent):
             for name, value in record.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):

@@ -242,7 +242,8 @@ def all_scores(
     batches = [{"frames": some} for some in seen.split(16)]
     texts = evaluation_text_batches(split.queries, MAX_WORDS, len(split.queries))
     cpu = torch.device("cpu")
-    propy_texts, propy_events = embed_texts(model, texts, cpu), embed_videos(model, batches, cpu)
+    propy_texts = embed_texts(model, texts, cpu)
+    propy_events = torch.cat(embed_videos(model, batches, cpu))
     sentences = clip.encode_text(tokenize([query.desc for query in split.queries], MAX_WORDS))
     mean = F.normalize(frames, dim=-1).mean(dim=1, keepdim=True)
     return {

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataloaders.sampling import share
+from utils.distributed import gather, is_main, own_share, world_size
+
 SHOWN = {"unit": "batch", "dynamic_ncols": True, "leave": False}  # of the progress bars
 
 
@@ -27,8 +30,8 @@ class Embeddings:
 @torch.inference_mode()
 def embed_videos(
     model: nn.Module, batches: Iterable[dict], device: torch.device, total: int | None = None
-) -> Tensor:
-    """Event embeddings of videos in the order of their batches: float32 [V, N_e, D].
+) -> list[Tensor]:
+    """Event embeddings of videos, batch by batch: float32 [B, N_e, D] each.
 
     On a GPU nothing in here waits for its results.
 
@@ -37,10 +40,10 @@ def embed_videos(
         total: their number, where `batches` is an iterator that does not know it.
     """
     model.eval()
-    return torch.cat([
+    return [
         model.encode_video(batch["frames"].to(device, non_blocking=True))
-        for batch in tqdm(batches, desc="videos", total=total, **SHOWN)
-    ])  # fmt: skip
+        for batch in tqdm(batches, desc="videos", total=total, disable=not is_main(), **SHOWN)
+    ]
 
 
 @torch.inference_mode()
@@ -51,11 +54,31 @@ def embed_texts(model: nn.Module, batches: Sequence[dict], device: torch.device)
         batches: {token_ids [t, W], indices [t]} of ``evaluation_text_batches``, in any order.
     """
     model.eval()
-    features = [
-        model.encode_text(batch["token_ids"].to(device))
-        for batch in tqdm(batches, desc="texts", **SHOWN)
-    ]
-    indices = torch.cat([batch["indices"] for batch in batches]).to(device)
-    in_order = torch.empty_like(torch.cat(features))
-    in_order[indices] = torch.cat(features)
+    features = gather_batches(
+        [
+            model.encode_text(batch["token_ids"].to(device))
+            for batch in tqdm(
+                batches[own_share(len(batches))], desc="texts", disable=not is_main(), **SHOWN
+            )
+        ],
+        [len(batch["indices"]) for batch in batches],
+        (model.clip.sizes.embed_dim,) if world_size() > 1 else (),
+        device,
+    )
+    in_order = torch.empty_like(features)
+    in_order[torch.cat([batch["indices"] for batch in batches]).to(device)] = features
     return in_order
+
+
+def gather_batches(
+    own: Sequence[Tensor], sizes: Sequence[int], shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """The rows of all batches, of which every process has encoded its share of whole ones.
+
+    Args:
+        own: this process's, [rows, *shape]; none where there are more processes than batches.
+        sizes: rows of every batch.
+    """
+    rows = torch.cat(list(own)) if own else torch.empty(0, *shape, device=device)
+    cuts = (share(len(sizes), r, world_size()) for r in range(world_size()))
+    return gather(rows, [sum(sizes[cut]) for cut in cuts])

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from dataloaders.annotations import VAL, Query, Split, Video
 from dataloaders.clips import ClipSource
-from dataloaders.datasets import EvaluationLoader, LoaderConfig, evaluation_text_batches
+from dataloaders.datasets import EvaluationLoader, LoaderConfig, batches_of, evaluation_text_batches
 from modules.pyramid import PromptPyramid
 from modules.readout import Readout, best_event
 from utils import RunError
-from utils.evaluation.embed import Embeddings, embed_texts, embed_videos
+from utils.distributed import is_main, rank, world_size
+from utils.evaluation.embed import Embeddings, embed_texts, embed_videos, gather_batches
 from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
 from utils.evaluation.moment_tables import (
     level_report,
@@ -109,7 +110,7 @@ class Evaluator:
             )
             if self.evaluate_vcmr:
                 rows = vcmr_rows(predictions, self.split.queries, self.config.window_rule)
-            if predictions_dir:
+            if predictions_dir and is_main():
                 save_predictions(predictions_dir / SAVED, predictions)
                 export_all(predictions_dir, predictions, self.split.queries)
         for row in SCORINGS[self.config.event_scores]:
@@ -183,14 +184,18 @@ class CorpusEvaluator(Evaluator):
         readout: Readout = best_event,
     ) -> None:
         super().__init__(split, pyramid.proposals, config, missing, readout)
+        if world_size() > len(split.queries):
+            raise RunError(f"{world_size()} processes for {len(split.queries)} queries: use fewer")
         self.clips, self.num_frames, self.size = clips, pyramid.num_frames, size
         self.loading = loading
         self.texts = evaluation_text_batches(split.queries, loading.max_words, TEXT_BATCH)
-        self.loader = self.load_videos(split.videos)
+        self.loader = self.load_videos(split.videos, (rank(), world_size()))
 
-    def load_videos(self, videos: Sequence[Video]) -> EvaluationLoader:
-        """Batches of some of the videos."""
-        return EvaluationLoader(videos, self.clips, self.num_frames, self.size, self.loading)
+    def load_videos(
+        self, videos: Sequence[Video], part: tuple[int, int] = (0, 1)
+    ) -> EvaluationLoader:
+        """Batches of some of the videos; of them a part, cut between batches."""
+        return EvaluationLoader(videos, self.clips, self.num_frames, self.size, self.loading, part)
 
     def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
         """All videos and texts of the split. The loader's workers decode the first videos while
@@ -203,7 +208,9 @@ class CorpusEvaluator(Evaluator):
             batches = iter(self.loader)
             texts = embed_texts(model, self.texts, device)
             events = embed_videos(model, batches, device, len(self.loader))
-        return Embeddings(events, texts)
+            sizes = [len(some) for some in batches_of(len(self.split.videos), self.loading)]
+            shape = (len(self.proposals), texts.shape[-1])
+            return Embeddings(gather_batches(events, sizes, shape, device), texts)
 
 
 def vcmr_rows(

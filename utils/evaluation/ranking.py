@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dataloaders.annotations import Split
 from modules.readout import Readout, best_event
 from modules.similarity import unit, widen
+from utils.distributed import gather, own_share
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.predictions import MomentPredictions
 from utils.evaluation.retrieval_metrics import ranks_of
@@ -154,14 +155,16 @@ def rank_videos(
         normalize_events: False is the authors' evaluation of ActivityNet, where longer vectors win.
         chunk: cosines there is memory for, beside the embeddings and normalised texts.
     """
-    texts, events = embeddings.texts, embeddings.events
+    own, events = own_share(len(target)), embeddings.events
+    texts, count = embeddings.texts[own], len(target)
     # Half of the memory for a block's scores and the masks that they are ranked with.
     step = max(1, chunk // (4 * len(events)))
-    blocks = zip(texts.split(step), target.to(texts.device).split(step), strict=True)
-    return torch.cat([
-        ranks_of(video_scores(some, events, normalize_events, chunk // 2, readout), own)
-        for some, own in blocks
-    ]).cpu()  # fmt: skip
+    blocks = zip(texts.split(step), target[own].to(texts.device).split(step), strict=True)
+    ranks = [
+        ranks_of(video_scores(some, events, normalize_events, chunk // 2, readout), right)
+        for some, right in blocks
+    ]
+    return gather(torch.cat(ranks), count).cpu()
 
 
 def predict_moments(
@@ -187,25 +190,29 @@ def predict_moments(
     """
     device = embeddings.texts.device
     target = split.target.to(device)
+    own = own_share(len(target))
+    own_texts, own_target = embeddings.texts[own], target[own]
     step = max(1, chunk // (4 * len(split.videos)))  # as in `rank_videos`
-    ranked, ranks = [], []
-    for texts, own in zip(embeddings.texts.split(step), target.split(step), strict=True):
+    ranked = []
+    for texts, right in zip(own_texts.split(step), own_target.split(step), strict=True):
         top = top_moments(texts, embeddings.events, per_video, limit, chunk // 2, readout)
-        ranks.append(ranks_of(top.video_scores, own))
-        ranked.append((top.videos, top.events, top.scores))
-    top_videos, top_events, top_scores = map(torch.cat, zip(*ranked, strict=True))
+        ranks = ranks_of(top.video_scores, right)
+        ranked.append((top.videos, top.events, top.scores, ranks))
+    found = [torch.cat(column) for column in zip(*ranked, strict=True)]
+    found.append(paired_event_scores(own_texts, embeddings.events, own_target, chunk))
+    videos, events, scores, ranks, target_scores = (gather(x, len(target)) for x in found)
     return MomentPredictions(
         desc_ids=[str(query.desc_id) for query in split.queries],
         vid_names=[video.vid_name for video in split.videos],
         durations=torch.tensor([video.duration for video in split.videos], device=device),
         proposals=proposals.to(device),
         per_video=per_video,
-        videos=top_videos,
-        events=top_events,
-        scores=top_scores,
+        videos=videos,
+        events=events,
+        scores=scores,
         target=target,
-        target_rank=torch.cat(ranks),
-        target_scores=paired_event_scores(embeddings.texts, embeddings.events, target, chunk),
+        target_rank=ranks,
+        target_scores=target_scores,
     )
 
 

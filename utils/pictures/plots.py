@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dataloaders.annotations import Query
 from modules.similarity import event_scores
 from utils import RunError
+from utils.distributed import is_main
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.evaluator import CorpusEvaluator
 from utils.files import writing
@@ -113,6 +114,8 @@ def plot_split(
     """
     split, normalize = evaluator.split, evaluator.normalize_events
     ranks = evaluator.ranks(embeddings)
+    if not is_main():
+        return
     chosen = choose_queries(ranks, split.queries, ids, limit, seed)
     videos = [split.videos[i] for i in split.target[chosen].unique().tolist()]
     plot_queries(

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from modules.losses import video_text_loss
 from utils import RunError
+from utils.distributed import gather_rows, is_main, own_share, sum_gradients
 from utils.misc import autocast, peak_memory_gib, to_device
-from utils.training.distributed import gather_rows
 from utils.training.optim import set_learning_rate
 from utils.training.progress import EpochSums
 
@@ -61,7 +61,8 @@ def train_step(
     """One optimizer step on one batch of videos with all their captions.
 
     Args:
-        batch: {frames [B,N_f,3,H,W], token_ids [T,W], text_to_video [T]} on the model's device.
+        batch: {frames [B,N_f,3,H,W], token_ids [T,W], text_to_video [T]} on the model's device;
+            with several processes frames are the own share of the videos in vid_names.
         precision: of the forward; similarity and loss are float32 in any case.
         micro_batches: encode the batch in so many parts, to save memory; see `batch_gradient`.
         clip_grad_norm: largest norm of the gradient after unscaling.
@@ -107,16 +108,20 @@ def batch_gradient(
         with autocast(device, precision):
             return encode(inputs)
 
+    own_texts = batch["token_ids"][own_share(len(batch["token_ids"]))]
     sides = [
         (model.encode_video, batch["frames"].chunk(micro_batches)),
-        (model.encode_text, batch["token_ids"].chunk(micro_batches)),
+        (model.encode_text, own_texts.chunk(micro_batches)),
     ]
+    counts = [len(batch.get("vid_names", batch["frames"])), len(batch["token_ids"])]
     with torch.set_grad_enabled(micro_batches == 1):
         embedded = [[embed(encode, part) for part in parts] for encode, parts in sides]
     own = [torch.cat(parts).detach().requires_grad_() for parts in embedded]
-    events, texts = (gather_rows(rows) for rows in own)
+    events, texts = map(gather_rows, own, counts)
     loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
     scaler.scale(loss).backward()
+    if not is_main():  # the whole loss's own gradients, of a trained logit scale, count once
+        model.zero_grad(set_to_none=True)
     for (encode, parts), embeddings, rows in zip(sides, embedded, own, strict=True):
         gradients = rows.grad.chunk(micro_batches)
         for part, embedding, gradient in zip(parts, embeddings, gradients, strict=True):
@@ -124,6 +129,7 @@ def batch_gradient(
                 embedding = embed(encode, part)
             if embedding.requires_grad:  # texts without prompts on a frozen CLIP do not
                 embedding.backward(gradient)
+    sum_gradients(model)
     return loss.detach()
 
 
@@ -166,7 +172,7 @@ def train_one_epoch(
     started = time.perf_counter()
     with tqdm(
         batches, "train", num_steps, initial=sums.steps, unit="step", dynamic_ncols=True,
-        leave=False,
+        leave=False, disable=not is_main(),
     ) as progress:  # fmt: skip
         for batch in progress:
             batch = to_device(batch, device)

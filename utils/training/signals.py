@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
@@ -28,9 +28,14 @@ class Stopped(BaseException):
 
 class DeferredSignals:
     """While entered, the first signal is only noted, or raises Stopped within ``immediate``; a
-    second one ends the process as if there were no handler."""
+    second one ends the process as if there were no handler.
 
-    def __init__(self) -> None:
+    Args:
+        agree: of several processes, which may only stop together: the largest of their numbers.
+    """
+
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
+        self._agree = agree
         self.received: int | None = None
         self._time = 0.0
         self._immediate = False
@@ -45,13 +50,20 @@ class DeferredSignals:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise Stopped if there was a signal."""
-        if self.received is not None:
-            raise Stopped(self.received)
+        """Raise Stopped if there was a signal, in any of the processes, which all check here."""
+        received = self.received or 0
+        if self._agree is not None:
+            received = self._agree(received)
+        if received:
+            raise Stopped(received)
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """A block in which nothing can be lost: a signal ends it where it is."""
+        """A block in which nothing can be lost: a signal ends it where it is. Several processes
+        have none, since the others would wait for this one."""
+        if self._agree is not None:
+            yield
+            return
         self._immediate = True
         try:
             self.check()

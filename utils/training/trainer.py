@@ -22,6 +22,7 @@ from models import ProPy
 from modules import ModelError
 from utils import OutputError, RunError
 from utils.arguments import AUTO
+from utils.distributed import barrier, from_main, is_main, largest, world_size
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig
 from utils.evaluation.rows import VCMR, Rows
 from utils.logger import EpochLog
@@ -142,8 +143,11 @@ class Trainer:
             total_steps=len(loader) * config.epochs,
             peak=config.lr,
         )
-        self.epoch_log = EpochLog(folder, self.progress.global_step if resume else None)
-        self.signals = DeferredSignals()
+        self.epoch_log = EpochLog(
+            folder if is_main() else None, self.progress.global_step if resume else None
+        )
+        agree = partial(largest, device=device) if world_size() > 1 else None
+        self.signals = DeferredSignals(agree)
         self._last_good = resume
 
     def _resume(self, path: Path, flags: dict, facts: dict) -> Progress:
@@ -177,7 +181,10 @@ class Trainer:
         """
         progress, epochs = self.progress, self.config.epochs
         with contextlib.closing(self.epoch_log), self.signals, self._last_good_in_errors():
-            self._finish_interrupted_epoch()
+            if is_main():
+                self._finish_interrupted_epoch()
+            best = from_main((progress.best_score, progress.best_epoch))
+            progress.best_score, progress.best_epoch = best
             while progress.epoch < epochs:
                 self.signals.check()
                 if progress.sums.steps < len(self.loader):
@@ -248,7 +255,9 @@ class Trainer:
         progress.epoch, progress.sums = progress.epoch + 1, EpochSums()
         self._save()
         if progress.best_epoch == progress.epoch:
-            copy_checkpoint(self.latest, self.best)
+            if is_main():
+                copy_checkpoint(self.latest, self.best)
+        barrier()
         self.epoch_log.write(progress.last_record)
         logger.info(
             "epoch %d/%d  loss %s  %.2f s a step, of which %.2f s waiting for data",
@@ -279,7 +288,9 @@ class Trainer:
 
     def _save(self) -> None:
         self.epoch_log.flush()  # steps before a checkpoint are not computed again
-        save_checkpoint(self.latest, self.model, self.optimizer, self.scaler, self.progress)
+        if is_main():
+            save_checkpoint(self.latest, self.model, self.optimizer, self.scaler, self.progress)
+        barrier()
         self._last_good = self.latest
 
     def _finish_interrupted_epoch(self) -> None:
