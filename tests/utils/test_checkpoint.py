@@ -399,7 +399,11 @@ def test_a_checkpoint_opens_without_its_flags(golden, tmp_path, change) -> None:
     }
     model, *rest = trained(golden)
     model.config = replace(
-        model.config, clip_name=flags["pretrained_clip_name"], max_words=9, clip_seconds=30.5
+        model.config,
+        clip_name=flags["pretrained_clip_name"],
+        max_words=9,
+        clip_seconds=30.5,
+        num_adapter_layers=len(model.adapters),
     )
     save_checkpoint(tmp_path / "c", model, *rest, Progress(args=flags))
     rewrite(tmp_path / "c", change)
