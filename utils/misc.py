@@ -56,8 +56,12 @@ def disable_tf32() -> None:
 
 
 def choose_device() -> torch.device:
-    """The first CUDA GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The CUDA GPU of this process's number on its machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)  # where collectives and pinned memory go
+    return device
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -254,9 +254,8 @@ class Trainer:
         progress.last_record = self._record(trained, rows)
         progress.epoch, progress.sums = progress.epoch + 1, EpochSums()
         self._save()
-        if progress.best_epoch == progress.epoch:
-            if is_main():
-                copy_checkpoint(self.latest, self.best)
+        if progress.best_epoch == progress.epoch and is_main():
+            copy_checkpoint(self.latest, self.best)
         barrier()
         self.epoch_log.write(progress.last_record)
         logger.info(

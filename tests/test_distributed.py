@@ -1,0 +1,185 @@
+"""Several processes compute the run of one: gradients, steps, stopping, resuming, evaluating."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.corpus import make_run
+from tests.golden_model import ROOT, GoldenModel
+from utils.evaluation.predictions import load_predictions
+
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT),
+    "PROPY_TIMEOUT_MINUTES": "0.5",
+}  # fmt: skip
+
+
+def torchrun(processes: int, *command: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc_per_node", str(processes), *command,
+    ]  # fmt: skip
+
+
+def program(processes: int, folder: Path, work: str, *arguments: object) -> list[dict]:
+    """What each process of tests/distributed_program.py saved, the main one first."""
+    words = [str(ROOT / "tests/distributed_program.py"), work, str(folder), *map(str, arguments)]
+    command = [sys.executable, *words] if processes == 1 else torchrun(processes, *words)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(folder.glob(f"{processes}-*.pt"))
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+@pytest.mark.parametrize("freeze_clip", [1, 0])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_loss_and_gradients_are_those_of_one_process(tmp_path, micro_batches, freeze_clip) -> None:
+    """With captions in no way even among the processes."""
+    arguments = ("gradients", "m3", micro_batches, freeze_clip)
+    (alone,) = program(1, tmp_path, *arguments)
+    for processes in (2, 3):
+        (together,) = program(processes, tmp_path, *arguments)
+        assert together.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name], value, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "amp"])
+def test_all_processes_take_the_same_steps(tmp_path, precision) -> None:
+    (alone,) = program(1, tmp_path, "steps", precision)
+    first, second = program(2, tmp_path, "steps", precision)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        near = {"fp32": 1e-4}.get(precision, 5e-3)
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=near, msg=name)
+
+
+def test_an_inf_in_one_process_is_skipped_by_all(tmp_path) -> None:
+    results = program(2, tmp_path, "steps", "amp", 1)
+    for found in results:
+        assert found["skipped"].tolist() == [False, False, True, False]
+        assert found["scale"] == 8.0
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_the_golden_trajectory(tmp_path) -> None:
+    golden = GoldenModel.read("m3")
+    for found in program(2, tmp_path, "golden_steps", "m3"):
+        losses, norms = found["steps"].unbind(1)
+        assert losses.numpy() == pytest.approx(golden["traj_loss_f64"], abs=1e-9)
+        assert norms.numpy() == pytest.approx(golden["traj_grad_norm_f64"], rel=1e-9)
+
+
+# ---------------------------------------------------------------------------- the whole program
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_run(tmp_path_factory.getbasetemp())
+
+
+def words(corpus, output: Path, *flags: str) -> list[str]:
+    return [
+        str(ROOT / "main.py"), "--prvr_val_annos", "annos.jsonl", "--video_dir", "videos",
+        "--output_dir", str(output), "--pretrained_clip_name", "clip.pt",
+        "--pyr_config_path", "pyramid.json", "--adapter_channels", "16", "--batch_size", "3",
+        "--batch_size_val", "1", "--num_thread_reader", "0", "--lr", "2e-3", *flags,
+    ]  # fmt: skip
+
+
+TRAIN = ("--do_train", "1", "--prvr_train_annos", "annos.jsonl")
+
+
+def run(corpus, processes: int, output: Path, *flags: str) -> str:
+    command = words(corpus, output, *flags)
+    command = [sys.executable, *command] if processes == 1 else torchrun(processes, *command)
+    done = subprocess.run(
+        command, cwd=corpus.corpus, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
+    best = str(corpus.logs / "ckpt.best.pth.tar")
+    flags = (
+        "--do_eval",
+        "1",
+        "--subtask_type",
+        "VCMR",
+        "--resume",
+        best,
+        "--save_predictions",
+        "1",
+    )
+    found = []
+    for processes in (1, 2, 3):
+        output = tmp_path / str(processes)
+        printed = run(corpus, processes, output, *flags)
+        assert printed.count("ProPy ") == 1, "one process prints"
+        (record,) = map(json.loads, (output / "eval.jsonl").read_text().splitlines())
+        found.append((record["metrics"], load_predictions(output / "predictions.h5")))
+    for metrics, predictions in found[1:]:
+        assert metrics == found[0][0]
+        for name, value in vars(found[0][1]).items():
+            same = getattr(predictions, name)
+            assert torch.equal(value, same) if torch.is_tensor(value) else value == same, name
+
+
+def test_a_run_continues_on_another_number_of_processes(corpus, tmp_path) -> None:
+    run(corpus, 1, tmp_path / "whole", *TRAIN, "--epochs", "3")
+    for processes, epochs in ((2, 1), (1, 2), (3, 3)):
+        run(
+            corpus, processes, tmp_path / "parts", *TRAIN, "--resume", "auto",
+            "--epochs", str(epochs),
+        )  # fmt: skip
+    assert len(losses(tmp_path / "parts")) == 3
+    # the schedule of the first epochs is shorter, so only the first loss is that of the whole
+    assert losses(tmp_path / "parts")[0] == pytest.approx(losses(tmp_path / "whole")[0], rel=0.2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_ends_ends_the_run_which_resumes(corpus, tmp_path, number) -> None:
+    flags = (*TRAIN, "--epochs", "60", "--save_every_steps", "1", "--resume", "auto")
+    started = subprocess.Popen(
+        torchrun(2, *words(corpus, tmp_path, *flags)), cwd=corpus.corpus, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "log.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if number == signal.SIGTERM:  # as a scheduler sends it, to torchrun, which passes it on
+        started.send_signal(number)
+    else:
+        children = f"/proc/{started.pid}/task/{started.pid}/children"
+        os.kill(int(Path(children).read_text().split()[1]), number)
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode != 0, output
+    done = len(losses(tmp_path))
+    assert 0 < done < 60, output
+    run(corpus, 2, tmp_path, *TRAIN, "--resume", "auto", "--epochs", str(done + 1))
+    assert len(losses(tmp_path)) >= done + 1
+
+
+def test_more_processes_than_videos_in_a_batch_are_refused(corpus, tmp_path) -> None:
+    command = torchrun(2, *words(corpus, tmp_path, *TRAIN, "--batch_size", "1"))
+    done = subprocess.run(
+        command, cwd=corpus.corpus, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "2 processes for --batch_size 1: use fewer" in done.stdout + done.stderr
