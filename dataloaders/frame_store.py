@@ -29,7 +29,7 @@ from dataloaders.video import load_every_frame
 FORMAT, VERSION = "propy frames", 1
 PACK = "make it with `.venv/bin/python -m scripts.data.pack_frames`"
 # Chroma at full resolution: with half of it quality 90 loses 2.5 dB more, and the same loss takes
-# more bytes (measured on real clips; README, "Frame store").
+# more bytes (measured on real clips; dataloaders/README.md).
 SUBSAMPLING = 0
 DEFAULT_QUALITY = 90
 
