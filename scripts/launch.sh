@@ -3,6 +3,7 @@
 # (plot_ids, a list, only as a flag) or after the script's name; what comes from outside is printed:
 #   do_train=0 do_eval=1 resume=logs/prvr_tvr/ckpt.best.pth.tar bash scripts/prvr_tvr.sh
 #   precision=bf16 bash scripts/prvr_tvr.sh --gradient_accumulation_steps 2
+#   gpus=4 bash scripts/prvr_tvr.sh     # the same run on four GPUs of this machine
 # What nobody sets has main.py's default, the published one. Relative paths count from the checkout,
 # wherever you stand. `.venv/bin/python main.py --help` explains the flags.
 set -euo pipefail
@@ -22,8 +23,9 @@ for name in $(grep -o 'add("--[A-Za-z_]*' utils/arguments.py | cut -c 8-); do
   flags+=("--$name" "${!name}")
   if printenv "$name" >/dev/null; then outside+=("$name=${!name}"); fi
 done
-for name in val_annos train_annos; do
+for name in val_annos train_annos gpus; do
   if printenv "$name" >/dev/null; then outside+=("$name=${!name}"); fi
 done
 [ "${#outside[@]}" = 0 ] || echo "launch: from the environment: ${outside[*]}" >&2
-exec .venv/bin/python main.py "${flags[@]}" "$@"
+exec .venv/bin/python ${gpus:+-m torch.distributed.run --standalone --nproc_per_node "$gpus"} \
+  main.py "${flags[@]}" "$@"

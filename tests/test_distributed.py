@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,57 @@ def test_the_golden_trajectory(tmp_path) -> None:
         losses, norms = found["steps"].unbind(1)
         assert losses.numpy() == pytest.approx(golden["traj_loss_f64"], abs=1e-9)
         assert norms.numpy() == pytest.approx(golden["traj_grad_norm_f64"], rel=1e-9)
+
+
+@pytest.fixture
+def machines():
+    """Two network namespaces on one wire, as commands that run a program in each."""
+    names = [f"propy-{os.getpid()}-{n}" for n in (1, 2)]
+    ends = [f"p{os.getpid() % 10**6}-{n}" for n in (1, 2)]
+
+    def ip(*words: str) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and the program ip")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for n, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{n}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in names], ends
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines(tmp_path, machines) -> None:
+    """As far as the network is concerned: torchrun's own flags, one process on each."""
+    commands, ends = machines
+    arguments = ("gradients", str(tmp_path), "m3", "1", "1")
+    (alone,) = program(1, tmp_path, arguments[0], *arguments[2:])
+    started = [
+        subprocess.Popen(
+            [*command, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+             "--node_rank", str(n), "--nproc_per_node", "1", "--master_addr", "10.77.0.1",
+             "--master_port", "29517", str(ROOT / "tests/distributed_program.py"), *arguments],
+            env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": end}, cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for n, (command, end) in enumerate(zip(commands, ends, strict=True))
+    ]  # fmt: skip
+    for process in started:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    together = torch.load(tmp_path / "2-0.pt", weights_only=True)
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-12, msg=name)
 
 
 # ---------------------------------------------------------------------------- the whole program
