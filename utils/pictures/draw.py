@@ -49,7 +49,7 @@ def caption_fonts(text: str) -> Iterator[None]:
     that lacks. Letters that no font has are boxes in the pictures: one warning names them."""
     families = list(matplotlib.rcParams["font.family"])
     lacking = {letter for letter in text if unicodedata.category(letter) != "Cc"}
-    lacking -= _letters(font_manager.findfont(families[0]))
+    lacking -= _letters(font_manager.findfont(font_manager.FontProperties()))
     fonts = font_manager.fontManager
     if lacking:  # matplotlib's list may be older than what is installed
         for path in {*font_manager.findSystemFonts()} - {font.fname for font in fonts.ttflist}:

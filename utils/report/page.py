@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
+import jinja2
 import matplotlib
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dataloaders import DataError
@@ -27,28 +26,31 @@ from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.rows import (
     COSINE,
     DOT,
+    LEVELS,
     RANDOM_EVENT,
     SVMR,
     VCMR,
     VR,
     WHOLE_VIDEO,
     Rows,
+    breakdown,
+    task_rows,
 )
-from utils.evaluation.tables import PRVR_COLUMNS
+from utils.evaluation.tables import PRVR_COLUMNS, cell
 from utils.files import atomic_write, read_records, writing
 from utils.misc import is_number
 from utils.missing_videos import missing_counts, reduced_size
-from utils.pictures.attention_store import ATTENTION
 from utils.pictures.draw import VECTOR_TEXT
 from utils.report import run_log
-from utils.report.curves import PANEL, choose_names, draw_panel, published_values
+from utils.report.curves import draw_curves, shown_names
 from utils.report.queries import (
+    DRAWING,
     Thumbnails,
     best_and_worst,
     data_uri,
     image_uri,
     query_card,
-    templates,
+    seconds,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +72,6 @@ QUERIES = {
 }
 SHOWN = 3  # evaluations, the last
 PICTURE_WIDTH = 1600  # pixels of an overview in the page
-DRAWING = {"quality": 88, "subsampling": 0}  # of JPEG; as PNG they are three times as large
 
 
 @dataclass
@@ -132,7 +133,7 @@ def build(
         queries: how many to show, of the best, the worst and those with pictures of attention.
 
     Raises:
-        RunError: metrics are damaged, or `plots` is no folder of pictures.
+        RunError: metrics are damaged.
     """
     sections: dict[str, tuple[str, object]] = {"Results": ("results", result_tables(run))}
     if run.epochs:
@@ -148,13 +149,23 @@ def build(
     run.notes += [f"Thumbnails: {message}" for message in thumbnails.failed.values()]
     if run.args:
         sections["Settings"] = ("settings", run.args)
-    name = run.folder.resolve().name
-    page = templates().get_template("report.html")
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
+    anchor = lambda title: title.lower().replace(" ", "-")  # noqa: E731
+    pages.filters |= {"cell": cell, "anchor": anchor, "extent": extent}
+    pages.globals["seconds"] = seconds
+    page, name = pages.get_template("report.html"), run.folder.resolve().name
     return page.render(name=name, facts=facts(run), sections=sections, notes=run.notes)
 
 
+def extent(moment: tuple[float, float], duration: float) -> str:
+    """Where a moment lies on a video's axis, as CSS."""
+    start, end = (min(max(time / duration, 0), 1) if duration else 0 for time in moment)
+    return f"left:{100 * start:.3f}%;width:{100 * max(end - start, 0):.3f}%"
+
+
 def result_rows(run: Run) -> dict[str, Rows]:
-    """Rows of metrics as `Evaluator.run` gives them, by where they come from."""
+    """Rows of metrics as `Evaluator.run` gives them, by where they come from, the newest last."""
     found = {}
     if run.epochs:
         best = run_log.best_epoch(run.epochs)
@@ -167,7 +178,7 @@ def result_rows(run: Run) -> dict[str, Rows]:
     for record in run.evaluations[-SHOWN:]:
         name = f"{Path(str(record.get('checkpoint'))).name}, epoch {record.get('epoch')}"
         source = _source(f"evaluated {name}", record)
-        found.pop(source, None)  # the newest comes last
+        found.pop(source, None)
         metrics = record.get("metrics", {})
         if not isinstance(metrics, dict) or not all(isinstance(r, dict) for r in metrics.values()):
             raise RunError(f"{run.folder / 'eval.jsonl'}: its metrics are not rows of numbers")
@@ -186,55 +197,49 @@ def _source(name: str, record: Mapping) -> str:
 
 def result_tables(run: Run) -> list[dict]:
     """All rows against the published ones: title, columns and rows of every table."""
-    found = result_rows(run)
-    videos: Rows = {}
-    for source, rows in found.items():
-        for row, name in ((COSINE, ""), (DOT, run_log.NOT_NORMALISED)):
-            if row in rows:
-                videos[source + name] = rows[row]
-    shown = [("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos, PRVR_RESULTS)]
+    found, datatype = result_rows(run), run_log.datatype(run.args)
+    videos = {
+        source + name: rows[row]
+        for source, rows in found.items()
+        for row, name in ((COSINE, ""), (DOT, run_log.NOT_NORMALISED))
+        if row in rows
+    }
+    tables = []
+
+    def add(title: str, columns: Mapping, rows: Rows, published: Mapping | None = None) -> None:
+        rows = rows | ({"published": published} if published else {})
+        tables.append({"title": title, "columns": columns, "rows": rows})
+
+    add("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos, PRVR_RESULTS.get(datatype))
     newest = list(found.values())[-1]
     size = f", {run.sizes[-1]}" if run.sizes[-1] else ""
     for task, (title, columns) in MOMENT_TABLES.items():
-        own = {
-            name.partition("/")[2]: newest[name] for name in newest if name.split("/")[0] == task
-        }
-        rows = {ROW_NAMES.get(name, name): row for name, row in own.items()}
-        if len(rows) > (task == "VR"):  # alone it would repeat the table above
-            shown.append((title + size, columns, rows, VCMR_RESULTS if task == "VCMR" else {}))
-    levels = {n.split("/")[1]: row for n, row in newest.items() if n.startswith("levels/")}
-    if levels:
+        own = {breakdown(name): row for name, row in task_rows(newest, task).items()}
+        if len(own) > (task == VR):  # alone it would repeat the table above
+            rows = {ROW_NAMES.get(name, name): row for name, row in own.items()}
+            add(title + size, columns, rows, VCMR_RESULTS.get(datatype) if task == VCMR else None)
+    if levels := {breakdown(name): row for name, row in task_rows(newest, LEVELS).items()}:
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
         columns = {key: key for row in levels.values() for key in row}
-        shown.append((title + size, columns, levels, {}))
-    tables = []
-    for title, columns, rows, published in shown:
-        known = published.get(run_log.datatype(run.args))
-        rows = rows | {"published": known} if known else rows
-        tables.append({"title": title, "columns": columns, "rows": rows})
+        add(title + size, columns, levels)
     return tables
 
 
 def curves(run: Run) -> dict:
-    """A chart for every number of log.jsonl but breakdowns."""
-    published = published_values({run_log.datatype(run.args)})
-    charts = []
-    for name in choose_names(run_log.curve_names(run.epochs)):
-        figure = Figure(figsize=PANEL, layout="constrained")
-        draw_panel(figure.subplots(), {"": run.epochs}, name, published.get(name))
-        content = io.BytesIO()
-        with matplotlib.rc_context(VECTOR_TEXT):
-            figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-        (first, start), (last, end) = (run_log.curve(run.epochs, name)[i] for i in (0, -1))
-        alt = f"{run_log.label(name)}: {start:.4g} in epoch {first}, {end:.4g} in epoch {last}"
-        alt += f", published {published[name]:g}" if name in published else ""
-        charts.append({"source": data_uri("image/svg+xml", content.getvalue()), "alt": alt})
-    return {
-        "charts": charts,
-        "best": run_log.best_epoch(run.epochs)["epoch"],
-        "published": bool(published),
-        "size": reduced_size(run.epochs[-1]),
-    }
+    """A picture of every number of log.jsonl but breakdowns."""
+    runs = {"this run": run.epochs}
+    content = io.BytesIO()
+    with matplotlib.rc_context(VECTOR_TEXT):
+        figure = draw_curves(runs, {run_log.datatype(run.args)})
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    said = []
+    for name in shown_names(runs):
+        points = run_log.curve(run.epochs, name)
+        (first, start), (last, end) = points[0], points[-1]
+        said.append(
+            f"{run_log.label(name)}: {start:.4g} in epoch {first}, {end:.4g} in epoch {last}"
+        )
+    return {"source": data_uri("image/svg+xml", content.getvalue()), "alt": "; ".join(said)}
 
 
 def query_cards(
@@ -255,13 +260,14 @@ def query_cards(
     predictions = predictions.align(asked)
     if run.args.get("event_scores") == DOT:
         size += ", ranked by cosine"  # as moments are, whatever the run's PRVR metrics
-    found = {}
-    for (title, order), rows in zip(
-        QUERIES.items(), best_and_worst(predictions, count), strict=True
-    ):
-        cards = [query_card(predictions, row, asked[row], thumbnails) for row in rows]
-        found[title] = {"cards": cards, "order": order, "size": size}
-    return found
+    chosen = zip(QUERIES.items(), best_and_worst(predictions, count), strict=True)
+    return {
+        title: {
+            "cards": [query_card(predictions, row, asked[row], thumbnails) for row in rows],
+            "order": order + size,
+        }
+        for (title, order), rows in chosen
+    }
 
 
 def open_clips(run: Run, video_dir: Path | None) -> ClipSource | None:
@@ -281,51 +287,32 @@ def open_clips(run: Run, video_dir: Path | None) -> ClipSource | None:
 
 
 def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
-    """Pictures of the queries that main.py --do_plot 1 drew last, with a checkpoint of this run.
+    """Pictures of main.py --do_plot 1, the newest first; each says which checkpoint it is of.
 
     Args:
-        given: a folder to take in any case; else the run's own is tried.
-
-    Raises:
-        RunError: `given` is no folder of pictures.
+        given: their folder, in place of the run's.
     """
     folder = given or run.path("plot_dir") or ROOT / "VIS" / run_log.datatype(run.args)
-    path = folder / ATTENTION
-    if not given and not path.is_file():
-        return []
-    try:
-        with h5py.File(path) as file:
-            model, names = Path(str(file.attrs["model"])), list(file)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        message = f"{path}: {error}: draw again with main.py --do_plot 1"
-        if given:
-            raise RunError(message) from error
-        run.notes.append(f"Attention: {message}")
-        return []
-    own = {(start / model.parent).resolve() for start in (Path.cwd(), ROOT)}
-    if not given and run.folder.resolve() not in own:
-        return []
     found = []
-    for picture in [folder / "attention" / name for name in names]:
-        if len(found) < limit and (picture / "overview.png").is_file():
-            try:
-                found.append(_overview(picture))
-            except (KeyError, OSError, TypeError, ValueError) as error:
-                message = f"{picture}: its picture or meta.json is corrupt: {error}"
-                run.notes.append(f"Attention: {message}")
+    paths = folder.glob("attention/*/overview.png")
+    for path in sorted(paths, key=lambda path: -path.stat().st_mtime)[:limit]:
+        try:
+            meta = json.loads((path.parent / "meta.json").read_text(encoding="utf-8"))
+            with Image.open(path) as image:
+                image.thumbnail((PICTURE_WIDTH, image.height), Image.LANCZOS)
+                source = image_uri(image, **DRAWING)
+            alt = (
+                f"What event {meta['event']} of video {meta['video']} attends to: "
+                "frames, attention over them, moments, pyramid and scores on one time axis"
+            )
+            found.append({"source": source, "alt": alt, "caption": meta["text"],
+                          "model": meta.get("model", "an unnamed checkpoint")})  # fmt: skip
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            message = f"{path.parent}: its picture or meta.json is corrupt: {error}"
+            run.notes.append(f"Attention: {message}")
+    if given and not found:
+        run.notes.append(f"Attention: {folder}: no overview.png: draw with main.py --do_plot 1")
     return found
-
-
-def _overview(folder: Path) -> dict:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    with Image.open(folder / "overview.png") as image:
-        image.thumbnail((PICTURE_WIDTH, image.height), Image.LANCZOS)
-        source = image_uri(image, **DRAWING)
-    alt = (
-        f"What event {meta['event']} of video {meta['video']} attends to: "
-        "frames, attention over them, moments, pyramid and scores on one time axis"
-    )
-    return {"caption": meta["text"], "source": source, "alt": alt}
 
 
 def facts(run: Run) -> dict[str, object]:
