@@ -284,7 +284,7 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style) -> None:
     spans, weights = picture.spans.tolist(), picture.attention.events
     blues = colormaps["Blues"].resampled(10)  # dark for much
     colours = ScalarMappable(Normalize(weights.min(), weights.max()), blues)
-    rows, centres = event_rows(spans, picture.levels.tolist())
+    rows, centres = event_rows(picture.spans, picture.levels)
 
     def draw_box(event: int, **look: object) -> None:
         start, end = spans[event]
@@ -314,31 +314,21 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style) -> None:
     axes.figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False)
 
 
-def event_rows(
-    spans: Sequence[tuple[float, float]], levels: Sequence[int]
-) -> tuple[list[float], list[float]]:
+def event_rows(spans: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """Where the pyramid's boxes are drawn: heights in rows, the bottom level at 0.
 
-    A level's events may overlap in time; those that do stand in rows of their own.
-
-    Args:
-        spans: start and end of every event, left to right within a level.
-        levels: of every event.
+    A level's events are evenly spaced; those that overlap in time stand in rows of their own.
 
     Returns:
         The lower edge of every event's row, and the middle of every level, bottom level first.
     """
-    rows, centres, base = [0.0] * len(spans), [], 0.0
-    for level in sorted(set(levels)):
-        ends: list[float] = []  # of the last event in every row of this level
-        for event, (start, end) in enumerate(spans):
-            if levels[event] == level:
-                free = (row for row, last in enumerate(ends) if last <= start)
-                row = next(free, len(ends))
-                ends[row : row + 1] = [end]
-                rows[event] = base + row
-        centres.append(base + len(ends) / 2)
-        base += len(ends) + LEVEL_GAP
+    rows, centres, base = np.zeros(len(spans)), [], 0.0
+    for level in np.unique(levels):
+        (members,) = (levels == level).nonzero()
+        overlapping = int((spans[members, 0] < spans[members[0], 1] - 1e-9).sum())
+        rows[members] = base + np.arange(len(members)) % overlapping
+        centres.append(base + overlapping / 2)
+        base += overlapping + LEVEL_GAP
     return rows, centres
 
 
