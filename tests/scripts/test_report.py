@@ -108,7 +108,7 @@ def test_the_page_says_what_the_run_logged(page, tiny_run) -> None:
     assert "212.80" in text and "published" in text, "TVR's row"
     assert CAPTIONS["v/0#1"] in text, "as text, nothing of it as markup"
     alts = [value for tag, name, value in structure.attributes if (tag, name) == ("img", "alt")]
-    assert any(value.startswith(f"training loss: {epochs[0]['loss']:.4g} in") for value in alts)
+    assert any(value.startswith(f"training loss: {epochs[0]['loss']:.4g} to") for value in alts)
     assert any(
         "the highest is event" in value and "true moment: 3.0–6.0 s" in value for value in alts
     )
@@ -305,8 +305,8 @@ def test_scores_that_are_not_normalised_are_called_so(tmp_path) -> None:
         "published",
     ]  # fmt: skip
     alt = curves(run)["alt"]
-    assert alt.startswith("training loss: 1 in epoch 1")
-    assert "R@1 (%), events not normalised: 12.5 in epoch 1, 12.5 in epoch 1" in alt
+    assert alt.startswith("training loss: 1 to 1")
+    assert "R@1 (%), events not normalised: 12.5 to 12.5" in alt
 
 
 def test_numbers_that_are_none(tmp_path) -> None:
@@ -315,7 +315,7 @@ def test_numbers_that_are_none(tmp_path) -> None:
     run = a_run(tmp_path, [record], [{"metrics": metrics}], trainable=None, datatype=None)
     source = report_of(run)
     assert "–" in source and "9.00" in source
-    assert curves(run)["alt"] == "SumR: 9 in epoch 1, 9 in epoch 1"
+    assert curves(run)["alt"] == "SumR: 9 to 9"
 
 
 def test_hostile_texts_stay_texts(tmp_path) -> None:

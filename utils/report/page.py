@@ -23,19 +23,7 @@ from utils import RunError
 from utils.evaluation.moment_tables import MOMENT_COLUMNS, VIDEO_COLUMNS
 from utils.evaluation.predictions import SAVED, load_predictions
 from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.evaluation.rows import (
-    COSINE,
-    DOT,
-    LEVELS,
-    RANDOM_EVENT,
-    SVMR,
-    VCMR,
-    VR,
-    WHOLE_VIDEO,
-    Rows,
-    breakdown,
-    task_rows,
-)
+from utils.evaluation.rows import COSINE, DOT, LEVELS, SVMR, VCMR, VR, Rows, breakdown, task_rows
 from utils.evaluation.tables import PRVR_COLUMNS, cell
 from utils.files import atomic_write, read_records, writing
 from utils.misc import is_number
@@ -58,13 +46,6 @@ MOMENT_TABLES = {
     VCMR: ("Moments among all videos (VCMR), in %", MOMENT_COLUMNS),
     SVMR: ("Moments, the right video given (SVMR), in %", MOMENT_COLUMNS),
     VR: ("Videos by type of query, in %", VIDEO_COLUMNS),
-}
-ROW_NAMES = {
-    "": "ProPy",
-    WHOLE_VIDEO: "the video as a whole",
-    RANDOM_EVENT: "a random event",
-    "half": "ProPy, half of the windows",
-    "any": "ProPy, any window",
 }
 QUERIES = {
     "Best queries": "The right video first, by the largest lead",
@@ -100,10 +81,10 @@ class Run:
         return cls(folder, run_log.read_args(folder), epochs, evaluations)
 
     @property
-    def sizes(self) -> list[str]:
-        """Of every source of `result_rows` its reduced size, "" where no video is missing."""
+    def records(self) -> list[dict]:
+        """Of what `result_rows` shows: the best epoch and the last evaluations."""
         best = [run_log.best_epoch(self.epochs)] if self.epochs else []
-        return [reduced_size(record) or "" for record in best + self.evaluations[-SHOWN:]]
+        return best + self.evaluations[-SHOWN:]
 
     def path(self, name: str) -> Path | None:
         """Of args.json. A relative one starts where main.py ran: here, or in the checkout."""
@@ -114,26 +95,22 @@ class Run:
         return path if path.exists() else ROOT / path
 
 
-def write_page(run: Run, path: Path, **choices: object) -> None:
-    """The page as a file. Args: choices: see `build`. OutputError: it cannot be written."""
-    page = build(run, **choices)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        part.write_text(page, encoding="utf-8")
-
-
-def build(
-    run: Run, annotations: Path | None, video_dir: Path | None, plots: Path | None, queries: int
-) -> str:
-    """The page of a run as HTML. What is missing is named at its end and in `run.notes`.
+def write_page(
+    run: Run,
+    path: Path,
+    annotations: Path | None,
+    video_dir: Path | None,
+    plots: Path | None,
+    queries: int,
+) -> None:
+    """The page of a run. What is missing is named at its end and in `run.notes`.
 
     Args:
         annotations, video_dir, plots: in place of what args.json names.
         queries: how many to show, of the best, the worst and those with pictures of attention.
 
     Raises:
-        RunError: metrics are damaged.
+        RunError: metrics are damaged. OutputError: the page cannot be written.
     """
     sections: dict[str, tuple[str, object]] = {"Results": ("results", result_tables(run))}
     if run.epochs:
@@ -154,8 +131,13 @@ def build(
     anchor = lambda title: title.lower().replace(" ", "-")  # noqa: E731
     pages.filters |= {"cell": cell, "anchor": anchor, "extent": extent}
     pages.globals["seconds"] = seconds
-    page, name = pages.get_template("report.html"), run.folder.resolve().name
-    return page.render(name=name, facts=facts(run), sections=sections, notes=run.notes)
+    content = pages.get_template("report.html").render(
+        name=run.folder.resolve().name, facts=facts(run), sections=sections, notes=run.notes
+    )
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part:
+        part.write_text(content, encoding="utf-8")
 
 
 def extent(moment: tuple[float, float], duration: float) -> str:
@@ -166,33 +148,28 @@ def extent(moment: tuple[float, float], duration: float) -> str:
 
 def result_rows(run: Run) -> dict[str, Rows]:
     """Rows of metrics as `Evaluator.run` gives them, by where they come from, the newest last."""
-    found = {}
-    if run.epochs:
-        best = run_log.best_epoch(run.epochs)
-        rows: Rows = {}
-        for name, value in best.items():
-            if is_number(value) and name not in (*run_log.COUNTERS, *run_log.TRAINING):
-                row, _, key = name.rpartition("/")
-                rows.setdefault(row or COSINE, {})[key] = value
-        found[_source(f"epoch {best['epoch']}", best)] = rows
-    for record in run.evaluations[-SHOWN:]:
-        name = f"{Path(str(record.get('checkpoint'))).name}, epoch {record.get('epoch')}"
-        source = _source(f"evaluated {name}", record)
-        found.pop(source, None)
-        metrics = record.get("metrics", {})
-        if not isinstance(metrics, dict) or not all(isinstance(r, dict) for r in metrics.values()):
+    found: dict[str, Rows] = {}
+    for record in run.records:
+        if "metrics" in record:
+            rows = record["metrics"]
+            name = f"evaluated {Path(str(record.get('checkpoint'))).name}, "
+        else:
+            rows, name = {}, ""
+            for key, value in record.items():
+                if key not in (*run_log.COUNTERS, *run_log.TRAINING):
+                    row, _, key = key.rpartition("/")
+                    rows.setdefault(row or COSINE, {})[key] = value
+        if not isinstance(rows, dict) or not all(isinstance(r, dict) for r in rows.values()):
             raise RunError(f"{run.folder / 'eval.jsonl'}: its metrics are not rows of numbers")
+        size = reduced_size(record)
+        source = f"{name}epoch {record.get('epoch')}" + (f", {size}" if size else "")
+        found.pop(source, None)
         found[source] = {
             row: {key: value for key, value in numbers.items() if is_number(value)}
-            for row, numbers in metrics.items()
+            for row, numbers in rows.items()
+            if any(map(is_number, numbers.values()))
         }
     return found
-
-
-def _source(name: str, record: Mapping) -> str:
-    """Where a row comes from, with the reduced size where videos are missing."""
-    size = reduced_size(record)
-    return f"{name}, {size}" if size else name
 
 
 def result_tables(run: Run) -> list[dict]:
@@ -212,11 +189,11 @@ def result_tables(run: Run) -> list[dict]:
 
     add("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos, PRVR_RESULTS.get(datatype))
     newest = list(found.values())[-1]
-    size = f", {run.sizes[-1]}" if run.sizes[-1] else ""
+    size = reduced_size(run.records[-1])
+    size = f", {size}" if size else ""
     for task, (title, columns) in MOMENT_TABLES.items():
-        own = {breakdown(name): row for name, row in task_rows(newest, task).items()}
-        if len(own) > (task == VR):  # alone it would repeat the table above
-            rows = {ROW_NAMES.get(name, name): row for name, row in own.items()}
+        rows = {breakdown(name) or task: row for name, row in task_rows(newest, task).items()}
+        if len(rows) > (task == VR):  # alone it would repeat the table above
             add(title + size, columns, rows, VCMR_RESULTS.get(datatype) if task == VCMR else None)
     if levels := {breakdown(name): row for name, row in task_rows(newest, LEVELS).items()}:
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
@@ -232,14 +209,9 @@ def curves(run: Run) -> dict:
     with matplotlib.rc_context(VECTOR_TEXT):
         figure = draw_curves(runs, {run_log.datatype(run.args)})
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    said = []
-    for name in shown_names(runs):
-        points = run_log.curve(run.epochs, name)
-        (first, start), (last, end) = points[0], points[-1]
-        said.append(
-            f"{run_log.label(name)}: {start:.4g} in epoch {first}, {end:.4g} in epoch {last}"
-        )
-    return {"source": data_uri("image/svg+xml", content.getvalue()), "alt": "; ".join(said)}
+    values = {name: [v for _, v in run_log.curve(run.epochs, name)] for name in shown_names(runs)}
+    alt = "; ".join(f"{run_log.label(n)}: {v[0]:.4g} to {v[-1]:.4g}" for n, v in values.items())
+    return {"source": data_uri("image/svg+xml", content.getvalue()), "alt": alt}
 
 
 def query_cards(
@@ -290,14 +262,20 @@ def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
     """Pictures of main.py --do_plot 1, the newest first; each says which checkpoint it is of.
 
     Args:
-        given: their folder, in place of the run's.
+        given: their folder, of any run; else those of this run's folder name are taken from the
+            run's, which runs on one split share.
     """
     folder = given or run.path("plot_dir") or ROOT / "VIS" / run_log.datatype(run.args)
     found = []
-    paths = folder.glob("attention/*/overview.png")
-    for path in sorted(paths, key=lambda path: -path.stat().st_mtime)[:limit]:
+    paths = sorted(folder.glob("attention/*/overview.png"), key=lambda path: -path.stat().st_mtime)
+    for path in paths:
+        if len(found) == limit:
+            break
         try:
             meta = json.loads((path.parent / "meta.json").read_text(encoding="utf-8"))
+            model = str(meta.get("model"))
+            if not given and Path(model).parent.name != run.folder.resolve().name:
+                continue
             with Image.open(path) as image:
                 image.thumbnail((PICTURE_WIDTH, image.height), Image.LANCZOS)
                 source = image_uri(image, **DRAWING)
@@ -305,8 +283,7 @@ def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
                 f"What event {meta['event']} of video {meta['video']} attends to: "
                 "frames, attention over them, moments, pyramid and scores on one time axis"
             )
-            found.append({"source": source, "alt": alt, "caption": meta["text"],
-                          "model": meta.get("model", "an unnamed checkpoint")})  # fmt: skip
+            found.append({"source": source, "alt": alt, "caption": meta["text"], "model": model})
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             message = f"{path.parent}: its picture or meta.json is corrupt: {error}"
             run.notes.append(f"Attention: {message}")
@@ -322,8 +299,8 @@ def facts(run: Run) -> dict[str, object]:
         "data set": run_log.datatype(run.args),
         "task": run.args.get("subtask_type"),
         "epochs": len(run.epochs),
-        "best epoch": run_log.best_epoch(run.epochs)["epoch"] if run.epochs else None,
-        "evaluated": "; ".join(dict.fromkeys(filter(None, run.sizes))),
+        "best epoch": run.records[0].get("epoch") if run.epochs else None,
+        "evaluated": "; ".join(dict.fromkeys(filter(None, map(reduced_size, run.records)))),
         "trained parameters": f"{trained / 1e6:.2f} M" if is_number(trained) else None,
         "precision": run.args.get("used_precision"),
         "seed": run.args.get("seed"),
