@@ -295,10 +295,14 @@ def a_run(folder: Path, records: list[dict], evaluations: list[dict] = (), **arg
     return Run.read(folder)
 
 
-def test_scores_that_are_not_normalised_are_called_so(tmp_path) -> None:
-    record = {"epoch": 1, "loss": 1.0, "R1": 12.5, "SumR": 99.0, "best_epoch": 1, "row": "dot"}
+@pytest.mark.parametrize(
+    ("named", "args"), [({"row": "dot"}, {}), ({}, {"event_scores": "dot", "subtask_type": "PRVR"})]
+)
+def test_scores_that_are_not_normalised_are_called_so(tmp_path, named, args) -> None:
+    """Also in a log of before rows had names."""
+    record = {"epoch": 1, "loss": 1.0, "R1": 12.5, "SumR": 99.0, "best_epoch": 1} | named
     evaluation = {"checkpoint": "c", "epoch": 1, "metrics": {"dot": {"R1": 12.5}}}
-    run = a_run(tmp_path, [record], [evaluation], datatype="activitynet")
+    run = a_run(tmp_path, [record], [evaluation], datatype="activitynet", **args)
     (table,) = result_tables(run)
     assert list(table["rows"]) == [
         "epoch 1, events not normalised", "evaluated c, epoch 1, events not normalised",
