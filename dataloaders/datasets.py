@@ -30,6 +30,14 @@ class LoaderConfig:
     num_thread_reader: int = 0  # worker processes
 
 
+def check_batch_size(split: Split, batch_size: int) -> None:
+    """DataError: the split has fewer videos than one batch takes."""
+    if batch_size > len(split.videos):
+        raise DataError(
+            f"--batch_size {batch_size}: {split.path} has only {len(split.videos)} videos"
+        )
+
+
 class TrainingLoader(ClipLoader):
     """Shuffled batches of videos with all their captions; an incomplete last batch is dropped.
 
@@ -48,6 +56,7 @@ class TrainingLoader(ClipLoader):
     def __init__(
         self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig
     ):
+        check_batch_size(split, config.batch_size)
         super().__init__(split.videos, clips, num_frames, size, config.num_thread_reader)
         self.max_words = config.max_words
         self.batch_size = config.batch_size
@@ -56,10 +65,6 @@ class TrainingLoader(ClipLoader):
         for query in split.queries:
             captions.setdefault(query.vid_name, []).append(query.desc)
         self.captions = [captions[name] for name in self.names]
-        if not len(self):
-            raise DataError(
-                f"--batch_size {config.batch_size}: {split.path} has only {len(self.names)} videos"
-            )
         self.set_epoch(0)
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ Symbols, here and in every module:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ class ProPy(nn.Module):
             )
         if min(config.num_prompts, config.num_adapter_layers) < 0:
             raise ModelError("the numbers of visual prompts and adapter layers cannot be negative")
-        self.config = config
+        adapters = min(config.num_adapter_layers, sizes.vision_layers)
+        self.config = config = replace(config, num_adapter_layers=adapters)
         self.clip = clip.requires_grad_(not freeze_clip)
         self.pyramid = pyramid = PromptPyramid.from_config(config.pyramid)
         self.num_prompts = config.num_prompts
@@ -119,7 +120,7 @@ class ProPy(nn.Module):
         )
         self.adapters = nn.ModuleList(
             TemporalAdapter(sizes.vision_width, config.adapter_channels, config.adapter_kernel)
-            for _ in range(min(config.num_adapter_layers, sizes.vision_layers))
+            for _ in range(adapters)
         )
         grid_tokens = sizes.grid**2 + 1
         constants = {
@@ -245,11 +246,18 @@ class ProPy(nn.Module):
         Text postfixes stand after the token that is read, and nothing reads the last layer's frames
         beyond their keys and values, so its adapter has no effect.
         """
-        dead = {f"prompts.postfix_proj.{name}" for name in ("weight", "bias")}
-        if len(self.adapters) == self.clip.sizes.vision_layers:
-            last = len(self.adapters) - 1
-            dead |= {f"adapters.{last}.{name}" for name, _ in self.adapters[-1].named_parameters()}
-        return dead
+        dead = ("prompts.postfix_proj.", f"adapters.{self.clip.sizes.vision_layers - 1}.")
+        return {name for name, _ in self.named_parameters() if name.startswith(dead)}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters: all, trained, and trained ones that a gradient can reach."""
+        trained = {name: p.numel() for name, p in self.named_parameters() if p.requires_grad}
+        dead = self.unreachable_parameters()
+        return {
+            "parameters": sum(p.numel() for p in self.parameters()),
+            "trainable": sum(trained.values()),
+            "reached_by_gradient": sum(n for name, n in trained.items() if name not in dead),
+        }
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -229,7 +229,10 @@ def test_flags_that_make_no_sense(capsys, flags, message: str) -> None:
         (("--video_dir", "nowhere"), "nowhere"),
         (("--pretrained_clip_name", "ViT-B/16"), "ViT-B-16.pt"),
         (("--pyr_config_path", "annos.jsonl"), "annos.jsonl"),
-        (("--batch_size", "5"), "--batch_size 5: annos.jsonl has only 4 videos"),
+        (
+            ("--batch_size", "5", "--pretrained_clip_name", "not_read.pt"),
+            "--batch_size 5: annos.jsonl has only 4 videos",
+        ),
         (("--max_words", "99"), "77"),
     ],
 )

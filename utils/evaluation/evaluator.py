@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dataloaders.annotations import VAL, Query, Split, Video
 from dataloaders.clips import ClipSource
 from dataloaders.datasets import EvaluationLoader, LoaderConfig, evaluation_text_batches
-from modules.pyramid import PromptPyramid
 from modules.readout import Readout, best_event
 from utils import RunError
 from utils.evaluation.embed import Embeddings, embed_texts, embed_videos
@@ -100,13 +99,9 @@ class Evaluator:
             # The metrics read no more than the first 100.
             limit = EXPORTED_MOMENTS if predictions_dir else max(RECALL_RANKS)
             predictions = predict_moments(
-                embeddings,
-                self.split,
-                self.proposals,
-                per_video=self.config.npev,
-                limit=limit,
-                readout=self.readout,
-            )
+                embeddings, self.split, self.proposals,
+                per_video=self.config.npev, limit=limit, readout=self.readout,
+            )  # fmt: skip
             if self.evaluate_vcmr:
                 rows = vcmr_rows(predictions, self.split.queries, self.config.window_rule)
             if predictions_dir:
@@ -120,9 +115,8 @@ class Evaluator:
     def score(self, rows: Rows) -> float:
         """What chooses the best epoch: SumR, or for moments the sum of R@{1,10,100} at IoU 0.5
         and 0.7 (SPEC §8). Equal sums of recalls tie, however they were rounded."""
-        if self.evaluate_vcmr:
-            return round(selection_score(rows[VCMR]), 6)
-        return round(next(iter(rows.values()))["SumR"], 6)
+        first = next(iter(rows.values()))
+        return round(selection_score(rows[VCMR]) if self.evaluate_vcmr else first["SumR"], 6)
 
     def check_times(self, training: bool) -> None:
         """A warning if moments are to be scored, but not all queries have times.
@@ -166,25 +160,23 @@ class CorpusEvaluator(Evaluator):
 
     Args:
         clips: where the split's videos are.
-        size: side of the square frames, in pixels.
+        model: gives the pyramid, the size of frames and the read-out.
         loading: of texts and videos.
-        split, config, missing, readout: see `Evaluator`.
+        split, config, missing: see `Evaluator`.
     """
 
     def __init__(
         self,
         split: Split,
         clips: ClipSource,
-        pyramid: PromptPyramid,
-        size: int,
+        model: nn.Module,
         loading: LoaderConfig,
         config: EvalConfig,
         missing: MissingVideos | None = None,
-        readout: Readout = best_event,
     ) -> None:
-        super().__init__(split, pyramid.proposals, config, missing, readout)
-        self.clips, self.num_frames, self.size = clips, pyramid.num_frames, size
-        self.loading = loading
+        super().__init__(split, model.pyramid.proposals, config, missing, model.readout)
+        self.clips, self.loading = clips, loading
+        self.num_frames, self.size = model.pyramid.num_frames, model.input_resolution
         self.texts = evaluation_text_batches(split.queries, loading.max_words, TEXT_BATCH)
         self.loader = self.load_videos(split.videos)
 
@@ -209,12 +201,8 @@ class CorpusEvaluator(Evaluator):
 def vcmr_rows(
     predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
 ) -> Rows:
-    """Video corpus moment retrieval, and with it PRVR, as rows of metrics.
-
-    Returns:
-        "cosine": what PRVR gives; the rows of `moment_report`; "levels/…": those of
-        `level_report`, if there are times.
-    """
+    """PRVR's row "cosine", those of `moment_report`, and, if there are times, those of
+    `level_report` as "levels/…"."""
     rows = {COSINE: recall_metrics(predictions.target_rank)}
     rows |= moment_report(predictions, queries, window_rule)
     if any(query.windows for query in queries):

@@ -36,7 +36,6 @@ from utils.evaluation.rows import (
 )
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import atomic_write, read_records, writing
-from utils.misc import is_number
 from utils.missing_videos import missing_counts, reduced_size
 from utils.pictures.attention_store import ATTENTION
 from utils.pictures.draw import VECTOR_TEXT
@@ -160,7 +159,7 @@ def result_rows(run: Run) -> dict[str, Rows]:
         best = run_log.best_epoch(run.epochs)
         rows: Rows = {}
         for name, value in best.items():
-            if is_number(value) and name not in (*run_log.COUNTERS, *run_log.TRAINING):
+            if run_log.is_number(value) and name not in (*run_log.COUNTERS, *run_log.TRAINING):
                 row, _, key = name.rpartition("/")
                 rows.setdefault(row or COSINE, {})[key] = value
         found[_source(f"epoch {best['epoch']}", best)] = rows
@@ -172,7 +171,7 @@ def result_rows(run: Run) -> dict[str, Rows]:
         if not isinstance(metrics, dict) or not all(isinstance(r, dict) for r in metrics.values()):
             raise RunError(f"{run.folder / 'eval.jsonl'}: its metrics are not rows of numbers")
         found[source] = {
-            row: {key: value for key, value in numbers.items() if is_number(value)}
+            row: {key: value for key, value in numbers.items() if run_log.is_number(value)}
             for row, numbers in metrics.items()
         }
     return found
@@ -337,7 +336,7 @@ def facts(run: Run) -> dict[str, object]:
         "epochs": len(run.epochs),
         "best epoch": run_log.best_epoch(run.epochs)["epoch"] if run.epochs else None,
         "evaluated": "; ".join(dict.fromkeys(filter(None, run.sizes))),
-        "trained parameters": f"{trained / 1e6:.2f} M" if is_number(trained) else None,
+        "trained parameters": f"{trained / 1e6:.2f} M" if run_log.is_number(trained) else None,
         "precision": run.args.get("used_precision"),
         "seed": run.args.get("seed"),
         "revision": str(run.args.get("git", ""))[:12],

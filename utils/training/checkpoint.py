@@ -79,10 +79,11 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def epochs_of(path: Path) -> int | None:
     """Epochs that a file is a checkpoint right after; None if it is no such checkpoint."""
     try:
-        content = read_checkpoint(path)
+        with naming(path):
+            progress = _progress(read_checkpoint(path))
     except ModelError:
         return None
-    return None if content.get("sums", {}).get("steps") else content.get("epoch")
+    return None if progress.sums.steps else progress.epoch
 
 
 def load_checkpoint(
@@ -123,7 +124,11 @@ def _progress(content: dict) -> Progress:
         return Progress(epoch=int(content.get("epoch", 0)), from_authors=True)
     own = {name: content[name] for name in asdict(Progress()) if name in content}
     sums = EpochSums(**own.pop("sums"))
-    return Progress(**own, sums=sums, has_optimizer="optimizer" in content)
+    progress = Progress(**own, sums=sums, has_optimizer="optimizer" in content)
+    numbers = (progress.epoch, progress.global_step, progress.best_score or 0, sums.steps)
+    if not all(type(number) in (int, float) and number >= 0 for number in numbers):
+        raise ModelError("its numbers of epochs and steps or its best score are damaged")
+    return progress
 
 
 def _resume(

@@ -138,9 +138,7 @@ class Trainer:
         self.progress = self._resume(resume, flags, facts) if resume else Progress()
         self.progress.args, self.progress.facts = flags, facts
         self.learning_rate = partial(
-            learning_rate,
-            total_steps=len(loader) * config.epochs,
-            peak=config.lr,
+            learning_rate, total_steps=len(loader) * config.epochs, peak=config.lr
         )
         self.epoch_log = EpochLog(folder, self.progress.global_step if resume else None)
         self.signals = DeferredSignals()
@@ -184,8 +182,8 @@ class Trainer:
                     self._train()
                 self._evaluate()
             self.signals.check()
-        if progress.best_epoch is None:
-            return self.latest
+        if progress.best_epoch is None:  # forgotten, and no epoch was left to be the best
+            return self._last_good
         logger.info(
             "best epoch %s, score %.2f: %s", progress.best_epoch, progress.best_score, self.best
         )
