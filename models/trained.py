@@ -52,8 +52,7 @@ def load_propy(
     Args:
         checkpoint: of this program or of the authors'. Files without a configuration get what can
             be read off their tensors, the published setting else, and a warning.
-        clip_weights: file or content; by default what the checkpoint names, or the published
-            ViT-B/32 in ``CLIP_weights``.
+        clip_weights: file or content; by default what the checkpoint names, in ``CLIP_weights``.
         trust_archive: see ``models.clip_weights.read_weights``.
 
     Raises:
@@ -109,11 +108,7 @@ def is_from_authors(content: Mapping) -> bool:
 
 
 def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
-    """A checkpoint's tensors into a model that they fit.
-
-    Args:
-        content: as `read_checkpoint` gives it.
-        path: for messages.
+    """The tensors of `read_checkpoint` into a model that they fit.
 
     Raises:
         ModelError: a missing, unexpected, misshapen or non-finite tensor, another CLIP, another
@@ -158,11 +153,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def saved_weights(model: ProPy) -> dict:
-    """What a checkpoint of this program holds of a model.
-
-    Raises:
-        ModelError: a weight is not finite.
-    """
+    """What a checkpoint of this program holds of a model. ModelError: a weight is not finite."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
@@ -201,12 +192,11 @@ def _config_of(content: Mapping) -> ProPyConfig:
             raise ModelError(f"unknown settings {', '.join(sorted(unknown))}: a newer version's")
         return ProPyConfig(**content["config"])
     state, args = content["state_dict"], content.get("args", {})
+    layers = len({name.split(".")[1] for name in state if name.startswith("adapters.")})
+    sizes = {"num_adapter_layers": layers}
     try:
-        sizes = {
-            "num_prompts": state["prompts.visual_prompts"].shape[1],
-            "num_adapter_layers": len({n.split(".")[1] for n in state if n[:9] == "adapters."}),
-        }
-        if sizes["num_adapter_layers"]:
+        sizes["num_prompts"] = state["prompts.visual_prompts"].shape[1]
+        if layers:
             channels, _, kernel, _ = state["adapters.0.conv.weight"].shape
             sizes |= {"adapter_channels": channels, "adapter_kernel": kernel}
         num_events = len(state["prompts.event_prompts"])
@@ -239,9 +229,9 @@ def _check_config(content: Mapping, model: ProPy) -> None:
         ours, theirs = asdict(model.config), content["config"]
         theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
         different = [
-            f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
-            for name in theirs
-            if name not in NOT_COMPARED and theirs[name] != ours.get(name)
+            f"{name} {value!r}, not {ours.get(name)!r}"
+            for name, value in theirs.items()
+            if name not in NOT_COMPARED and value != ours.get(name)
         ]
         if different:
             raise ModelError(f"trained with {'; '.join(different)}: give the same settings")

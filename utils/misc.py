@@ -103,7 +103,5 @@ def usable_cores() -> int:
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """The batch with its tensors on the device; names stay."""
-    return {
-        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-        for key, value in batch.items()
-    }
+    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    return batch | {key: value.to(device, non_blocking=True) for key, value in tensors.items()}

@@ -66,13 +66,9 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        split: Split,
-        proposals: Tensor,
-        config: EvalConfig,
-        missing: MissingVideos | None = None,
-        readout: Readout = best_event,
-    ) -> None:
+        self, split: Split, proposals: Tensor, config: EvalConfig,
+        missing: MissingVideos | None = None, readout: Readout = best_event,
+    ) -> None:  # fmt: skip
         self.split, self.proposals, self.config = split, proposals, config
         self.missing, self.readout = missing, readout
         self.evaluate_vcmr = config.subtask_type == VCMR
@@ -124,14 +120,15 @@ class Evaluator:
         Raises:
             RunError: none has, so no best epoch could be chosen by them.
         """
-        missing = times_missing(self.split.queries) if self.evaluate_vcmr else None
-        if missing and training and not any(query.windows for query in self.split.queries):
+        queries, path = self.split.queries, self.split.path
+        missing = times_missing(queries) if self.evaluate_vcmr else None
+        if missing and training and not any(query.windows for query in queries):
             raise RunError(
-                f"{self.split.path}: {missing}, so no best epoch can be chosen: train with "
-                "--subtask_type PRVR, or give validation annotations with times"
+                f"{path}: {missing}, so no best epoch can be chosen: train with --subtask_type "
+                "PRVR, or give validation annotations with times"
             )
         if missing:
-            logger.warning("%s: %s", self.split.path, missing)
+            logger.warning("%s: %s", path, missing)
 
     def counts(self) -> dict[str, int]:
         """For the records of a run: numbers of videos and queries, where some are missing."""
@@ -148,11 +145,10 @@ class Evaluator:
         shown = [metrics_table(table, PRVR_COLUMNS)]
         if VR in rows:
             shown.append(report_tables(rows, VCMR_RESULTS.get(datatype)))
-        levels = {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}
-        if levels:
+        if levels := {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}:
             shown.append(level_table(levels))
-        note = self.missing.summary(VAL) if self.missing else None
-        return [f"{table}\n{note}" for table in shown] if note else shown
+        size = self.missing.summary(VAL) if self.missing else None
+        return [f"{table}\n{size}" for table in shown] if size else shown
 
 
 class CorpusEvaluator(Evaluator):
@@ -166,14 +162,9 @@ class CorpusEvaluator(Evaluator):
     """
 
     def __init__(
-        self,
-        split: Split,
-        clips: ClipSource,
-        model: nn.Module,
-        loading: LoaderConfig,
-        config: EvalConfig,
-        missing: MissingVideos | None = None,
-    ) -> None:
+        self, split: Split, clips: ClipSource, model: nn.Module, loading: LoaderConfig,
+        config: EvalConfig, missing: MissingVideos | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(split, model.pyramid.proposals, config, missing, model.readout)
         self.clips, self.loading = clips, loading
         self.num_frames, self.size = model.pyramid.num_frames, model.input_resolution
