@@ -60,7 +60,7 @@ def sha256_of(path: Path) -> str:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Numbers that can be looked at and copied: not sparse, quantized, or without values (meta);
+    """Numbers that can be read and copied: not sparse, quantized, or without values (meta);
     nor more of them than the file has, as a damaged shape may claim."""
     if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
         return False

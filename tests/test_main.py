@@ -16,6 +16,7 @@ from scripts import score_predictions
 from tests.corpus import FLAGS, TRAIN, tiny_corpus
 from tests.forked_main import ForkedMain
 from utils.arguments import build_parser, parse_args
+from utils.evaluation.published import split_size_warning
 
 ROOT = Path(__file__).resolve().parent.parent
 VCMR = ("--subtask_type", "VCMR")
@@ -197,6 +198,16 @@ def test_moment_scripts_are_the_video_scripts_with_another_task(split, stubbed_s
         assert flags[task].pop("--output_dir") == f"logs/{task.lower()}_{split}"
     assert flags["VCMR"] == flags["PRVR"]
     assert flags["VCMR"]["--wd"] == "7"
+
+
+def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
+    script = stubbed_scripts / "prvr_custom.sh"
+    _, *words = words_of(script, split="mine", subtask_type="VCMR", do_train="0", do_eval="1")
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    assert flags["--output_dir"] == "logs/vcmr_mine" and flags["--plot_dir"] == "VIS/mine"
+    assert flags["--prvr_val_annos"] == "annotations/mine/val.jsonl"
+    assert "--prvr_train_annos" not in flags
+    assert split_size_warning(flags["--datatype"], "val", 3, 7) is None
 
 
 @pytest.mark.parametrize(

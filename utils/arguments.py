@@ -108,7 +108,7 @@ def checkpoint(text: str) -> Path | str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags, without a look at how they combine."""
+    """All flags; `parse_args` checks how they combine."""
     parser = _Parser(
         description="Train and evaluate ProPy for partially relevant video retrieval, and for "
         "weakly supervised moment retrieval from a corpus of videos.",

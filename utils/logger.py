@@ -1,4 +1,4 @@
-"""What a run leaves behind to read: log.txt for people, log.jsonl for programs, TensorBoard."""
+"""What a run leaves to read: log.txt for people, log.jsonl for programs, TensorBoard."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Evaluator:
 
     def tables(self, rows: Rows) -> list[str]:
         """The metrics of `run` as tables, over the data set's published row where there is one;
-        each names what the split lacks, if it does."""
+        each names what is missing."""
         datatype = self.config.datatype
         names = {COSINE: "ProPy", DOT: "ProPy, events not normalised"}
         table = {names[row]: numbers for row, numbers in rows.items() if row in names}

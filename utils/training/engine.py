@@ -89,7 +89,7 @@ def batch_gradient(
     """The gradient of the whole batch's loss, scaled, into the parameters; returns the loss.
 
     Own rows are embedded, those of all processes gathered, the loss is that of all; its gradient of
-    the own rows goes on into the network. With several micro-batches only one of them holds its
+    the own rows continues into the network. With several micro-batches only one of them holds its
     activations at a time (Gao et al., 2021, "GradCache"): all are embedded without a graph first,
     and each once more for its gradient. A third more work, the same numbers, where adding up the
     losses of small batches would be another loss: a text would meet those of its own batch only.
