@@ -16,6 +16,7 @@ from scripts import score_predictions
 from tests.corpus import FLAGS, TRAIN, tiny_corpus
 from tests.forked_main import ForkedMain
 from utils.arguments import build_parser, parse_args
+from utils.evaluation.published import split_size_warning
 
 ROOT = Path(__file__).resolve().parent.parent
 VCMR = ("--subtask_type", "VCMR")
@@ -199,6 +200,16 @@ def test_moment_scripts_are_the_video_scripts_with_another_task(split, stubbed_s
     assert flags["VCMR"]["--wd"] == "7"
 
 
+def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
+    script = stubbed_scripts / "prvr_custom.sh"
+    _, *words = words_of(script, split="mine", subtask_type="VCMR", do_train="0", do_eval="1")
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    assert flags["--output_dir"] == "logs/vcmr_mine" and flags["--plot_dir"] == "VIS/mine"
+    assert flags["--prvr_val_annos"] == "annotations/mine/val.jsonl"
+    assert "--prvr_train_annos" not in flags
+    assert split_size_warning(flags["--datatype"], "val", 3, 7) is None
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -229,7 +240,10 @@ def test_flags_that_make_no_sense(capsys, flags, message: str) -> None:
         (("--video_dir", "nowhere"), "nowhere"),
         (("--pretrained_clip_name", "ViT-B/16"), "ViT-B-16.pt"),
         (("--pyr_config_path", "annos.jsonl"), "annos.jsonl"),
-        (("--batch_size", "5"), "--batch_size 5: annos.jsonl has only 4 videos"),
+        (
+            ("--batch_size", "5", "--pretrained_clip_name", "not_read.pt"),
+            "--batch_size 5: annos.jsonl has only 4 videos",
+        ),
         (("--max_words", "99"), "77"),
     ],
 )

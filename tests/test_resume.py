@@ -307,6 +307,13 @@ def test_a_finished_run_without_its_best_checkpoint(program, whole, tmp_path) ->
     run(program, *evaluation, str(tmp_path / "ckpt.pth.tar"))
 
 
+def test_a_finished_run_whose_scores_do_not_compare_any_more(program, whole, tmp_path) -> None:
+    """In another folder, where no checkpoint is written: the last one is evaluated."""
+    resume = ["--resume", str(whole / "ckpt.pth.tar"), "--event_scores", "dot", "--do_eval", "1"]
+    told = run(program, *flags(tmp_path), *resume)
+    assert "earlier scores do not compare" in told and (tmp_path / "eval.jsonl").is_file()
+
+
 @pytest.mark.parametrize(
     ("when", "act", "messages"),
     [

@@ -286,17 +286,20 @@ def test_a_worker_that_dies_names_the_clips_being_read(video_dir, monkeypatch):
 
 
 def test_a_worker_that_hangs_names_the_clips_being_read(video_dir, monkeypatch):
-    """Stopped as by storage that does not answer: nothing in the worker itself runs any more."""
+    """Stopped as by storage that does not answer: nothing in the worker itself runs any more. At
+    its first clip, since it could not hand over a batch that it had read before either."""
+    videos = corpus_videos(make_queries())
+    first = f"{videos[0].vid_name}.mp4"
 
-    def stop_at_v5(path, *rest):
-        if path.name == "v5.mp4":
+    def stop_at_first(path, *rest):
+        if path.name == first:
             os.kill(os.getpid(), signal.SIGSTOP)
         return load_clip(path, *rest)
 
-    monkeypatch.setattr(clips, "load_clip", stop_at_v5)
+    monkeypatch.setattr(clips, "load_clip", stop_at_first)
     monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 2)
-    loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=1)
-    with pytest.raises(DataError, match=r"a loader worker hangs: .*v5\.mp4"):
+    loader = make_evaluation_loader(video_dir, videos, num_workers=1)
+    with pytest.raises(DataError, match=rf"a loader worker hangs: .*{first}"):
         list(loader)
 
 

@@ -187,9 +187,7 @@ def test_what_is_kept_of_a_reduced_split_can_be_used(damaged, tmp_path, capsys):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     done = damaged.main(*evaluate, "--load_embeddings", kept)
-    assert (
-        done.returncode == 1 and "without the 2 videos it lacks: --allow_missing 1" in done.stderr
-    )
+    assert done.returncode == 1 and "without the 2 missing videos: --allow_missing 1" in done.stderr
     done = damaged.main(*evaluate, "--load_embeddings", kept, "--allow_missing", "1")
     assert done.returncode == 0 and size in done.stdout, done.stdout + done.stderr
     computed, again = map(json.loads, (damaged.logs / "eval.jsonl").read_text().splitlines()[-2:])

@@ -10,7 +10,6 @@ from models import build_model, reference
 from modules import ModelError
 from modules.losses import video_text_loss
 from tests.golden_model import GoldenModel
-from utils.misc import parameter_report
 from utils.training.engine import train_step
 from utils.training.optim import build_optimizer
 
@@ -204,7 +203,7 @@ def test_published_parameter_count() -> None:
         GoldenModel.read("vitb32").clip_state(),
         {"Nf": 32, "H": [[2, 2], [2, 1], [3, 2], [3, 2], [3, 1]]},
     )
-    report = parameter_report(model, model.unreachable_parameters())
+    report = model.parameter_counts()
     assert round(report["trainable"] / 1e6, 2) == 7.98
     assert report["reached_by_gradient"] < report["trainable"]
 

@@ -195,6 +195,8 @@ NO_TENSOR = r"'clip\.visual\.proj' is not a plain tensor"
     [
         (lambda c: c.update(sums={"stops": 1}), "not a checkpoint of this program: TypeError"),
         (lambda c: c.pop("backbone"), "not a checkpoint of this program: KeyError"),
+        (lambda c: c.update(epoch="3"), "numbers of epochs and steps .* are damaged"),
+        (lambda c: c.update(global_step=None), "numbers of epochs and steps .* are damaged"),
         (lambda c: c.update(format="propy-99"), "'propy-99'.* newer version"),
         (lambda c: c.update(format=None), "newer version"),
         (lambda c: c["config"].update(readout="other"), "trained with readout 'other', not 'max'"),
@@ -413,6 +415,35 @@ def test_a_checkpoint_opens_without_its_flags(golden, tmp_path, change) -> None:
     seconds = 30.5 if change is not without_config else None
     assert opened.config == replace(model.config, clip_seconds=seconds)
     assert not opened.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["config"].update(adapter_kernel=4), "kernel size must be odd"),
+        (lambda c: c["config"].update(num_prompts="many"), "TypeError"),
+        (lambda c: c.pop("global_step"), "KeyError: 'global_step'"),
+        (without_config, "8 events, and its pyramid .*/elsewhere.json.* is not here"),
+    ],
+)
+def test_a_damaged_checkpoint_does_not_open(golden, tmp_path, change, message: str) -> None:
+    path, args = tmp_path / "wrong.pth.tar", {"pyr_config_path": "/elsewhere.json"}
+    save_checkpoint(path, *trained(golden), Progress(args=args))
+    rewrite(path, change)
+    with pytest.raises(ModelError, match=rf"wrong\.pth\.tar: .*{message}"):
+        load_propy(path, golden.clip_state())
+
+
+def test_an_old_checkpoint_of_another_machine_opens(tmp_path, caplog) -> None:
+    """Its pyramid's file is not there: it is the published one, as the events' proposals prove."""
+    golden = GoldenModel.read("small224")
+    path = tmp_path / "c"
+    args = {"pyr_config_path": "/elsewhere/cfg_32.json", "max_words": 64}
+    facts = {"frames of a video": "16"}  # for the warning
+    save_checkpoint(path, *trained(golden), Progress(args=args, facts=facts))
+    rewrite(path, without_config)
+    assert load_propy(path, golden.clip_state()).config.max_words == 64
+    assert "trained with frames of a video 16, but is used with 32" in caplog.text
 
 
 def test_the_authors_checkpoint_opens_with_the_published_setting(tmp_path, caplog) -> None:

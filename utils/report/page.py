@@ -26,7 +26,6 @@ from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
 from utils.evaluation.rows import COSINE, DOT, LEVELS, SVMR, VCMR, VR, Rows, breakdown, task_rows
 from utils.evaluation.tables import PRVR_COLUMNS, cell
 from utils.files import atomic_write, read_records, writing
-from utils.misc import is_number
 from utils.missing_videos import missing_counts, reduced_size
 from utils.pictures.draw import VECTOR_TEXT
 from utils.report import run_log
@@ -165,7 +164,7 @@ def result_rows(run: Run) -> dict[str, Rows]:
         source = f"{name}epoch {record.get('epoch')}" + (f", {size}" if size else "")
         found.pop(source, None)
         found[source] = {
-            row: {key: value for key, value in numbers.items() if is_number(value)}
+            row: {key: value for key, value in numbers.items() if run_log.is_number(value)}
             for row, numbers in rows.items()
             if any(map(is_number, numbers.values()))
         }
@@ -301,7 +300,7 @@ def facts(run: Run) -> dict[str, object]:
         "epochs": len(run.epochs),
         "best epoch": run.records[0].get("epoch") if run.epochs else None,
         "evaluated": "; ".join(dict.fromkeys(filter(None, map(reduced_size, run.records)))),
-        "trained parameters": f"{trained / 1e6:.2f} M" if is_number(trained) else None,
+        "trained parameters": f"{trained / 1e6:.2f} M" if run_log.is_number(trained) else None,
         "precision": run.args.get("used_precision"),
         "seed": run.args.get("seed"),
         "revision": str(run.args.get("git", ""))[:12],

@@ -11,7 +11,6 @@ from utils import RunError
 from utils.evaluation.rows import DOT, VCMR
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import read_records
-from utils.misc import is_number
 
 # Counters of log.jsonl, which make no curve.
 COUNTERS = (
@@ -105,3 +104,8 @@ def best_epoch(epochs: list[dict]) -> dict:
 
 def _is_epoch(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def is_number(value: object) -> bool:
+    """True for finite numbers, which True and False are not, of a size that can be drawn."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
