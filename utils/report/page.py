@@ -166,7 +166,7 @@ def result_rows(run: Run) -> dict[str, Rows]:
         found[source] = {
             row: {key: value for key, value in numbers.items() if run_log.is_number(value)}
             for row, numbers in rows.items()
-            if any(map(is_number, numbers.values()))
+            if any(map(run_log.is_number, numbers.values()))
         }
     return found
 
