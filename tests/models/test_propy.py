@@ -69,15 +69,6 @@ def test_equals_plain_definition(pyramid, adapters: int) -> None:
         assert (a - b).abs().max() < 1e-10, name
 
 
-def test_postfix_prompts_cannot_change_a_text() -> None:
-    model = random_model()
-    token_ids = random_batch(model)["token_ids"]
-    before = reference.encode_text(model, token_ids)
-    with torch.no_grad():
-        model.prompts.postfix_proj.weight.normal_()
-    assert torch.equal(before, reference.encode_text(model, token_ids))
-
-
 def test_uint8_frames_are_normalised_on_the_device() -> None:
     model = random_model().float()
     frames = torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8)
@@ -112,8 +103,7 @@ def test_events_see_their_own_frames_only() -> None:
         difference = (model.encode_video(frames) - model.encode_video(changed)).abs().amax(-1)[0]
     spans = model.pyramid.spans
     assert (difference[spans[:, 1] == 8] > 1e-6).all()
-    # whoever is no relative of a relative that holds the last frame: nobody in a pyramid, whose
-    # top sees all and is seen by all, once there are two layers; so look at one layer's attention
+    # Over two layers the top, which sees all and is seen by all, passes it on: so one layer's.
     _, attention = model.encode_video(frames, return_attention=True)
     assert (attention[:, 0][:, ~model.visibility] == 0).all()
     torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
@@ -154,16 +144,6 @@ def test_mixed_precision_stays_close(precision: str) -> None:
     assert losses[1] != losses[0], "autocast did nothing"
 
 
-def test_only_new_parameters_train_on_a_frozen_clip() -> None:
-    model = random_model()
-    frozen = {n: p.clone() for n, p in model.named_parameters() if n.startswith("clip.")}
-    optimizer = build_optimizer(model, 1e-2, 1.0, 0.2)
-    train_step(model, random_batch(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            assert torch.equal(parameter, frozen[name]), name
-
-
 def test_initial_values() -> None:
     torch.manual_seed(0)
     model = build_model(GoldenModel.read("m3").clip_state(), PYRAMID, adapter_channels=32)
@@ -184,9 +164,6 @@ def test_more_visual_than_text_layers() -> None:
     model = build_model(short, PYRAMID)
     assert len(model.prompts.visual_prompts) == 3
     assert model.encode_text(tokenize(["a dog"], 8)).shape == (1, 64)
-    swapped = {k: v for k, v in state.items() if not k.startswith("visual.transformer.resblocks.2")}
-    with pytest.raises(ValueError, match="3 text layers"):
-        build_model(swapped, PYRAMID)
 
 
 def test_wrong_frames_are_refused() -> None:
