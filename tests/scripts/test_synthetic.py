@@ -28,7 +28,7 @@ SIZE = 64
 
 
 def is_true_of(meaning: Meaning, shots: Sequence[Shot]) -> bool:
-    """Whether one of the shots is a moment that the caption can mean, found by looking."""
+    """Whether one of the shots is a moment that the caption can mean."""
     return any(
         (meaning.thing.colour, meaning.thing.shape) == (shot.thing.colour, shot.thing.shape)
         and (meaning.thing.size == shot.thing.size or None in (meaning.thing.size, shot.thing.size))
@@ -44,17 +44,11 @@ def clips():
 
 
 def test_a_seed_gives_one_corpus(clips) -> None:
-    assert draw_clips("test", 24, seed=3) == clips
     assert draw_clips("test", 24, seed=4) != clips
     assert draw_clips("test", 6, seed=3) == clips[:6], "a longer split starts alike"
     pictures, captions = draw_pictures(20, SIZE, seed=1)
     again, same = draw_pictures(20, SIZE, seed=1)
     assert (pictures == again).all() and captions == same
-
-
-def test_odd_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="even"):
-        draw_clips("test", 3, seed=0)
 
 
 def test_lengths_and_times(clips) -> None:
@@ -144,22 +138,18 @@ def test_files_are_what_the_loaders_read(clips, tmp_path) -> None:
         assert np.abs(decoded - rendered).mean() < 8, "more than the codec's loss"
 
 
-def test_pictures_say_nothing_of_motion() -> None:
-    _, captions = draw_pictures(300, SIZE, seed=0)
+def test_pictures_show_what_their_captions_name() -> None:
+    """A thing's colour is seen exactly where a caption names one, the others' colours never; of
+    motion the captions say nothing."""
+    pictures, captions = draw_pictures(300, SIZE, seed=0)
     words = {word for caption in captions for word in caption.split()}
     assert not words & {"moves", "slides", "rises", "sinks", "becomes", "gets"}
     assert {"left", "right", "top", "bottom", "small", "large"} <= words
-
-
-def test_pictures_show_what_their_captions_name() -> None:
-    """A thing's colour is seen exactly where a caption names one, the others' colours never."""
-    pictures, captions = draw_pictures(300, SIZE, seed=0)
     places = {name for names, _, _ in BACKGROUNDS.values() for name in names}
     hidden = 0
     for picture, caption in zip(pictures.astype(int), captions, strict=True):
-        seen = {
-            name for name, tone in COLOURS.items() if (np.abs(picture - tone).sum(-1) < 40).any()
-        }
+        far = {name: np.abs(picture - tone).sum(-1).min() for name, tone in COLOURS.items()}
+        seen = {name for name, distance in far.items() if distance < 40}
         assert seen == set(caption.split()) & set(COLOURS), caption
         hidden += not seen
         assert seen or caption in places, "where nothing is seen, only the place is named"

@@ -99,10 +99,10 @@ def test_metrics_keep_to_their_memory(corpus, chunk):
     proposals = torch.rand(N_e, 2)
     ranks = rank_videos(embeddings, split.target)
     moments = predict_moments(embeddings, split, proposals, limit=5)
-    with LargestTensor(*embeddings) as of_ranks:
+    with LargestTensor(embeddings.events, embeddings.texts) as of_ranks:
         assert rank_videos(embeddings, split.target, chunk=chunk).equal(ranks)
     assert of_ranks.numel <= max(chunk, N_e * T, embeddings.events.numel())
-    with LargestTensor(*embeddings) as of_moments:
+    with LargestTensor(embeddings.events, embeddings.texts) as of_moments:
         found = predict_moments(embeddings, split, proposals, limit=5, chunk=chunk)
     for name in ("videos", "events", "scores", "target_rank"):
         assert getattr(found, name).equal(getattr(moments, name)), name

@@ -57,8 +57,8 @@ def random_embeddings():
 
 @pytest.fixture
 def predictions(queries):
-    events, texts = random_embeddings()
-    return predict(texts, events, queries)
+    embeddings = random_embeddings()
+    return predict(embeddings.texts, embeddings.events, queries)
 
 
 @pytest.fixture
