@@ -170,6 +170,7 @@ def hang_while_reading(clip: int) -> None:
 
     def act(*_) -> None:
         if next(numbers) == clip:
+            time.sleep(1)  # the batch before is sent by a thread of the worker
             os.kill(os.getpid(), signal.SIGSTOP)
 
     before(dataloaders.video, "load_clip", act)

@@ -108,7 +108,7 @@ import decord, torch
 
 def recorded(owner, name):
     real = getattr(owner, name)
-    setattr(owner, name, lambda *arguments: calls.append(name) or real(*arguments))
+    setattr(owner, name, lambda *a, **k: calls.append(name) or real(*a, **k))
 
 calls = []
 recorded(os, "register_at_fork")

@@ -223,17 +223,6 @@ def before_decoding(monkeypatch):
     )
 
 
-def test_workers_read_before_the_first_batch_is_asked_for(video_dir, before_decoding, tmp_path):
-    before_decoding(lambda path: (tmp_path / path.name).touch())
-    loader = make_evaluation_loader(video_dir, num_workers=1)
-    batches = iter(loader)
-    deadline = time.monotonic() + 60
-    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert any(tmp_path.iterdir())
-    assert len(list(batches)) == len(loader)
-
-
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -258,11 +247,14 @@ def test_a_signal_does_not_end_workers(video_dir, before_decoding):
 
 
 def test_workers_end_with_the_iteration(video_dir):
-    loader = make_evaluation_loader(video_dir, num_workers=2)
+    """Also if they were forked after decoding in this process."""
     others = multiprocessing.active_children()
-    for iterate in (lambda: list(loader), lambda: next(iter(loader))):
-        iterate()
-        assert set(multiprocessing.active_children()) <= set(others)
+    expected = list(make_evaluation_loader(video_dir))
+    loader = make_evaluation_loader(video_dir, num_workers=2)
+    assert all(map(same, loader, expected))
+    next(iter(loader))
+    assert set(multiprocessing.active_children()) <= set(others)
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode ")]
 
 
 PROGRAM = """
@@ -302,9 +294,3 @@ def test_a_worker_that_continues_to_read_is_waited_for(video_dir, before_decodin
     monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 0.5)
     loader = make_training_loader(video_dir, num_workers=1, batch_size=11)
     assert [len(batch["vid_names"]) for batch in loader] == [11]
-
-
-def test_workers_may_be_forked_after_decoding_in_the_main_process(video_dir):
-    expected = list(make_evaluation_loader(video_dir))
-    assert all(map(same, make_evaluation_loader(video_dir, num_workers=3), expected))
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode ")]
