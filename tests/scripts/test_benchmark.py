@@ -96,8 +96,7 @@ def test_the_program_computes_hardly_more_than_the_definition_needs() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [("--frames", "8", "7"), ("--repeats", "0"), ("--videos", "-1"), ("--json", "nowhere/b.json")],
+    "flags", [("--frames", "8", "7"), ("--repeats", "0"), ("--json", "nowhere/b.json")]
 )
 def test_values_that_make_no_sense_are_refused(flags, capsys) -> None:
     with pytest.raises(SystemExit):
