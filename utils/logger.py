@@ -1,4 +1,4 @@
-"""What a run leaves behind to read: log.txt for people, log.jsonl for programs, TensorBoard."""
+"""What a run leaves to read: log.txt for people, log.jsonl for programs, TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,22 +15,14 @@ from utils.files import append_line, read_records, writing
 MEASURED = ("data_time", "step_time", "memory_gib")
 
 
-def setup_logging(folder: Path | None) -> logging.Logger:
-    """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``.
-
-    Warnings of libraries go the same way.
-
-    Args:
-        folder: None in a process that does not write, which has only errors on its terminal.
-
-    Raises:
-        OutputError: log.txt cannot be opened.
-    """
+def setup_logging(folder: Path | None) -> None:
+    """What this program logs, and libraries' warnings, to the terminal and to ``folder/log.txt``,
+    which is appended to; errors alone, and to the terminal, in a process that does not write, whose
+    folder is None. OutputError: the file cannot be opened."""
     if folder is None:
         logging.basicConfig(level=logging.ERROR, force=True)
-        return logging.getLogger("propy")
+        return
     with writing(folder / "log.txt"):
-        folder.mkdir(parents=True, exist_ok=True)
         log_file = _LogFile(folder / "log.txt", encoding="utf-8")
     logging.basicConfig(
         level=logging.WARNING,
@@ -39,20 +31,18 @@ def setup_logging(folder: Path | None) -> logging.Logger:
         handlers=[logging.StreamHandler(sys.stdout), log_file],
         force=True,
     )
-    log = logging.getLogger("propy")
-    log.setLevel(logging.INFO)
-    return log
+    logging.getLogger("propy").setLevel(logging.INFO)
 
 
 class _LogFile(logging.FileHandler):
-    """What cannot be written to log.txt, on a full disk, is on the terminal still: said once."""
+    """What cannot be written to log.txt, on a full disk, is on the terminal still: warns once."""
 
-    said = False
+    warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
-        if not self.said:
+        if not self.warned:
             print(f"{self.baseFilename}: incomplete: {sys.exc_info()[1]}", file=sys.stderr)
-        self.said = True
+        self.warned = True
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -84,16 +74,13 @@ class EpochLog:
     """One record an epoch, to log.jsonl and as TensorBoard scalars, and some steps to TensorBoard.
 
     Args:
-        folder: of the run; None in a process that does not write.
+        folder: of the run.
         resumed_at: the step after which a resumed run continues. What TensorBoard has beyond it is
             hidden, and an epoch that log.jsonl has already is not written a second time unless
             something else came out of it.
     """
 
-    def __init__(self, folder: Path | None, resumed_at: int | None = None) -> None:
-        self.board = None
-        if folder is None:
-            return
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         self.path = folder / "log.jsonl"
         resumed = resumed_at is not None
         known = read_records(self.path) if resumed and self.path.is_file() else []
@@ -105,35 +92,41 @@ class EpochLog:
 
     def write(self, record: dict) -> None:
         """Args: record: flat, with ``epoch`` and ``global_step``; numbers are plotted."""
-        if self.board is None or _outcome(record) in self._known:
+        if _outcome(record) in self._known:
             return
         self._plot(record, record["global_step"])
+        self.flush()
         append_json(self.path, record)
 
     def write_step(self, step: int, record: dict) -> None:
         """Args: step: counted from 1 over the whole run; record: numbers to plot."""
-        self._plot({f"step/{name}": value for name, value in record.items()}, step, flush=False)
+        self._plot({f"step/{name}": value for name, value in record.items()}, step)
 
     def flush(self) -> None:
         """See all scalars in the file."""
-        if self.board is None:
-            return
         with writing(self.path.parent):
             self.board.flush()
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        self.board.close()
 
-    def _plot(self, record: dict, step: int, flush: bool = True) -> None:
-        if self.board is None:
-            return
+    def _plot(self, record: dict, step: int) -> None:
         with writing(self.path.parent):
             for name, value in record.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
+                if type(value) in (int, float):
                     self.board.add_scalar(name, value, step)
-            if flush:
-                self.board.flush()
+
+
+class SilentEpochLog(EpochLog):
+    """Of a process that does not write."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, record: dict) -> None: ...
+    def write_step(self, step: int, record: dict) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def _outcome(record: dict) -> str:

@@ -31,14 +31,8 @@ class Embeddings:
 def embed_videos(
     model: nn.Module, batches: Iterable[dict], device: torch.device, total: int | None = None
 ) -> list[Tensor]:
-    """Event embeddings of videos, batch by batch: float32 [B, N_e, D] each.
-
-    On a GPU nothing in here waits for its results.
-
-    Args:
-        batches: {frames [B, N_f, 3, H, W]} as ``EvaluationLoader`` gives them.
-        total: their number, where `batches` is an iterator that does not know it.
-    """
+    """Event embeddings, float32 [B, N_e, D] a batch, of the videos in ``EvaluationLoader``'s
+    batches, `total` of them. On a GPU nothing in here waits for its results."""
     model.eval()
     return [
         model.encode_video(batch["frames"].to(device, non_blocking=True))
@@ -48,11 +42,8 @@ def embed_videos(
 
 @torch.inference_mode()
 def embed_texts(model: nn.Module, batches: Sequence[dict], device: torch.device) -> Tensor:
-    """Embeddings of texts in the order of their indices: float32 [T, D].
-
-    Args:
-        batches: {token_ids [t, W], indices [t]} of ``evaluation_text_batches``, in any order.
-    """
+    """Embeddings, float32 [T, D], of texts in the order of their indices, given as the batches of
+    ``evaluation_text_batches`` in any order."""
     model.eval()
     features = gather_batches(
         [
