@@ -181,9 +181,11 @@ def build(args: argparse.Namespace, train_split: Split | None) -> ProPy:
     """The model of the flags, its CLIP read and its new parameters drawn."""
     pyramid = PromptPyramid.from_config(args.pyr_config_path).config
     seconds = train_split and sum(v.duration for v in train_split.videos) / len(train_split.videos)
-    config = config_from(ProPyConfig, args, pyramid=pyramid, readout="max", clip_seconds=seconds)
-    path = weights_path(config.clip_name, ROOT / "CLIP_weights")
-    clip = build_clip(path, trust_archive=os.environ.get("TRUST_CLIP_ARCHIVE") == "1")
+    path = weights_path(args.pretrained_clip_name, ROOT / "CLIP_weights")
+    trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
+    clip = build_clip(path, trust, args.clip_activation)
+    given = {"clip_activation": clip.activation, "clip_seconds": seconds}
+    config = config_from(ProPyConfig, args, pyramid=pyramid, readout="max", **given)
     context = clip.sizes.context_length
     if args.max_words > context:
         raise RunError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")

@@ -23,6 +23,7 @@ from models.propy import NOT_COMPARED, ProPy, ProPyConfig
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.torch_files import is_plain, load_tensors
+from modules.transformer import QUICK_GELU
 
 logger = logging.getLogger("propy.trained")
 
@@ -64,7 +65,7 @@ def load_propy(
         config = _config_of(content)
     if clip_weights is None:
         clip_weights = weights_path(config.clip_name, WEIGHTS_FOLDER)
-    model = ProPy(build_clip(clip_weights, trust_archive), config)
+    model = ProPy(build_clip(clip_weights, trust_archive, config.clip_activation), config)
     load_weights(content, model, checkpoint)
     return model.eval()
 
@@ -120,10 +121,9 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     state = content["state_dict"]
     with naming(path):
         weights = _check_tensors(state, model)
-        if not is_from_authors(content):
-            _check_config(content, model)
-            if not model.backbone_names() & set(state):
-                _check_backbone(content["backbone"], model)
+        _check_config(content, model)
+        if not is_from_authors(content) and not model.backbone_names() & set(state):
+            _check_backbone(content["backbone"], model)
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(state[name])
@@ -225,16 +225,20 @@ def _config_of(content: Mapping) -> ProPyConfig:
 
 
 def _check_config(content: Mapping, model: ProPy) -> None:
+    # Whatever does not say it was trained with QuickGELU: there was nothing else.
+    theirs = {"clip_activation": QUICK_GELU} | content.get("config", {})
+    ours = asdict(model.config)
+    different = [
+        f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
+        for name in theirs
+        if name not in NOT_COMPARED and theirs[name] != ours.get(name)
+    ]
+    if different:
+        raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
+    if is_from_authors(content):
+        return
     if "config" in content:
-        ours, theirs = asdict(model.config), content["config"]
         theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
-        different = [
-            f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
-            for name in theirs
-            if name not in NOT_COMPARED and theirs[name] != ours.get(name)
-        ]
-        if different:
-            raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
     else:
         theirs_pyramid = content["proposals"]
     proposals = model.pyramid.proposals

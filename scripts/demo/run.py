@@ -188,6 +188,7 @@ def run_main(folder: Path, run: Path, args: argparse.Namespace) -> None:
         "frame_store": folder / "frames.h5",
         "output_dir": run,
         "pretrained_clip_name": folder / "clip.pt",
+        "clip_activation": "quick_gelu",
         "adapter_channels": ADAPTER_CHANNELS,
         "seed": args.seed,
     }

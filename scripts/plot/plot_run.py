@@ -22,8 +22,8 @@ from utils.training.checkpoint import BEST, read_checkpoint
 # Of a run: what its pictures depend on.
 FLAGS = (
     "datatype", "prvr_val_annos", "video_dir", "frame_store", "allow_missing", "max_words",
-    "pretrained_clip_name", "pyr_config_path", "Nvp", "num_adapter_layers", "adapter_channels",
-    "temp_kernel_sz", "batch_size_val", "seed", "event_scores", "plot_dir",
+    "pretrained_clip_name", "clip_activation", "pyr_config_path", "Nvp", "num_adapter_layers",
+    "adapter_channels", "temp_kernel_sz", "batch_size_val", "seed", "event_scores", "plot_dir",
 )  # fmt: skip
 VARIABLES = (
     *FLAGS, "num_thread_reader", "plot_limit", "plot_layer", "plot_head", "plot_style",
