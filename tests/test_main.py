@@ -96,6 +96,20 @@ def test_both_scorings_of_activitynet(corpus, trained, tmp_path) -> None:
     assert metrics.keys() == {"cosine", "dot"}
 
 
+def test_the_activation_of_clip(corpus, tmp_path) -> None:
+    """Named, stored and compared; where nothing says it, what is taken is said."""
+    gelu = ("--clip_activation", "gelu")
+    told = run(corpus, tmp_path, *TRAIN, *gelu, "--epochs", "1").stdout
+    assert "which activation" not in told
+    config = torch.load(tmp_path / "ckpt.pth.tar", weights_only=True)["config"]
+    assert config["clip_activation"] == "gelu"
+    again = ("--do_eval", "1", "--resume", str(tmp_path / "ckpt.best.pth.tar"))
+    run(corpus, tmp_path, *again, *gelu)
+    done = run(corpus, tmp_path, *again, status=1)
+    assert "clip.pt: nothing says which activation" in done.stdout
+    assert "trained with clip_activation 'gelu', not 'quick_gelu'" in done.stderr
+
+
 def test_fine_tuning_clip(corpus, tmp_path) -> None:
     run(corpus, tmp_path, *TRAIN, "--epochs", "1", "--freeze_clip", "0")
     state = torch.load(tmp_path / "ckpt.pth.tar", weights_only=True)["state_dict"]
