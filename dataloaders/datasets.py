@@ -41,8 +41,8 @@ class TrainingLoader(ClipLoader):
         num_frames, size: see `ClipLoader`.
 
     Raises:
-        DataError: clips are missing, or fewer than one batch takes (here); a clip cannot be read
-            (when iterating).
+        DataError: clips are missing, fewer than one batch takes, or a batch is one video, whose
+            contrastive loss is 0 (here); a clip cannot be read (when iterating).
     """
 
     def __init__(
@@ -56,6 +56,11 @@ class TrainingLoader(ClipLoader):
         for query in split.queries:
             captions.setdefault(query.vid_name, []).append(query.desc)
         self.captions = [captions[name] for name in self.names]
+        if self.batch_size < 2:
+            raise DataError(
+                f"--batch_size {self.batch_size}: a video alone in a batch has none to be told "
+                "from, so nothing is trained: at least 2"
+            )
         if not len(self):
             raise DataError(
                 f"--batch_size {config.batch_size}: {split.path} has only {len(self.names)} videos"
@@ -65,6 +70,11 @@ class TrainingLoader(ClipLoader):
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return len(self.names) // self.batch_size
+
+    @property
+    def left_out(self) -> int:
+        """Videos that an epoch does without, others every time: those of the last batch."""
+        return len(self.names) % self.batch_size
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Chooses the epoch of the next iteration, which starts at its batch ``first_batch``.

@@ -61,6 +61,18 @@ def test_reading_more_or_less_than_in_training_is_said(corpus, trained, tmp_path
     assert f"{best} was trained with max_words 32" in words and "frames of a video 8" not in words
 
 
+def test_what_an_epoch_leaves_out_is_logged(corpus, trained, tmp_path) -> None:
+    assert "last batch is left out" not in (trained / "log.txt").read_text()
+    told = run(corpus, tmp_path, *TRAIN, "--epochs", "1", "--batch_size", "3").stdout
+    assert "an epoch is 1 steps of 3 videos" in told and "left out, 1 of the 4 videos" in told
+    assert "one step in all" in told, "at the first learning rate of the warm-up"
+
+
+def test_a_batch_of_one_video_is_refused(corpus, tmp_path) -> None:
+    told = run(corpus, tmp_path, *TRAIN, "--batch_size", "1", status=2).stderr
+    assert "--batch_size 1" in told and not list(tmp_path.iterdir())
+
+
 def test_what_a_run_leaves(trained) -> None:
     files = {path.name for path in trained.iterdir()}
     assert {"args.json", "log.txt", "log.jsonl", "ckpt.pth.tar", "ckpt.best.pth.tar"} <= files

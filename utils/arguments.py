@@ -52,6 +52,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --video_dir and --frame_store: where the clips are")
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
+    if args.do_train and args.batch_size < 2:
+        parser.error(
+            "--batch_size 1: a video that is alone in its batch has none to be told from, so the "
+            "loss is 0 and nothing is trained; give at least 2. Less memory takes "
+            "--gradient_accumulation_steps"
+        )
     if args.load_embeddings and (args.do_train or args.do_plot or args.save_embeddings):
         parser.error(
             "--load_embeddings is for --do_eval 1 alone: training, pictures and "

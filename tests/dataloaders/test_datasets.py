@@ -224,6 +224,15 @@ def test_missing_files_are_listed_before_anything_is_read(video_dir):
         make_evaluation_loader(video_dir / "gone", videos)
 
 
+def test_a_batch_of_one_video_is_refused(video_dir):
+    """Its contrastive loss is 0, whatever the video."""
+    with pytest.raises(DataError, match="--batch_size 1: "):
+        make_training_loader(video_dir, batch_size=1)
+    with pytest.raises(DataError, match="only 1 videos"):
+        make_training_loader(video_dir, make_queries()[:1], batch_size=2)
+    assert make_training_loader(video_dir, batch_size=4).left_out == len(LENGTHS) % 4
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_clip_is_named_without_a_traceback(video_dir, tmp_path, num_workers):
     for path in video_dir.iterdir():
