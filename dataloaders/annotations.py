@@ -154,7 +154,7 @@ def read_annotations(path: str | Path) -> list[Query]:
             difference = abs(query.duration - known)
             if difference > TIME_TOLERANCE:
                 what = f"{_show(query.vid_name)} has {known:g} s on line {first}"
-                if difference > ROUNDING:
+                if difference > ROUNDING + TIME_TOLERANCE:
                     wrong.append(f"duration: {query.duration:g} s, but {what}: make them equal")
                 else:
                     other_durations.append(f"{path}:{number}: {query.duration:g} s, but {what}")
