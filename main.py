@@ -27,6 +27,7 @@ from dataloaders.annotations import TRAIN, VAL, Split
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.datasets import LoaderConfig, TrainingLoader
 from dataloaders.frame_store import FrameStore
+from dataloaders.tokenizer import count_cut
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
 from modules import ModelError
@@ -89,6 +90,12 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     model = build(args, splits[-1] if args.do_train else None).to(device)
     if args.compile:
         model.compile_encoders()
+    for split in splits:
+        cut = count_cut((query.desc for query in split.queries), args.max_words)
+        logger.info(
+            "%s: %s of %s captions are cut at --max_words %d",
+            *(split.path, f"{cut:,}", f"{len(split.queries):,}", args.max_words),
+        )
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
     missing = require_videos(
         splits, clips, model.input_resolution, args.output_dir, bool(args.allow_missing)

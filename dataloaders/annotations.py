@@ -116,8 +116,10 @@ class Split:
         return f"{len(self.queries):,} queries of {len(self.videos):,} videos, {digest}"
 
 
-def read_annotations(path: str | Path) -> list[Query]:
+def read_annotations(path: str | Path, called: Path | None = None) -> list[Query]:
     """Reads an annotation file (UTF-8 JSONL) in the order of its lines.
+
+    Messages call it by `called`, if that is where it will be.
 
     A line is ``{"vid_name": str, "desc_id": str|int, "desc": str, "duration": seconds, "ts": [s, e]
     or [[s, e], …], "type": str}``; ``ts`` and ``type`` may be absent, further fields are ignored.
@@ -131,14 +133,14 @@ def read_annotations(path: str | Path) -> list[Query]:
         DataError: the file cannot be read, it is a data set's original file, or lines are wrong:
             all problems, up to a limit, as ``file:line: field: what: remedy``.
     """
-    path = Path(path)
+    content = _read_bytes(Path(path))
+    path = called or Path(path)
     queries: list[Query] = []
     problems: list[str] = []
     never_hit: dict[str, list[str]] = {}
     other_durations: list[str] = []
     line_of_id: dict[str, int] = {}
     duration_of: dict[str, tuple[float, int]] = {}  # a video's first, and its line
-    content = _read_bytes(path)
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue

@@ -5,8 +5,10 @@ A folder of prepared videos is one source (here), a frame store another (dataloa
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,43 @@ def listed(lines: Sequence[str]) -> str:
     return "\n".join([*lines[:MAX_LISTED], *more])
 
 
+VIDEO_ENDING = re.compile(r"\.(mp4|m4v|mkv|webm|avi|mov|flv|wmv|mpe?g|3gp|ts)$", re.IGNORECASE)
+
+
+def lookalikes(missing: Sequence[str], present: Iterable[str]) -> dict[str, str]:
+    """Of missing clips those that are there under a name which is easily confused, and a remedy.
+
+    Args:
+        missing: names of videos.
+        present: names of files, or of clips.
+    """
+    alike = {_alike(name): name for name in sorted(present, reverse=True)}
+    found = {name: alike[_alike(name)] for name in missing if _alike(name) in alike}
+    return {
+        name: f"but {other!r} is there: {_remedy(name, other)}" for name, other in found.items()
+    }
+
+
+def _alike(name: str) -> str:
+    """The same for x, x.mp4, x.mp4.mp4 and X.MKV, in any Unicode normal form."""
+    while ending := VIDEO_ENDING.search(name):
+        name = name[: ending.start()]
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def _remedy(vid_name: str, found: str) -> str:
+    wanted, theirs = (unicodedata.normalize("NFC", name) for name in (vid_name, found))
+    if theirs in (wanted, f"{wanted}.mp4"):
+        return "the same letters in another Unicode normal form; rename one of the two"
+    if VIDEO_ENDING.search(vid_name):
+        return "write vid_name without the ending"
+    if not VIDEO_ENDING.search(found):
+        return "write vid_name so"
+    if found.casefold().endswith(".mp4"):
+        return f"rename it to '{vid_name}.mp4'"
+    return "make a clip of it with `bash scripts/prepare.sh`"
+
+
 class ClipSource(ABC):
     """Clips by video name. Instances travel to worker processes, so they hold no open files."""
 
@@ -39,6 +78,10 @@ class ClipSource(ABC):
         Raises:
             DataError: the source itself is not there or unusable.
         """
+
+    @abstractmethod
+    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
+        """See the function of this name."""
 
     @abstractmethod
     def label(self, name: str) -> str:
@@ -86,7 +129,11 @@ class ClipSource(ABC):
         """
         missing = self.missing(names)
         if missing:
-            raise DataError(f"{self.missing_message(missing, len(names))}:\n{listed(missing)}")
+            alike = self.lookalikes(missing)
+            lines = [
+                f"{name}: missing, {alike[name]}" if name in alike else name for name in missing
+            ]
+            raise DataError(f"{self.missing_message(missing, len(names))}:\n{listed(lines)}")
 
 
 class VideoFolder(ClipSource):
@@ -109,6 +156,10 @@ class VideoFolder(ClipSource):
             raise DataError(f"{self.folder}: no such video folder: set video_dir")
         present = {path.name for path in self.folder.iterdir()}  # one listing, however many names
         return [name for name in names if self.path(name).name not in present]
+
+    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
+        present = self.folder.iterdir() if missing else ()
+        return lookalikes(missing, (path.name for path in present))
 
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (

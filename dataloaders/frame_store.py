@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from dataloaders import DataError
-from dataloaders.clips import ClipSource
+from dataloaders.clips import ClipSource, lookalikes
 from dataloaders.sampling import sampled_indices
 from dataloaders.video import load_every_frame
 
@@ -175,6 +175,9 @@ class FrameStore(ClipSource):
 
     def missing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name not in self.clips]
+
+    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
+        return lookalikes(missing, self.clips)
 
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (

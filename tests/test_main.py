@@ -68,6 +68,16 @@ def test_what_an_epoch_leaves_out_is_logged(corpus, trained, tmp_path) -> None:
     assert "one step in all" in told, "at the first learning rate of the warm-up"
 
 
+def test_captions_that_are_cut_are_counted(corpus, trained, tmp_path) -> None:
+    assert (
+        "annos.jsonl: 0 of 8 captions are cut at --max_words 32"
+        in (trained / "log.txt").read_text()
+    )
+    best = str(trained / "ckpt.best.pth.tar")
+    told = run(corpus, tmp_path, "--do_eval", "1", "--resume", best, "--max_words", "9").stdout
+    assert "annos.jsonl: 1 of 8 captions are cut at --max_words 9" in told
+
+
 def test_a_batch_of_one_video_is_refused(corpus, tmp_path) -> None:
     told = run(corpus, tmp_path, *TRAIN, "--batch_size", "1", status=2).stderr
     assert "--batch_size 1" in told and not list(tmp_path.iterdir())

@@ -232,10 +232,10 @@ def convert(
     with temporary_sibling(output) as part:
         part.write_bytes(content)
         try:
-            queries = read_annotations(part)
+            queries = read_annotations(part, output)
         except DataError as error:
             shown = " and ".join(map(str, sources))
-            raise DataError(f"{shown}: {str(error).replace(str(part), 'line')}") from error
+            raise DataError(f"{shown}: {str(error).replace(str(output), 'line')}") from error
         commit(part, output)
     videos, sha256 = len(corpus_videos(queries)), hashlib.sha256(content).hexdigest()
     counts["other_durations"] = len(other_durations)
