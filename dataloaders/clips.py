@@ -52,7 +52,7 @@ def _alike(name: str) -> str:
 
 def _remedy(vid_name: str, found: str) -> str:
     wanted, theirs = (unicodedata.normalize("NFC", name) for name in (vid_name, found))
-    if theirs in (wanted, f"{wanted}.mp4"):
+    if found != vid_name and theirs in (wanted, f"{wanted}.mp4"):
         return "the same letters in another Unicode normal form; rename one of the two"
     if VIDEO_ENDING.search(vid_name):
         return "write vid_name without the ending"

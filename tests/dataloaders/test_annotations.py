@@ -391,9 +391,10 @@ def test_nothing_real_is_refused(shared_data, tmp_path, caplog):
     assert counts["activitynet val_1"] == (4917, 17505)
     assert counts["charades train"] == (5338, 12408)
     assert counts["charades test"] == (1334, 3720)
-    found = sorted(re.findall(r"(\d+) of (\d+) queries have a window that (\w+)", caplog.text))
-    assert found == [("2", "37421", "ends"), ("2", "37421", "has"), ("3", "12408", "lies"),
-                     ("4", "12408", "ends")]  # fmt: skip
+    found = re.findall(r"(\d+) of (\d+) queries have a window that (\w+)", caplog.text)
+    assert sorted(found) == [
+        ("2", "37421", "ends"), ("2", "37421", "has"), ("4", "12408", "ends"),
+    ]  # fmt: skip
     assert "another duration" not in caplog.text
 
 
