@@ -33,12 +33,7 @@ from modules.transformer import GELU, HEAD_WIDTH, QUICK_GELU
 logger = logging.getLogger("propy.clip_weights")
 
 # OpenAI's names of the models this program is meant for, and the files they are published as.
-WEIGHTS_FILES = {
-    "ViT-B/32": "ViT-B-32.pt",
-    "ViT-B/16": "ViT-B-16.pt",
-    "ViT-L/14": "ViT-L-14.pt",
-}
-
+WEIGHTS_FILES = {"ViT-B/32": "ViT-B-32.pt", "ViT-B/16": "ViT-B-16.pt", "ViT-L/14": "ViT-L-14.pt"}
 
 # sha256 of these files, as OpenAI publishes them.
 PUBLISHED_ARCHIVES = {

@@ -60,11 +60,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What cannot be written in the block, to a file or below a folder.
-
-    Raises:
-        OutputError: for the system's error; names the path.
-    """
+    """The system's errors in the block as an OutputError that names the file or folder."""
     try:
         yield
     except OutputError:
@@ -77,11 +73,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_outputs(files: Iterable[Path]) -> None:
-    """Before hours are spent on what goes into these files: can they be written?
-
-    Raises:
-        OutputError: one is a folder, or its folder cannot be written to.
-    """
+    """OutputError, before hours are spent, if a file cannot be written, or is a folder."""
     for path in files:
         with writing(path), temporary_sibling(path):
             if path.is_dir():
@@ -89,12 +81,9 @@ def check_outputs(files: Iterable[Path]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line and see it on the disk; what stands in the file already is never touched.
+    """Append a line and see it on the disk. OutputError: it could not be written, or only in part.
 
     A last line that a killed run left without its end is closed first, and stays a line of its own.
-
-    Raises:
-        OutputError: it could not be written, or only a part of it.
     """
     with writing(path), path.open("ab+") as file:
         torn = False
@@ -150,13 +139,10 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, each an object.
+    """The lines of a .jsonl file, each an object. RunError: no such file.
 
-    Other lines are skipped with a warning: one was torn off if the run was killed while it wrote
-    (the run that continued began a new line), and may be anything if the power failed.
-
-    Raises:
-        RunError: no such file.
+    Other lines are skipped with a warning: one was torn off if the run was killed while it wrote,
+    and may be anything if the power failed.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such file: give the folder of a run, such as logs/prvr_tvr")

@@ -22,9 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataloaders import DataError
+from dataloaders import DataError, listed
 from dataloaders.annotations import corpus_videos, read_annotations
-from dataloaders.clips import listed
 from dataloaders.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
 from dataloaders.mp4 import read_header
 from dataloaders.video import probe_clip
