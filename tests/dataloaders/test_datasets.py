@@ -191,8 +191,9 @@ def test_missing_files_are_listed_before_anything_is_read(video_dir):
     assert first.startswith(f"{video_dir}: 25 of 26 video files are missing: ")
     assert "bash scripts/prepare.sh" in first
     assert listed == [*(f"gone{i}" for i in range(20)), "and 5 more"]
-    with pytest.raises(DataError, match="1 of 1 video files are missing"):
-        make_training_loader(video_dir, [Query("q", "text", "gone", 1.0, None)], batch_size=1)
+    gone = [Query(name, "text", name, 1.0, None) for name in ("gone0", "gone1")]
+    with pytest.raises(DataError, match="2 of 2 video files are missing"):
+        make_training_loader(video_dir, gone, batch_size=2)
     with pytest.raises(DataError, match="no such video folder"):
         make_evaluation_loader(video_dir / "gone", videos)
 
