@@ -48,9 +48,9 @@ class TrainingLoader(ClipLoader):
     def __init__(
         self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig
     ):
-        super().__init__(split.videos, clips, num_frames, size, config.num_thread_reader)
+        workers, batch_size = config.num_thread_reader, config.batch_size
+        super().__init__(split.videos, clips, num_frames, size, workers, batch_size)
         self.max_words = config.max_words
-        self.batch_size = config.batch_size
         self.seed = config.seed
         captions: dict[str, list[str]] = {}
         for query in split.queries:
@@ -112,8 +112,9 @@ class EvaluationLoader(ClipLoader):
         size: int,
         config: LoaderConfig,
     ):
-        super().__init__(videos, clips, num_frames, size, config.num_thread_reader)
-        rows, batch_size = range(len(videos)), config.batch_size_val
+        workers, batch_size = config.num_thread_reader, config.batch_size_val
+        super().__init__(videos, clips, num_frames, size, workers, batch_size)
+        rows = range(len(videos))
         self.keys = [list(rows[first : first + batch_size]) for first in rows[::batch_size]]
 
     def batch(self, key: list[int]) -> dict:
