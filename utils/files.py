@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dataloaders.storage import lock, sync
 from utils import OutputError, RunError
 
 PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
@@ -36,14 +36,14 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 def commit(part: Path, path: Path) -> None:
     """Give a finished file its name, once its bytes are on the disk; the name is there too then."""
     with part.open("rb+") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
     part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
+    with contextlib.suppress(OSError):  # many file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
             os.fsync(folder)
-    finally:
-        os.close(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -79,13 +79,19 @@ def writing(path: Path) -> Iterator[None]:
 def check_outputs(files: Iterable[Path]) -> None:
     """Before hours are spent on what goes into these files: can they be written?
 
+    Tried by the calls that are made later.
+
     Raises:
-        OutputError: one is a folder, or its folder cannot be written to.
+        OutputError: one is a folder, its folder cannot be written to, or it not appended to.
     """
     for path in files:
-        with writing(path), temporary_sibling(path):
+        with writing(path), temporary_sibling(path) as part, temporary_sibling(path) as target:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            part.write_bytes(b"\n")
+            commit(part, target)
+            if path.suffix == ".jsonl" and path.exists():
+                path.open("ab+").close()
 
 
 def append_line(path: Path, line: str) -> None:
@@ -103,7 +109,7 @@ def append_line(path: Path, line: str) -> None:
             torn = file.read(1) != b"\n"
         file.write(b"\n" * torn + line.encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -133,20 +139,15 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    """A POSIX lock: unlike flock's it is the process's own, so a forked loader worker, which may
-    outlive a killed run by seconds, does not hold it. Within one process it excludes no one."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of them, POSIX leaves to the file system
+    locked = lock(descriptor)
+    if locked is None:
+        logger.warning("%s: its file system has no locks; start no second run there", folder)
+    elif not locked:
         holder = os.read(descriptor, 1000).decode(errors="replace").strip()
         raise OutputError(
             f"{folder}: another run is writing there: {holder or 'of unknown name'}. Wait for it, "
             "or give another --output_dir"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        logger.warning("%s: its file system has no locks; start no second run there", folder)
+        )
 
 
 def read_records(path: Path) -> list[dict]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dataloaders.storage import if_supported, open_hdf5
 from utils.files import commit, temporary_sibling, writing
 
 if TYPE_CHECKING:
@@ -62,15 +63,13 @@ class AttentionStore:
         self._hits: list[tuple[str | int, str]] = []
 
     def __enter__(self) -> AttentionStore:
-        import h5py
-
         with ExitStack() as stack, writing(self.folder):
             self._parts = {
                 name: stack.enter_context(temporary_sibling(self.folder / name))
                 for name in (ATTENTION, SCORES, HITS)
             }
             self._files = {
-                name: stack.enter_context(h5py.File(self._parts[name], "w"))
+                name: stack.enter_context(open_hdf5(self._parts[name], "w"))
                 for name in (ATTENTION, SCORES)
             }
             self._files[ATTENTION].attrs.update(self.attributes)
@@ -114,7 +113,7 @@ class AttentionStore:
         """The file, which so many bytes more can be written to: HDF5 crashes on a full disk."""
         file = self._files[name]
         if hasattr(os, "posix_fallocate"):  # absent on macOS
-            with self._parts[name].open("rb+") as part:
+            with self._parts[name].open("rb+") as part, if_supported():
                 os.posix_fallocate(part.fileno(), file.id.get_filesize(), size + METADATA)
         return file
 
@@ -145,7 +144,5 @@ def read_scores(folder: Path, desc_id: str | int) -> np.ndarray:
 
 
 def _read(path: Path, desc_id: str | int) -> np.ndarray:
-    import h5py
-
-    with h5py.File(path) as file:
+    with open_hdf5(path) as file:
         return file[query_name(desc_id)][()]

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import h5py
 import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
@@ -20,6 +19,7 @@ from dataloaders import DataError
 from dataloaders.annotations import VAL, read_annotations
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.frame_store import FrameStore
+from dataloaders.storage import open_hdf5
 from utils import RunError
 from utils.evaluation.moment_tables import MOMENT_COLUMNS, VIDEO_COLUMNS
 from utils.evaluation.predictions import SAVED, load_predictions
@@ -294,7 +294,7 @@ def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
     if not given and not path.is_file():
         return []
     try:
-        with h5py.File(path) as file:
+        with open_hdf5(path) as file:
             model, names = Path(str(file.attrs["model"])), list(file)
     except (KeyError, OSError, RuntimeError, ValueError) as error:
         message = f"{path}: {error}: draw again with main.py --do_plot 1"
