@@ -171,7 +171,7 @@ class FrameStore(ClipSource):
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[-200:]
             raise DataError(
-                f"{self.path}: no readable frame store ({reason}): remove it and {PACK}"
+                f"{self.path}: no readable frame store ({reason}): give another, or {PACK}"
             ) from error
 
     def missing(self, names: Sequence[str]) -> list[str]:
@@ -391,6 +391,13 @@ class FrameStoreWriter:
     def _read_packing(self) -> None:
         """What an earlier process added, without the clip over which it was killed."""
         length = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        begin = json.dumps({"format": FORMAT})[:-1].encode()
+        if not begin.startswith(self._file.read(len(begin))):  # a whole one, or the file ends
+            raise DataError(
+                f"{self._packing}: is no unfinished frame store, which has that name: move it away,"
+                " or give another --frame_store"
+            )
         end = self._file.seek(0)
         try:
             while (line := self._file.readline()).endswith(b"\n"):

@@ -159,8 +159,8 @@ class ClipLoader:
             if "DataLoader worker" in str(error):
                 raise DataError(
                     f"a loader worker died ({error}); {clips}. If memory ran out, lower"
-                    " num_thread_reader or the batch size; otherwise remove these files and"
-                    " prepare them again with `bash scripts/prepare.sh`"
+                    " num_thread_reader or the batch size; otherwise prepare these"
+                    " files again with `bash scripts/prepare.sh`"
                 ) from error
             raise
 
