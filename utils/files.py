@@ -15,9 +15,11 @@ from pathlib import Path
 
 from dataloaders.storage import lock, sync
 from utils import OutputError, RunError
+from utils.command import USER_ERRORS
 
 PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 LOCK_NAME = ".lock"
+TRACES = {LOCK_NAME, "log.txt"}  # of any run
 
 logger = logging.getLogger("propy.files")
 
@@ -113,6 +115,30 @@ def append_line(path: Path, line: str) -> None:
 
 
 @contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, unless it is there; what an error leaves empty goes again.
+
+    Empty is one with nothing but a lock and a log.txt, which says no more than the error.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except (*USER_ERRORS, KeyboardInterrupt):
+        with contextlib.suppress(OSError):
+            if made and {path.name for path in folder.iterdir()} <= TRACES:
+                for name in TRACES:
+                    (folder / name).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Make a folder and keep every other process out of it; the end of this one, however it comes
     about, ends that too. Temporary files of runs that were killed are removed.
@@ -120,11 +146,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another run has it, which the message names, or it cannot be written to.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(new_folder(folder))
         with writing(folder):
+            descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
             _lock(descriptor, folder)
         holder = f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
@@ -134,8 +160,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
             logger.warning("%s: removed, a run was killed while it wrote this file", part)
             part.unlink(missing_ok=True)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int, folder: Path) -> None:

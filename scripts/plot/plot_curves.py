@@ -7,13 +7,12 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import OutputError, RunError
+from utils import RunError
+from utils.command import Parser, run_command
 from utils.files import atomic_write, writing
 from utils.report.curves import choose_names, draw_curves, published_values
 from utils.report.run_log import curve_names, datatype, read_args, read_epochs
@@ -29,7 +28,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     # fmt: off
     add("folders", nargs="+", type=Path, metavar="LOGDIR", help="folders of runs")
@@ -62,7 +61,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, OutputError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
