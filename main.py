@@ -24,7 +24,7 @@ import torch
 
 from dataloaders.annotations import TRAIN, VAL, Split
 from dataloaders.clips import ClipSource, VideoFolder
-from dataloaders.datasets import LoaderConfig, TrainingLoader
+from dataloaders.datasets import LoaderConfig, TrainingLoader, check_batch_size
 from dataloaders.frame_store import FrameStore
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
@@ -38,14 +38,7 @@ from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
 from utils.files import atomic_write, check_outputs, locked_folder, new_folder
 from utils.logger import append_json, log_to_file, setup_logging
-from utils.misc import (
-    choose_device,
-    disable_tf32,
-    git_revision,
-    memory_advice,
-    parameter_report,
-    set_seed,
-)
+from utils.misc import choose_device, disable_tf32, git_revision, memory_advice, set_seed
 from utils.missing_videos import MissingVideos, require_videos
 from utils.pictures.attention_store import ATTENTION, HITS, SCORES
 from utils.pictures.plots import PlotSettings, check_request, plot_split
@@ -80,28 +73,19 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
-    """Everything that needs the model and the videos."""
+    """Everything that needs the model and the videos: all checks, then the work."""
     splits = [val]
     if args.do_train:
         splits.append(read_split(args.prvr_train_annos, TRAIN, args.datatype))
-    model = build(args, splits[-1] if args.do_train else None).to(device)
-    if args.compile:
-        model.compile_encoders()
+        check_batch_size(splits[-1], args.batch_size)
+    model = build(args, splits[-1] if args.do_train else None)
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
     missing = require_videos(
         splits, clips, model.input_resolution, args.output_dir, bool(args.allow_missing)
     )
     val, *train_split = (missing.remaining(split) for split in splits)
-    evaluator = CorpusEvaluator(
-        val,
-        clips,
-        model.pyramid,
-        model.input_resolution,
-        config_from(LoaderConfig, args),
-        config_from(EvalConfig, args),
-        missing,
-        model.readout,
-    )
+    loading, config = config_from(LoaderConfig, args), config_from(EvalConfig, args)
+    evaluator = CorpusEvaluator(val, clips, model, loading, config, missing)
     evaluator.check_times(training=bool(args.do_train))
     plots = PlotSettings(
         args.plot_dir, args.plot_layer, args.plot_head, args.plot_style, args.plot_format
@@ -109,6 +93,9 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     if args.do_plot:
         check_request(plots, args.plot_ids, val.queries, model)
 
+    model.to(device)
+    if args.compile:
+        model.compile_encoders()
     best = args.resume
     if args.do_train:
         best = train(args, model, evaluator, *train_split, clips, device)
@@ -122,28 +109,18 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
         embeddings = evaluator.embed(model, device)
     if args.save_embeddings:
         saved = SavedEmbeddings.from_split(
-            embeddings,
-            val,
-            model.pyramid.proposals,
-            max_words=args.max_words,
-            checkpoint=best,
-            epoch=epoch,
-        )
+            embeddings, val, model.pyramid.proposals,
+            max_words=args.max_words, checkpoint=best, epoch=epoch,
+        )  # fmt: skip
         save_embeddings(args.save_embeddings, saved)
         logger.info("embeddings saved in %s", args.save_embeddings)
     if args.do_eval:
         report(args, evaluator, embeddings, best, epoch)
     if args.do_plot:
         plot_split(
-            evaluator,
-            embeddings,
-            model,
-            plots,
-            ids=args.plot_ids,
-            limit=args.plot_limit,
-            seed=args.seed,
-            source=str(best),
-        )
+            evaluator, embeddings, model, plots,
+            ids=args.plot_ids, limit=args.plot_limit, seed=args.seed, source=str(best),
+        )  # fmt: skip
 
 
 def outputs(args: argparse.Namespace) -> list[Path]:
@@ -201,18 +178,13 @@ def train(
         logger.info("starting from the weights of %s", args.load_from_pretrained)
     flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     num_frames, config = model.pyramid.num_frames, config_from(TrainConfig, args)
+    loader = TrainingLoader(split, clips, num_frames, model.input_resolution, evaluator.loading)
+    facts = run_facts(split, evaluator.split, config.precision, num_frames, clips.kind)
     trainer = Trainer(
-        model,
-        TrainingLoader(split, clips, num_frames, model.input_resolution, evaluator.loading),
-        evaluator,
-        args.output_dir,
-        config,
-        device=device,
-        flags=flags,
-        facts=run_facts(split, evaluator.split, config.precision, num_frames, clips.kind),
-        resume=resume,
-    )
-    parameters = parameter_report(model, model.unreachable_parameters())
+        model, loader, evaluator, args.output_dir, config,
+        device=device, flags=flags, facts=facts, resume=resume,
+    )  # fmt: skip
+    parameters = model.parameter_counts()
     logger.info(
         "%s parameters, %s trainable (%s can receive a gradient)",
         *(f"{count / 1e6:.2f} M" for count in parameters.values()),

@@ -17,36 +17,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataloaders import DataError
+from dataloaders import DataError, listed
 
 logger = logging.getLogger("propy.annotations")
 
 TRAIN, VAL = "train", "val"  # names of the two splits of a run
 
-MAX_REPORTED = 20  # problems spelled out; the rest is counted
 MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer text is a mistake
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
 
 
 @dataclass(frozen=True)
 class Query:
-    """One caption.
+    """One caption. Its text is part of `Split.summary`: another field makes another summary."""
 
-    Attributes:
-        desc_id: name of the caption, unique within its file.
-        desc: the caption.
-        vid_name: name of the video; its file is ``<video_dir>/<vid_name>.mp4``.
-        duration: seconds of the video, according to this line.
-        windows: the described moments, (start, end) in seconds; None where no times are known.
-        query_type: TVR's ``type``: about the video (v), the subtitles (t) or both (vt).
-    """
-
-    desc_id: str | int
+    desc_id: str | int  # name of the caption, unique within its file
     desc: str
-    vid_name: str
-    duration: float
-    windows: tuple[tuple[float, float], ...] | None
-    query_type: str | None = None
+    vid_name: str  # its file is <video_dir>/<vid_name>.mp4
+    duration: float  # seconds of the video, according to this line
+    windows: tuple[tuple[float, float], ...] | None  # (start, end) in seconds; None: not known
+    query_type: str | None = None  # TVR's: about the video (v), the subtitles (t) or both (vt)
 
 
 @dataclass(frozen=True)
@@ -67,17 +57,11 @@ def corpus_videos(queries: Iterable[Query]) -> list[Video]:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set: its queries, in the order of the annotations, and their videos.
+    """One split of a data set: its queries, in the order of the annotations, and their videos."""
 
-    Attributes:
-        name: what records and lists call it: TRAIN or VAL.
-        queries: T captions.
-        path: the annotation file, for messages.
-    """
-
-    name: str
-    queries: Sequence[Query]
-    path: Path | None = None
+    name: str  # what records and lists call it: TRAIN or VAL
+    queries: Sequence[Query]  # T captions
+    path: Path | None = None  # the annotation file, for messages
 
     @classmethod
     def read(cls, path: str | Path, name: str) -> Split:
@@ -102,13 +86,8 @@ class Split:
 
     def summary(self) -> str:
         """Numbers of queries and videos, and the beginning of a hash that tells contents apart."""
-        fields = ("desc_id", "desc", "vid_name", "duration", "windows", "query_type")
-        lines = (
-            f"Query({', '.join(f'{name}={getattr(query, name)!r}' for name in fields)})"
-            for query in self.queries
-        )
-        content = f"[{', '.join(lines)}]"
-        digest = hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()[:12]
+        content = repr(list(self.queries)).encode("utf-8", "replace")
+        digest = hashlib.sha256(content).hexdigest()[:12]
         return f"{len(self.queries):,} queries of {len(self.videos):,} videos, {digest}"
 
 
@@ -144,22 +123,20 @@ def read_annotations(path: str | Path) -> list[Query]:
             queries.append(query)
         problems += [f"{path}:{number}: {what}" for what in wrong]
     if problems:
-        raise DataError(_shorten(problems))
+        raise DataError(listed(problems))
     if not queries:
         raise DataError(f"{path}: no annotations in it: one JSON object a line is expected")
     if reversed_windows:
-        count = len(reversed_windows)
         logger.warning(
-            f"{count} of {len(queries)} queries have a window that ends before it starts; they stay"
-            f" as they are:\n{_shorten(reversed_windows)}"
+            "%d of %d queries have a window that ends before it starts; they stay as they are:\n%s",
+            *(len(reversed_windows), len(queries), listed(reversed_windows)),
         )
     return queries
 
 
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        remedy = "see annotations/README.md for where it comes from"
-        raise DataError(f"{path}: no such annotation file: {remedy}")
+        raise DataError(f"{path}: no such annotation file: annotations/README.md says where from")
     try:
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -174,17 +151,17 @@ def _parse_line(line: bytes) -> tuple[Query | None, list[str]]:
         return None, [f"line: byte {error.start + 1} is not UTF-8: save the file as UTF-8"]
     except json.JSONDecodeError as error:
         what = f"not JSON ({error.msg}, column {error.colno})"
-        return None, [f"line: {what}: write one JSON object a line"]
     except (ValueError, RecursionError):  # a number of thousands of digits, brackets without end
-        return None, ["line: not an annotation: write one JSON object a line"]
-    if not isinstance(record, dict):
-        return None, [f"line: {_show(record)} is not a JSON object: write one JSON object a line"]
-    return _build_query(record)
+        what = "not an annotation"
+    else:
+        if isinstance(record, dict):
+            return _build_query(record)
+        what = f"{_show(record)} is not a JSON object"
+    return None, [f"line: {what}: write one JSON object a line"]
 
 
 def _build_query(record: dict) -> tuple[Query | None, list[str]]:
-    values = {}
-    problems = []
+    values, problems = {}, []
     for field, check in CHECKS.items():
         if field not in record and field not in OPTIONAL:
             problems.append(f"{field}: missing: every line needs {', '.join(REQUIRED)}")
@@ -223,7 +200,7 @@ def _check_name(value: object) -> str:
 
 
 def _check_id(value: object) -> str | int:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         return value
     if not isinstance(value, str):
         raise ValueError(f"{_show(value)} is neither a text nor a whole number: give it a name")
@@ -242,7 +219,7 @@ def _check_caption(value: object) -> str:
 
 
 def _check_seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) not in (int, float):
         raise ValueError(f"{_show(value)} is not a number: write seconds, without quotes")
     try:
         seconds = float(value)
@@ -291,10 +268,3 @@ REQUIRED = tuple(field for field in CHECKS if field not in OPTIONAL)
 def _show(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def _shorten(lines: list[str]) -> str:
-    shown = lines[:MAX_REPORTED]
-    if len(lines) > MAX_REPORTED:
-        shown.append(f"and {len(lines) - MAX_REPORTED} more")
-    return "\n".join(shown)

@@ -12,16 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataloaders import DataError
+from dataloaders import DataError, listed
 from dataloaders.video import load_clip, probe_clip
-
-MAX_LISTED = 20  # clips spelled out in a message; the rest is counted
-
-
-def listed(lines: Sequence[str]) -> str:
-    """Some of the lines, and how many more there are."""
-    more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-    return "\n".join([*lines[:MAX_LISTED], *more])
 
 
 class ClipSource(ABC):

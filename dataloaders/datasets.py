@@ -30,15 +30,20 @@ class LoaderConfig:
     num_thread_reader: int = 0  # worker processes
 
 
+def check_batch_size(split: Split, batch_size: int) -> None:
+    """DataError: the split has fewer videos than one batch takes."""
+    if batch_size > len(split.videos):
+        raise DataError(
+            f"--batch_size {batch_size}: {split.path} has only {len(split.videos)} videos"
+        )
+
+
 class TrainingLoader(ClipLoader):
     """Shuffled batches of videos with all their captions; an incomplete last batch is dropped.
 
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size], ``token_ids`` int64 [T, W] (0-padded),
     ``text_to_video`` int64 [T] (the text's row in ``frames``) and ``vid_names`` (B names). Captions
     of a video keep the order of the annotations.
-
-    Args:
-        num_frames, size: see `ClipLoader`.
 
     Raises:
         DataError: clips are missing, or fewer than one batch takes (here); a clip cannot be read
@@ -48,18 +53,13 @@ class TrainingLoader(ClipLoader):
     def __init__(
         self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig
     ):
+        check_batch_size(split, config.batch_size)
         workers, batch_size = config.num_thread_reader, config.batch_size
         super().__init__(split.videos, clips, num_frames, size, workers, batch_size)
-        self.max_words = config.max_words
-        self.seed = config.seed
-        captions: dict[str, list[str]] = {}
-        for query in split.queries:
-            captions.setdefault(query.vid_name, []).append(query.desc)
-        self.captions = [captions[name] for name in self.names]
-        if not len(self):
-            raise DataError(
-                f"--batch_size {config.batch_size}: {split.path} has only {len(self.names)} videos"
-            )
+        self.max_words, self.seed = config.max_words, config.seed
+        self.captions: list[list[str]] = [[] for _ in self.names]  # of each video
+        for query, video in zip(split.queries, split.target.tolist(), strict=True):
+            self.captions[video].append(query.desc)
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -97,21 +97,14 @@ class EvaluationLoader(ClipLoader):
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size] and ``indices`` int64 [B], which are
     positions in ``videos``.
 
-    Args:
-        num_frames, size: see `ClipLoader`.
-
     Raises:
         DataError: clips are missing (here); a clip cannot be read (when iterating).
     """
 
     def __init__(
-        self,
-        videos: Sequence[Video],
-        clips: ClipSource,
-        num_frames: int,
-        size: int,
+        self, videos: Sequence[Video], clips: ClipSource, num_frames: int, size: int,
         config: LoaderConfig,
-    ):
+    ):  # fmt: skip
         workers, batch_size = config.num_thread_reader, config.batch_size_val
         super().__init__(videos, clips, num_frames, size, workers, batch_size)
         rows = range(len(videos))

@@ -34,8 +34,7 @@ class ClipLoader:
     """Iterates over batches (dicts) of a split's videos, read ahead by worker processes.
 
     The workers start with an iteration and end with it, so that those of training and of evaluation
-    never wait side by side. That costs 0.1 seconds for eight of them, 0.7 from a process that holds
-    4 GiB (measured on 2 cores), which is little to an epoch of minutes.
+    never wait side by side. That costs less than a second for eight of them.
 
     What the workers read reaches this process through memory that they are forked with: neither
     /dev/shm, 64 MB in a container, which is less than one batch, nor Unix sockets, which a long
@@ -75,11 +74,8 @@ class ClipLoader:
     def load(
         self, videos: Sequence[int], generators: Sequence[np.random.RandomState | None]
     ) -> torch.Tensor:
-        """The frames of videos, given as positions: uint8 [B, N_f, 3, size, size].
-
-        Args:
-            generators: one a video, which draws training frames; None takes evaluation frames.
-        """
+        """The frames of videos, given as positions: uint8 [B, N_f, 3, size, size]; a generator each
+        draws training frames, None takes evaluation frames."""
         worker = get_worker_info()
         slot = worker.id if worker else 0
         shape = len(videos), self.num_frames, 3, self.size, self.size

@@ -42,11 +42,7 @@ class CLIPSizes:
 
     @classmethod
     def of_state_dict(cls, state: Mapping[str, Tensor]) -> CLIPSizes:
-        """Read the sizes off OpenAI's tensors.
-
-        Raises:
-            ModelError: a tensor is missing, or the model is not a ViT (the ResNets).
-        """
+        """Read the sizes off OpenAI's tensors. ModelError: they are not those of a ViT."""
 
         def shape(key: str, dimensions: int) -> torch.Size:
             if key not in state:
@@ -110,11 +106,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Plain CLIP: both towers and the similarity's scale.
-
-    Args:
-        sizes: as read off a checkpoint, or chosen for a new model (see ``initialize``).
-    """
+    """Plain CLIP: both towers and the similarity's scale."""
 
     def __init__(self, sizes: CLIPSizes) -> None:
         super().__init__()
@@ -137,12 +129,8 @@ class CLIP(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.sizes.text_width**-0.5)
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
-        scale = self.sizes.vision_width**-0.5
-        for parameter in (
-            self.visual.class_embedding,
-            self.visual.positional_embedding,
-            self.visual.proj,
-        ):
+        visual, scale = self.visual, self.sizes.vision_width**-0.5
+        for parameter in (visual.class_embedding, visual.positional_embedding, visual.proj):
             nn.init.normal_(parameter, std=scale)
         for tower in (self.visual.transformer, self.transformer):
             width, depth = tower.resblocks[0].attn.width, len(tower.resblocks)
@@ -162,25 +150,13 @@ class CLIP(nn.Module):
         return self.ln_final(tokens) @ self.text_projection
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Features of images.
-
-        Args:
-            images: float [N, 3, H, W], normalised with IMAGE_MEAN and IMAGE_STD.
-
-        Returns:
-            [N, D], not normalised.
-        """
+        """Features [N, D], not normalised, of images, float [N, 3, H, W], normalised with
+        IMAGE_MEAN and IMAGE_STD."""
         return self.visual(images)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Features of texts, read at each row's end-of-text token.
-
-        Args:
-            token_ids: int64 [T, W], 0-padded.
-
-        Returns:
-            [T, D], not normalised.
-        """
+        """Features [T, D], not normalised, of texts, int64 [T, W] and 0-padded, read at each row's
+        end-of-text token."""
         x = self.transformer(self.embed_tokens(token_ids), causal=True)
         return self.text_head(x[torch.arange(len(x), device=x.device), end_of_text(token_ids)])
 

@@ -17,14 +17,8 @@ from modules.torch_files import check_sums, is_plain, load_tensors, sha256_of
 # Besides its parameters OpenAI's archive states three sizes.
 ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 
-
 # OpenAI's names of the models this program is meant for, and the files they are published as.
-WEIGHTS_FILES = {
-    "ViT-B/32": "ViT-B-32.pt",
-    "ViT-B/16": "ViT-B-16.pt",
-    "ViT-L/14": "ViT-L-14.pt",
-}
-
+WEIGHTS_FILES = {"ViT-B/32": "ViT-B-32.pt", "ViT-B/16": "ViT-B-16.pt", "ViT-L/14": "ViT-L-14.pt"}
 
 # sha256 of these files, as OpenAI publishes them.
 PUBLISHED_ARCHIVES = {
@@ -76,14 +70,10 @@ def read_weights(path: Path | str, trust_archive: bool = False) -> dict[str, Ten
 
 
 def build_clip(weights: Path | str | Mapping[str, Tensor], trust_archive: bool = False) -> CLIP:
-    """A CLIP with all of the given weights, in evaluation mode.
-
-    Args:
-        weights: a file or its content.
-        trust_archive: see ``read_weights``.
+    """A CLIP with all of the given weights, a file or its content, in evaluation mode.
 
     Raises:
-        ModelError: the file cannot be read, or keys or shapes are not those of one CLIP ViT.
+        ModelError: see `read_weights`; or keys or shapes are not those of one CLIP ViT.
     """
     state, name = weights, "the state dict"
     if not isinstance(weights, Mapping):

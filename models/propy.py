@@ -11,7 +11,7 @@ Symbols, here and in every module:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +45,18 @@ class ProPyConfig:
 
     The defaults are the published setting. A checkpoint is refused by a model that differs in a
     field that is not among `NOT_COMPARED`.
-
-    Attributes:
-        pyramid: as `PromptPyramid.config` gives it: {"Nf": N_f, "H": [[window, stride], …]}.
-        num_prompts: N_p.
-        adapter_channels: C of the temporal adapters.
-        adapter_kernel: k of the temporal adapters, in frames.
-        num_adapter_layers: the first so many layers have an adapter; all, if there are fewer.
-        readout: how a video's score is read off the cosines of its events, see modules.readout.
-        max_words: tokens of a caption that training reads, start and end included.
-        clip_name: where CLIP's weights come from: OpenAI's name of a model, or a file.
-        clip_seconds: mean length of the training videos; None if it is not known.
     """
 
+    # As `PromptPyramid.config` gives it: {"Nf": N_f, "H": [[window, stride], …]}.
     pyramid: Mapping = field(default_factory=lambda: dict(PUBLISHED_PYRAMID))
-    num_prompts: int = 4
-    adapter_channels: int = 384
-    adapter_kernel: int = 5
-    num_adapter_layers: int = 12
-    readout: str = "max"
-    max_words: int = 32
-    clip_name: str = "ViT-B/32"
-    clip_seconds: float | None = None
+    num_prompts: int = 4  # N_p
+    adapter_channels: int = 384  # C of the temporal adapters
+    adapter_kernel: int = 5  # k of the temporal adapters, in frames
+    num_adapter_layers: int = 12  # the first so many layers have an adapter
+    readout: str = "max"  # of a video's score, see modules.readout
+    max_words: int = 32  # tokens of a caption that training reads, start and end included
+    clip_name: str = "ViT-B/32"  # OpenAI's name of the model, or the file of its weights
+    clip_seconds: float | None = None  # mean length of the training videos, if it is known
 
 
 # The pyramid is compared by its events, max_words with a warning; the others describe, no more.
@@ -77,7 +67,7 @@ class ProPy(nn.Module):
     """Videos and sentences into one space, an embedding per event of the pyramid.
 
     Args:
-        clip: the backbone; it is frozen unless ``freeze_clip`` is False.
+        clip: the backbone.
         config: the rest of the network.
         freeze_clip: train the prompts, their projections and the adapters only.
         checkpoint_activations: in training keep each layer's inputs only, and compute the rest
@@ -88,12 +78,9 @@ class ProPy(nn.Module):
     """
 
     def __init__(
-        self,
-        clip: CLIP,
-        config: ProPyConfig,
-        freeze_clip: bool = True,
+        self, clip: CLIP, config: ProPyConfig, freeze_clip: bool = True,
         checkpoint_activations: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         sizes = clip.sizes
         if sizes.text_layers > sizes.vision_layers:
@@ -103,23 +90,20 @@ class ProPy(nn.Module):
             )
         if min(config.num_prompts, config.num_adapter_layers) < 0:
             raise ModelError("the numbers of visual prompts and adapter layers cannot be negative")
-        self.config = config
+        adapters = min(config.num_adapter_layers, sizes.vision_layers)
+        self.config = config = replace(config, num_adapter_layers=adapters)
         self.clip = clip.requires_grad_(not freeze_clip)
         self.pyramid = pyramid = PromptPyramid.from_config(config.pyramid)
         self.num_prompts = config.num_prompts
         self.readout = readout_of(config.readout)
         self.checkpoint_activations = checkpoint_activations
         self.prompts = PyramidPrompts(
-            pyramid.num_events,
-            config.num_prompts,
-            sizes.vision_layers,
-            sizes.vision_width,
-            sizes.text_width,
-            sizes.patch_size,
-        )
+            pyramid.num_events, config.num_prompts, sizes.vision_layers, sizes.vision_width,
+            sizes.text_width, sizes.patch_size,
+        )  # fmt: skip
         self.adapters = nn.ModuleList(
             TemporalAdapter(sizes.vision_width, config.adapter_channels, config.adapter_kernel)
-            for _ in range(min(config.num_adapter_layers, sizes.vision_layers))
+            for _ in range(adapters)
         )
         grid_tokens = sizes.grid**2 + 1
         constants = {
@@ -176,31 +160,21 @@ class ProPy(nn.Module):
         bias = self.event_key_counts.double().log()
         attention = []
         for layer, block in enumerate(blocks):
+            adapter = self.adapters[layer] if layer < len(self.adapters) else None
             x, events, weights = self._layer(
-                video_layer,
-                block,
-                self.adapters[layer] if layer < len(self.adapters) else None,
-                x,
-                events,
-                prompts.visual_prompts[layer],
-                bias,
-                last=layer == len(blocks) - 1,
-                return_attention=return_attention,
-                head=head,
-            )
+                video_layer, block, adapter, x, events, prompts.visual_prompts[layer], bias,
+                last=layer == len(blocks) - 1, return_attention=return_attention, head=head,
+            )  # fmt: skip
             if return_attention:
                 attention.append(expand_attention(weights, self.pyramid, self.num_prompts))
         embeddings = visual.head(events)
         return (embeddings, torch.stack(attention)) if return_attention else embeddings
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Text embeddings (§3.4), read at each row's end-of-text token.
+        """Text embeddings (§3.4), read at each row's end-of-text token: [T, D], not normalised.
 
         Args:
             token_ids: int64 [T, W], 0-padded; W is at most CLIP's context length.
-
-        Returns:
-            [T, D], not normalised.
         """
         x = self.clip.embed_tokens(token_ids)  # [T, W, D_t]
         end = end_of_text(token_ids)
@@ -213,15 +187,8 @@ class ProPy(nn.Module):
         return self.clip.text_head(x.squeeze(1))
 
     def scores(self, texts: Tensor, events: Tensor) -> Tensor:
-        """Scaled similarity of texts and videos: the read-out of the cosines × exp(logit_scale).
-
-        Args:
-            texts: [T, D].
-            events: [B, N_e, D].
-
-        Returns:
-            [T, B], at least float32.
-        """
+        """Scaled similarity of texts [T, D] and videos [B, N_e, D]: the read-out of the cosines ×
+        exp(logit_scale), [T, B], at least float32."""
         return self.readout(event_scores(texts, events)) * self.clip.logit_scale.exp()
 
     def forward(self, frames: Tensor, token_ids: Tensor) -> Tensor:
@@ -245,11 +212,18 @@ class ProPy(nn.Module):
         Text postfixes stand after the token that is read, and nothing reads the last layer's frames
         beyond their keys and values, so its adapter has no effect.
         """
-        dead = {f"prompts.postfix_proj.{name}" for name in ("weight", "bias")}
-        if len(self.adapters) == self.clip.sizes.vision_layers:
-            last = len(self.adapters) - 1
-            dead |= {f"adapters.{last}.{name}" for name, _ in self.adapters[-1].named_parameters()}
-        return dead
+        dead = ("prompts.postfix_proj.", f"adapters.{self.clip.sizes.vision_layers - 1}.")
+        return {name for name, _ in self.named_parameters() if name.startswith(dead)}
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Number of parameters: all, trained, and trained ones that a gradient can reach."""
+        trained = {name: p.numel() for name, p in self.named_parameters() if p.requires_grad}
+        dead = self.unreachable_parameters()
+        return {
+            "parameters": sum(p.numel() for p in self.parameters()),
+            "trainable": sum(trained.values()),
+            "reached_by_gradient": sum(n for name, n in trained.items() if name not in dead),
+        }
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
@@ -268,14 +242,10 @@ class ProPy(nn.Module):
 
 
 def build_model(
-    clip_weights: Path | str | Mapping[str, Tensor],
-    pyramid: Path | str | Mapping,
-    *,
-    freeze_clip: bool = True,
-    trust_archive: bool = False,
-    checkpoint_activations: bool = False,
+    clip_weights: Path | str | Mapping[str, Tensor], pyramid: Path | str | Mapping,
+    *, freeze_clip: bool = True, trust_archive: bool = False, checkpoint_activations: bool = False,
     **settings: Any,
-) -> ProPy:
+) -> ProPy:  # fmt: skip
     """ProPy with the published setting as defaults, new parameters drawn from torch's generator.
 
     Args:

@@ -52,8 +52,7 @@ def load_propy(
     Args:
         checkpoint: of this program or of the authors'. Files without a configuration get what can
             be read off their tensors, the published setting else, and a warning.
-        clip_weights: file or content; by default what the checkpoint names, or the published
-            ViT-B/32 in ``CLIP_weights``.
+        clip_weights: file or content; by default what the checkpoint names, in ``CLIP_weights``.
         trust_archive: see ``models.clip_weights.read_weights``.
 
     Raises:
@@ -62,9 +61,11 @@ def load_propy(
     content = read_checkpoint(checkpoint)
     with naming(checkpoint):
         config = _config_of(content)
-    if clip_weights is None:
-        clip_weights = weights_path(config.clip_name, WEIGHTS_FOLDER)
-    model = ProPy(build_clip(clip_weights, trust_archive), config)
+        if clip_weights is None:
+            clip_weights = weights_path(config.clip_name, WEIGHTS_FOLDER)
+    clip = build_clip(clip_weights, trust_archive)
+    with naming(checkpoint):
+        model = ProPy(clip, config)
     load_weights(content, model, checkpoint)
     return model.eval()
 
@@ -89,8 +90,8 @@ def read_checkpoint(path: Path | str) -> dict:
         raise ModelError(f"{path}: not a checkpoint: it has no 'state_dict'")
     if not is_from_authors(content) and content["format"] not in (FORMAT, WITHOUT_CONFIG):
         raise ModelError(
-            f"{path}: its format is {str(content['format'])[:40]!r}, this program knows {FORMAT}: "
-            "it was written by a newer version; update this checkout"
+            f"{path}: its format is {str(content['format'])[:40]!r}, this program knows {FORMAT} "
+            f"and {WITHOUT_CONFIG}: it was written by a newer version; update this checkout"
         )
     state = {}
     for name, tensor in content["state_dict"].items():
@@ -107,33 +108,35 @@ def is_from_authors(content: Mapping) -> bool:
 
 
 def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
-    """A checkpoint's tensors into a model that they fit.
-
-    Args:
-        content: as `read_checkpoint` gives it.
-        path: for messages.
+    """The tensors of `read_checkpoint` into a model that they fit.
 
     Raises:
         ModelError: a missing, unexpected, misshapen or non-finite tensor, another CLIP, another
             pyramid or another configuration than it was trained with. The model is as before.
     """
-    state = content["state_dict"]
+    state, ours = content["state_dict"], not is_from_authors(content)
+    has_clip = bool(model.backbone_names() & set(state))
     with naming(path):
         weights = _check_tensors(state, model)
-        if not is_from_authors(content):
+        if ours:
             _check_config(content, model)
-            if not model.backbone_names() & set(state):
-                _check_backbone(content["backbone"], model)
+        if ours and not has_clip and content["backbone"] != backbone_fingerprint(model.clip):
+            raise ModelError(
+                "trained on other CLIP weights than the model's: give the same "
+                "--pretrained_clip_name as in the run's args.json"
+            )
+        warnings = _differences(content, model)
+        was_stepped = ours and bool(content["global_step"] > 0)
+        seconds = model.config.clip_seconds or content.get("config", {}).get("clip_seconds")
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(state[name])
-    if model.backbone_names() & set(state):
+    if has_clip:
         model.clip.fingerprint = None  # of weights that are no longer there
-    if not is_from_authors(content) and content["global_step"]:
+    if was_stepped:
         model.clamp_logit_scale()  # as after every step; a frozen one is in no checkpoint of ours
-    if "config" in content and model.config.clip_seconds is None:
-        model.config = replace(model.config, clip_seconds=content["config"].get("clip_seconds"))
-    for warning in _differences(content, model):
+    model.config = replace(model.config, clip_seconds=seconds)
+    for warning in warnings:
         logger.warning("%s was trained with %s: scores differ from its training's", path, warning)
 
 
@@ -150,11 +153,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def saved_weights(model: ProPy) -> dict:
-    """What a checkpoint of this program holds of a model.
-
-    Raises:
-        ModelError: a weight is not finite.
-    """
+    """What a checkpoint of this program holds of a model. ModelError: a weight is not finite."""
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
@@ -193,22 +192,23 @@ def _config_of(content: Mapping) -> ProPyConfig:
             raise ModelError(f"unknown settings {', '.join(sorted(unknown))}: a newer version's")
         return ProPyConfig(**content["config"])
     state, args = content["state_dict"], content.get("args", {})
+    layers = len({name.split(".")[1] for name in state if name.startswith("adapters.")})
+    sizes = {"num_adapter_layers": layers}
     try:
-        sizes = {
-            "num_prompts": state["prompts.visual_prompts"].shape[1],
-            "num_adapter_layers": len({n.split(".")[1] for n in state if n[:9] == "adapters."}),
-        }
-        if sizes["num_adapter_layers"]:
+        sizes["num_prompts"] = state["prompts.visual_prompts"].shape[1]
+        if layers:
             channels, _, kernel, _ = state["adapters.0.conv.weight"].shape
             sizes |= {"adapter_channels": channels, "adapter_kernel": kernel}
         num_events = len(state["prompts.event_prompts"])
     except (KeyError, ValueError, IndexError) as error:
         raise ModelError(f"not the weights of a ProPy: {error}") from None
-    pyramid = PromptPyramid.from_config(args.get("pyr_config_path", PUBLISHED_PYRAMID))
+    named = args.get("pyr_config_path")  # on the machine that trained it
+    here = named is not None and Path(named).is_file()
+    pyramid = PromptPyramid.from_config(named if here else PUBLISHED_PYRAMID)
     if pyramid.num_events != num_events:
         raise ModelError(
-            f"it has {num_events} events and names no pyramid of so many: load it with "
-            "build_model(…, pyramid) and load_checkpoint"
+            f"it has {num_events} events, and its pyramid ({named or 'not named'}) is not here: "
+            "load it with build_model(…, pyramid) and load_checkpoint"
         )
     config = ProPyConfig(
         pyramid=pyramid.config,
@@ -229,9 +229,9 @@ def _check_config(content: Mapping, model: ProPy) -> None:
         ours, theirs = asdict(model.config), content["config"]
         theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
         different = [
-            f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
-            for name in theirs
-            if name not in NOT_COMPARED and theirs[name] != ours.get(name)
+            f"{name} {value!r}, not {ours.get(name)!r}"
+            for name, value in theirs.items()
+            if name not in NOT_COMPARED and value != ours.get(name)
         ]
         if different:
             raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
@@ -247,16 +247,14 @@ def _check_config(content: Mapping, model: ProPy) -> None:
 
 def _differences(content: Mapping, model: ProPy) -> list[str]:
     """Where the model reads more or less of a video or a sentence than in its training."""
-    config, args = content.get("config", {}), content.get("args", {})
-    trained = {
-        "frames of a video": config.get("pyramid", {}).get("Nf"),
-        "max_words": config.get("max_words", args.get("max_words")),
-    }
-    used = {"frames of a video": model.pyramid.num_frames, "max_words": model.config.max_words}
+    before = content.get("facts", {}) | content.get("args", {})
+    if config := content.get("config"):
+        before = {"frames of a video": config["pyramid"]["Nf"], "max_words": config["max_words"]}
+    now = {"frames of a video": model.pyramid.num_frames, "max_words": model.config.max_words}
     return [
-        f"{name} {value}, but is used with {used[name]}"
-        for name, value in trained.items()
-        if value not in (None, used[name])
+        f"{name} {before[name]}, but is used with {value}"
+        for name, value in now.items()
+        if str(before.get(name, value)) != str(value)
     ]
 
 
@@ -288,11 +286,3 @@ def tensor_problems(name: str, theirs: Tensor, ours: Tensor) -> list[str]:
     if not theirs.float().isfinite().all():
         return [f"{name} {NOT_FINITE}"]
     return []
-
-
-def _check_backbone(fingerprint: str, model: ProPy) -> None:
-    if fingerprint != backbone_fingerprint(model.clip):
-        raise ModelError(
-            "trained on other CLIP weights than the model's: give the same --pretrained_clip_name "
-            "as in the run's args.json"
-        )

@@ -34,15 +34,7 @@ class TemporalAdapter(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, patches: Tensor, num_frames: int) -> Tensor:
-        """Mix every patch position over time.
-
-        Args:
-            patches: [B·N_f, G², D_v].
-            num_frames: N_f.
-
-        Returns:
-            [B·N_f, G², D_v].
-        """
+        """Mix every patch position over time: [B·N_f, G², D_v] to the same shape."""
         x = self.fc1(patches).unflatten(0, (-1, num_frames))  # [B, N_f, G², C]
         # Seen as an image of N_f × G² pixels this is channels-last already: the convolution copies
         # nothing, and is 5 to 10 times faster than a sum of shifted products on a CPU.

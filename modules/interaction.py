@@ -3,7 +3,7 @@ ancestor–descendant attention (§3.3), and the prompted text layer (§3.4).
 
 Numbers are those of the plain definition, work is not: keys and values of the frames are projected
 once for both sides, prompts are one set of keys for all their copies, and what the last layer would
-compute for nobody is left out.
+compute for no one is not computed.
 """
 
 from __future__ import annotations
@@ -59,29 +59,20 @@ def expand_attention(weights: Tensor, pyramid: PromptPyramid, num_prompts: int) 
 
 
 def video_layer(
-    block: ResidualAttentionBlock,
-    adapter: TemporalAdapter | None,
-    frames: Tensor,
-    events: Tensor,
-    prompts: Tensor,
-    bias: Tensor,
-    *,
-    last: bool = False,
-    return_attention: bool = False,
-    head: int | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    block: ResidualAttentionBlock, adapter: TemporalAdapter | None,
+    frames: Tensor, events: Tensor, prompts: Tensor, bias: Tensor,
+    *, last: bool = False, return_attention: bool = False, head: int | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """Both sides of one layer; each sees what the layer before has left.
 
     Args:
         block: CLIP's block; its norms, attention and MLP serve every token.
-        adapter: the layer's temporal adapter, if it has one.
         frames: [B·N_f, 1+G², D_v].
         events: [B, N_e, D_v].
         prompts: this layer's visual prompts, [N_p, D_v].
         bias: the log of ``event_key_counts``, added to the events' attention logits.
         last: frames are not needed after this layer, only their keys and values in it.
-        return_attention: also the events' attention, averaged over heads.
-        head: that of this head instead, counted from 0.
+        return_attention: also the events' attention, averaged over heads, or of one `head`.
 
     Returns:
         frames (None after the last layer), events, and the attention [B, N_e, keys] or None.
@@ -130,7 +121,7 @@ def text_layer(
     """CLIP's text block over [SOS, prefix, words …] whose prefix outputs are dropped again.
 
     Since the prefix is replaced before the next layer, it only serves as keys and values. A postfix
-    would stand behind every word, out of sight under the causal mask.
+    would stand after every word, out of sight under the causal mask.
 
     Args:
         words: SOS and the other tokens, [T, W, D_t].

@@ -19,14 +19,8 @@ _OPERATOR = (
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b.
-
-    Args:
-        x: [..., n]; weight: [m, n]; bias: [m].
-
-    Returns:
-        [..., m], the numbers of ``torch.nn.functional.linear`` up to rounding.
-    """
+    """x Wᵀ + b of x [..., n], W [m, n] and b [m]: [..., m], the numbers of
+    ``torch.nn.functional.linear`` up to rounding."""
     if _by_onednn(x, weight):
         return _OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)

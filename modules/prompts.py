@@ -24,19 +24,14 @@ class PyramidPrompts(nn.Module):
     """
 
     def __init__(
-        self,
-        num_events: int,
-        num_prompts: int,
-        num_layers: int,
-        vision_width: int,
-        text_width: int,
-        patch_size: int,
-    ) -> None:
+        self, num_events: int, num_prompts: int, num_layers: int, vision_width: int,
+        text_width: int, patch_size: int,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.event_prompts = nn.Parameter(torch.empty(num_events, vision_width))
         self.visual_prompts = nn.Parameter(torch.empty(num_layers, num_prompts, vision_width))
         self.prefix_proj = Linear(vision_width, text_width)
-        # Text postfixes stand behind the end-of-text token, out of the causal text feature's sight:
+        # Text postfixes stand after the end-of-text token, out of the causal text feature's sight:
         # nothing computes them. The parameters are part of the authors' checkpoints.
         self.postfix_proj = Linear(vision_width, text_width)
         bound = math.sqrt(6 / (3 * patch_size**2 + vision_width))

@@ -161,7 +161,7 @@ def _show(value: object) -> str:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return type(value) is int and value > 0
 
 
 def _window_and_stride(number: int, level: object) -> tuple[int, int]:

@@ -1,9 +1,4 @@
-"""Cosines of texts and events: per event, per video (its best event), and ranked over a corpus.
-
-A text's score with a video is that of the video's best event. At corpus size the cosines
-[T, V, N_e] do not fit into memory, so the reductions walk through them in pieces.
-Symbols: T texts, V (in training B) videos, N_e events per video, D joint width.
-"""
+"""Cosines of texts and events; what a video's score is, modules.readout says."""
 
 from __future__ import annotations
 
@@ -25,11 +20,8 @@ def event_scores(texts: Tensor, events: Tensor, normalize_events: bool = True) -
         [T, B, N_e], differentiable.
     """
     with torch.autocast(texts.device.type, enabled=False):
-        return _product(unit(texts), unit(events) if normalize_events else widen(events))
-
-
-def _product(texts: Tensor, events: Tensor) -> Tensor:
-    return (texts @ events.flatten(0, 1).T).unflatten(1, events.shape[:2])
+        rows = (unit(events) if normalize_events else widen(events)).flatten(0, 1)  # [B·N_e, D]
+        return (unit(texts) @ rows.T).unflatten(1, events.shape[:2])
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Files that torch wrote, read without executing anything that is in them and checked for damage.
 
-torch itself looks at no checksum, and explains a refusal with how to switch its protection off.
+torch itself compares no checksum, and explains a refusal with how to switch its protection off.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # whatever zipfile stumbles over
-        raise ModelError(f"it is a damaged archive: {_first_line(error)}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"it is a damaged archive: {reason}") from error
     if damaged:
         raise ModelError(f"it is damaged: the checksum of {damaged} in it is wrong")
 
@@ -59,12 +60,8 @@ def sha256_of(path: Path) -> str:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Numbers that can be looked at and copied: not sparse, quantized, or without values (meta);
+    """Numbers that can be read and copied: not sparse, quantized, or without values (meta);
     nor more of them than the file has, as a damaged shape may claim."""
     if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,11 +34,8 @@ class SelfAttention(nn.Module):
     ``nn.MultiheadAttention`` has the same parameters, but hides queries, keys and values: ProPy's
     event side needs the keys and values which the frame side has computed.
 
-    Args:
-        width: channels D, a multiple of 64.
-
     Raises:
-        ValueError: the width is not a multiple of the head width.
+        ValueError: the width D is not a multiple of 64.
     """
 
     def __init__(self, width: int) -> None:
@@ -111,12 +108,8 @@ class ResidualAttentionBlock(nn.Module):
         return torch.add(x, out, alpha=1 / QUICK_GELU_SLOPE)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        """Plain CLIP: every token attends to all tokens, or to itself and those before it.
-
-        Args:
-            x: tokens, [B, N, D].
-            causal: True in the text tower.
-        """
+        """Plain CLIP: every token of [B, N, D] attends to all tokens, or, causal as in the text
+        tower, to itself and those before it."""
         return self.feed_forward(
             x + self.attn.attend(*self.attn.project(self.ln_1(x)), causal=causal)
         )

@@ -3,7 +3,7 @@
 # (plot_ids, a list, only as a flag) or after the script's name; what comes from outside is printed:
 #   do_train=0 do_eval=1 resume=logs/prvr_tvr/ckpt.best.pth.tar bash scripts/prvr_tvr.sh
 #   precision=bf16 bash scripts/prvr_tvr.sh --gradient_accumulation_steps 2
-# What nobody sets has main.py's default, the published one. Relative paths count from the checkout,
+# What no one sets has main.py's default, the published one. Relative paths count from the checkout,
 # wherever you stand. `.venv/bin/python main.py --help` explains the flags.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# ProPy on ActivityNet Captions: the published settings. Every variable and every flag of main.py can be set
-# from outside, and flags are passed on; scripts/launch.sh has examples.
+# ProPy on ActivityNet Captions: the published settings.
+# Every variable and every flag of main.py can be set from outside, and flags are passed on;
+# scripts/launch.sh has examples.
 # The published row compares texts with events whose lengths are left in: add
 # `--event_scores both` for it beside the cosine (README, "Deviations").
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# ProPy on QVHighlights, evaluated on test: the published settings. Every variable and every flag of main.py can be set
-# from outside, and flags are passed on; scripts/launch.sh has examples.
+# ProPy on QVHighlights, evaluated on test: the published settings.
+# Every variable and every flag of main.py can be set from outside, and flags are passed on;
+# scripts/launch.sh has examples.
 
 do_train=${do_train:-1}
 do_eval=${do_eval:-0}

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--video_dir", type=Path,
         help="prepared clips, for thumbnails (default: the run's, or its frame store)")
     add("--plots", type=Path, metavar="DIR",
-        help="pictures of main.py --do_plot 1 (default: the run's plot_dir, if they are of it)")
+        help="pictures of main.py --do_plot 1 (default: the run's plot_dir)")
     add("--queries", type=int, default=6, metavar="N",
         help="best, worst and drawn queries to show, N of each (default 6)")
     # fmt: on

@@ -37,23 +37,36 @@ TRAIN = ("--do_train", "1", "--prvr_train_annos", "annos.jsonl")
 
 @dataclass(frozen=True)
 class TinyRun:
-    """Where everything is; `logs` is the run's folder, `plots` what was drawn."""
+    """main.py on a corpus: where everything is; `plots` is what was drawn."""
 
     corpus: Path
-
-    @property
-    def logs(self) -> Path:
-        return self.corpus / "logs"
+    logs: Path
 
     @property
     def plots(self) -> Path:
         return self.corpus / "plots"
 
-    def main(self, *flags: str) -> subprocess.CompletedProcess:
-        """main.py on the corpus, whose videos are in a folder unless `flags` name a frame store."""
+    def main(self, *flags: str, **fault: object) -> subprocess.CompletedProcess:
+        """With videos of a folder unless `flags` name a frame store; `fault`: see `ForkedMain`."""
         videos = () if "--frame_store" in flags else ("--video_dir", "videos")
         folders = ("--output_dir", str(self.logs), "--plot_dir", str(self.plots))
-        return ForkedMain(self.corpus).run(*FLAGS, *videos, *folders, *flags)
+        return ForkedMain(self.corpus).run(*FLAGS, *videos, *folders, *flags, **fault)
+
+    def works(self, *flags: str) -> str:
+        """What a run prints that comes to its end."""
+        done = self.main(*flags)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def stops(self, *flags: str) -> str:
+        """What a run says that stops with a message."""
+        done = self.main(*flags)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    def lines(self, name: str = "log.jsonl") -> list[dict]:
+        """Of a file of JSON lines that the run has left."""
+        return [json.loads(line) for line in (self.logs / name).read_text().splitlines()]
 
 
 def make_corpus(
@@ -105,10 +118,9 @@ def tiny_corpus(base: Path) -> Path:
 @cache
 def make_run(base: Path) -> TinyRun:
     """Made once a session, whose temporary folder `base` is."""
-    run = TinyRun(tiny_corpus(base))
-    done = run.main(
+    run = TinyRun(tiny_corpus(base), base / "tiny_run" / "logs")
+    run.works(
         *TRAIN, "--epochs", "2", "--do_eval", "1", "--save_predictions", "1", "--datatype", "tvr",
         "--do_plot", "1", "--plot_ids", "v/0#1", "..", "7",
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
     return run

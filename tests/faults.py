@@ -7,6 +7,7 @@ AttributeError or ModuleNotFoundError, and one that a run never calls fails the 
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -54,17 +55,9 @@ def unreached() -> list[str]:
     return [name for number, name in enumerate(_replaced) if not _reached[number]]
 
 
-def before(owner, name: str, act: Callable[..., None]) -> None:
+def before(owner, name: str, act: Callable[..., object]) -> None:
     """Call `act` with the arguments of each call."""
-
-    def around(real):
-        def function(*arguments, **settings):
-            act(*arguments, **settings)
-            return real(*arguments, **settings)
-
-        return function
-
-    replace(owner, name, around)
+    replace(owner, name, lambda real: lambda *a, **k: (act(*a, **k), real(*a, **k))[1])
 
 
 def log_every_step() -> None:
@@ -83,27 +76,17 @@ def touch_when_training_starts(path: str) -> None:
 
 def kill_at_file_operation(number: int, folder: str) -> None:
     """SIGKILL at the given one of all that is done to files of a folder."""
-    count = 0
+    numbers = itertools.count(1)
 
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        if count == number:
+    def tick(*_) -> None:
+        if next(numbers) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(fsync):
-        def function(descriptor: int) -> None:
-            tick()
-            fsync(descriptor)
-            tick()
-
-        return function
 
     def hook(event: str, arguments: tuple) -> None:
         if event in ("open", "os.rename", "os.remove") and folder in str(arguments[0]):
             tick()
 
-    replace(os, "fsync", around)
+    replace(os, "fsync", lambda fsync: lambda descriptor: (tick(), fsync(descriptor), tick()))
     sys.addaudithook(hook)
 
 
@@ -119,12 +102,10 @@ def kill_before_the_best_is_copied(epoch: int) -> None:
 
 def at(when: int | str, act: str, **settings) -> None:
     """Another function of this file, at a step counted from 1 or at the first "evaluation"."""
-    count, chosen = 0, 1 if when == "evaluation" else when
+    numbers, chosen = itertools.count(1), 1 if when == "evaluation" else when
 
     def tick(*_, **__) -> None:
-        nonlocal count
-        count += 1
-        if count == chosen:
+        if next(numbers) == chosen:
             globals()[act](**settings)
 
     if when == "evaluation":
@@ -160,15 +141,12 @@ def kill_workers() -> None:
 
 def overflow(step: int | None = None) -> None:
     """The loss of one step is infinite, or of all, under a loss scaler that scales by 1."""
-    count = 0
+    numbers = itertools.count(1)
 
     def around(real):
-        def function(*scores):
-            nonlocal count
-            count += 1
-            return real(*scores) * (float("inf") if step in (None, count) else 1)
-
-        return function
+        return lambda *scores: (
+            real(*scores) * (float("inf") if step in (None, next(numbers)) else 1)
+        )
 
     replace(losses, "video_text_loss", around)
     replace(torch.amp, "GradScaler", lambda real: functools.partial(real, init_scale=1.0))
@@ -186,40 +164,13 @@ def tear_the_log(text: str) -> None:
     before(utils.files, "append_line", act)
 
 
-def break_clip(name: str, hang: bool) -> None:
-    """Decoding the clip kills the process, or takes longer than its time limit."""
-    dataloaders.video.DECODE_TIME_LIMIT = 1
-
-    def act(path: Path, *_) -> None:
-        if path.name == name and hang:
-            time.sleep(60)
-        elif path.name == name:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    before(dataloaders.video, "_decode", act)
-
-
-def hang_while_reading(clip: int, folder: str) -> None:
-    """The loader worker stops at the clip that comes so many-th, after the first training step."""
-    count, stepped = 0, Path(folder, "stepped")
-
-    def around(real):
-        def function(*arguments, **settings):
-            result = real(*arguments, **settings)
-            stepped.touch()
-            return result
-
-        return function
+def hang_while_reading(clip: int) -> None:
+    """A loader worker stops at the clip that comes so many-th."""
+    numbers = itertools.count(1)
 
     def act(*_) -> None:
-        nonlocal count
-        count += 1
-        deadline = time.monotonic() + 60
-        if count == clip:
-            while not stepped.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
-            Path(folder, "hangs").touch()
+        if next(numbers) == clip:
+            time.sleep(1)  # the batch before is sent by a thread of the worker
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    replace(utils.training.engine, "train_step", around)
     before(dataloaders.video, "load_clip", act)

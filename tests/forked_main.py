@@ -129,25 +129,20 @@ def _run(
         traceback.print_exc()
         return FAULT_FAILED
     sys.argv = ["main.py", *flags]
-    status = _status_of(program)
+    try:
+        program()
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = 1 if isinstance(end.code, str) else end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     if unreached := faults.unreached():
         print(f"the run ended with {status} and never came to {unreached}", file=sys.stderr)
         return FAULT_FAILED
     return status
-
-
-def _status_of(program: Callable[[], None]) -> int:
-    try:
-        program()
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            return 1
-        return end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def _end(status: int) -> None:

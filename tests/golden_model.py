@@ -65,18 +65,17 @@ class GoldenModel:
         torch.save({"state_dict": self.authors_state(), "epoch": 10, **extra}, path)
         return path
 
-    def build(self) -> ProPy:
+    def build(self, **changes: object) -> ProPy:
         """Our model on the same CLIP weights, its own parameters still random."""
         config = self.config
-        return build_model(
-            self.clip_state(),
-            config["pyramid"],
-            num_prompts=config["Nvp"],
-            adapter_channels=config["adapter_channels"],
-            adapter_kernel=config["temp_kernel_sz"],
-            num_adapter_layers=config["num_adapter_layers"],
-            freeze_clip=config.get("freeze_clip", 1) == 1,
-        )
+        settings = {
+            "num_prompts": config["Nvp"],
+            "adapter_channels": config["adapter_channels"],
+            "adapter_kernel": config["temp_kernel_sz"],
+            "num_adapter_layers": config["num_adapter_layers"],
+            "freeze_clip": config.get("freeze_clip", 1) == 1,
+        }
+        return build_model(self.clip_state(), config["pyramid"], **settings | changes)
 
     def video(self, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.from_numpy(inputs.video(*self.config["video"])).to(dtype)

@@ -62,7 +62,7 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(models.trained, "ProPy", DummyProPy)
     monkeypatch.setattr(models.trained, "ProPyConfig", WithDummy)
     opened = load_propy(tmp_path / "c", golden.clip_state())
-    assert opened.config == config and torch.equal(opened.scores(texts, events), without + 2)
+    assert opened.config == model.config and torch.equal(opened.scores(texts, events), without + 2)
 
 
 def test_every_flag_fills_a_field_or_is_read_by_main() -> None:

@@ -32,15 +32,9 @@ Config = TypeVar("Config")
 
 
 def config_from(cls: type[Config], args: argparse.Namespace, **given: Any) -> Config:
-    """A configuration (a dataclass) of the flags of its fields' names.
-
-    Args:
-        given: fields that are no flags, or that flags do not decide alone.
-    """
+    """A configuration (a dataclass) of the flags of its fields' names; `given` are no flags."""
     names = [field.name for field in fields(cls) if field.name not in given]
-    flags = vars(args)
-    values = {name: flags[FLAG_OF_FIELD.get(name, name)] for name in names}
-    return cls(**values, **given)
+    return cls(**{name: getattr(args, FLAG_OF_FIELD.get(name, name)) for name in names}, **given)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,20 +48,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
     if args.load_embeddings and (args.do_train or args.do_plot or args.save_embeddings):
-        parser.error(
-            "--load_embeddings is for --do_eval 1 alone: training, pictures and "
-            "--save_embeddings need the model and the videos"
-        )
+        parser.error("--load_embeddings is for --do_eval 1 alone: everything else needs the videos")
     if args.load_embeddings and args.resume == AUTO:
         parser.error("--load_embeddings: --resume auto is for training; name the checkpoint")
     if args.save_embeddings and not (args.do_eval or args.do_plot):
         parser.error("--save_embeddings needs --do_eval 1 or --do_plot 1")
     if args.save_embeddings and not args.save_embeddings.parent.is_dir():
         parser.error(f"--save_embeddings: no such folder: {args.save_embeddings.parent}")
-    for task in ("do_eval", "do_plot"):
-        known = args.do_train or args.resume not in (None, AUTO) or args.load_embeddings
-        if getattr(args, task) and not known:
-            parser.error(f"--{task} 1 needs --resume with the checkpoint to use")
+    if not (args.do_train or args.resume not in (None, AUTO) or args.load_embeddings):
+        task = "do_eval" if args.do_eval else "do_plot"
+        parser.error(f"--{task} 1 needs --resume with the checkpoint to use")
     if args.resume not in (None, AUTO) and args.load_from_pretrained:
         parser.error("--resume resumes a run, --load_from_pretrained starts one: not both")
     for checkpoint in (args.resume, args.load_from_pretrained):
@@ -85,15 +75,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class _Help(argparse.HelpFormatter):
-    """Every flag's default behind its help, where it has one."""
+    """Every flag's default after its help, where it has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, argparse.SUPPRESS, []):
             return action.help
-        default = action.default
-        if isinstance(default, Path) and default.is_relative_to(ROOT):
-            default = default.relative_to(ROOT)
-        return f"{action.help} (default {default})"
+        return f"{action.help} (default {str(action.default).removeprefix(f'{ROOT}/')})"
 
 
 def number(kind: type, lowest: float, highest: float = math.inf) -> Callable[[str], float]:
@@ -116,7 +103,7 @@ def checkpoint(text: str) -> Path | str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags, without a look at how they combine."""
+    """All flags; `parse_args` checks how they combine."""
     parser = Parser(
         prog="main.py",
         description="Train and evaluate ProPy for partially relevant video retrieval, and for "
@@ -140,9 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="the data set: adds its published row to the results and checks the split's size; "
         "custom does neither")
     add("--resume", type=checkpoint, metavar="CKPT",
-        help="checkpoint to evaluate, or whose training is to be resumed; may be one of the "
-        "authors' for evaluation; auto resumes --output_dir's ckpt.pth.tar, or starts if there is "
-        "none")
+        help="checkpoint to evaluate, which may be one of the authors', or to resume training "
+        "from; auto resumes --output_dir's ckpt.pth.tar, or starts if there is none")
     add("--load_from_pretrained", type=Path, metavar="CKPT",
         help="start a new training from this checkpoint's weights, with a fresh optimizer")
     add("--output_dir", type=Path,
@@ -156,20 +142,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--video_dir", type=Path,
         help="folder of <vid_name>.mp4, prepared by scripts/prepare.sh (3 fps, short side 224)")
     add("--frame_store", type=Path, metavar="FILE",
-        help="read the frames from this file, made of such a folder by "
-        "scripts/data/pack_frames.py, instead of --video_dir: faster, and the same frames up to "
-        "JPEG's loss")
+        help="read the frames from this file of scripts/data/pack_frames.py instead of "
+        "--video_dir: faster, and the same frames up to JPEG's loss")
     add("--max_words", type=number(int, 3), default=32,
         help="tokens of a caption, start and end included [published: 32; ActivityNet and "
         "QVHighlights 64]")
     add("--allow_missing", **switch, default=0,
         help="1 skips videos that are missing or have an unreadable header, and their queries: "
-        "missing_videos.jsonl in the output folder lists them, results name the reduced size; 0: "
-        "they are an error")
+        "missing_videos.jsonl lists them, results name the reduced size; 0: they are an error")
     add("--num_thread_reader", type=number(int, 0, 1024), default=min(8, usable_cores()),
         metavar="N",
-        help="processes that decode videos, one a CPU core but at most 8; results do not depend "
-        "on it")
+        help="processes that decode videos; results do not depend on it")
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_clip_name", default="ViT-B/32", metavar="NAME|FILE",
@@ -201,10 +184,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clip_grad_norm", type=number(float, 1e-12), default=1.0,
         help="largest norm of the gradient, inf for no limit [published: 1.0]")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, metavar="K",
-        help="compute each batch in K micro-batches, to need less memory. For a contrastive loss "
-        "adding up small batches would be another loss, with fewer negatives; here every text "
-        "still meets all videos of the batch, so loss and gradient are those of K=1, for a third "
-        "more work [published: 1]")
+        help="compute each batch in K micro-batches, to need less memory: every text still meets "
+        "all videos of the batch, so loss and gradient are those of K=1, for a third more work "
+        "[published: 1]")
     add("--checkpoint_activations", **switch, default=0,
         help="1 keeps each layer's inputs only and computes the rest again for the gradient: less "
         "memory for the same numbers, and a third to a half more time [published: 0]")
@@ -212,23 +194,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="1 runs the encoders through torch.compile, which takes minutes at the start and "
         "needs a C++ compiler; results are equal up to rounding")
     add("--precision", choices=["amp", "bf16", "fp32"],
-        help="of the training forward: amp (float16 autocast with loss scaling), bf16 (bfloat16 "
-        "autocast) or fp32; loss and evaluation are float32 always [published: amp] "
-        "(default amp on a GPU, fp32 on a CPU)")
+        help="of the training forward: amp (float16 autocast with loss scaling), bf16 or fp32; "
+        "loss and evaluation are float32 always [published: amp] (default amp on a GPU, fp32 on a "
+        "CPU)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42,
         help="of initial values, shuffling and frame sampling [published: 42]")
     add("--save_every_steps", type=number(int, 0), default=0, metavar="N",
-        help="save ckpt.pth.tar every N steps of an epoch too, not only after its training and "
-        "after its evaluation; 0: no")
+        help="save ckpt.pth.tar within an epoch too, every N steps; 0: no")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--batch_size_val", type=number(int, 1), default=16,
         help="videos encoded at a time [published: 16]")
     add("--event_scores", choices=["cosine", "dot", "both"], default="cosine",
-        help="how texts and events are compared: cosine, as the paper says; dot leaves the "
-        "events' lengths in, as the authors' program does when it evaluates PRVR on ActivityNet; "
-        "both reports both rows, cosine choosing the best epoch; moments are always ranked by "
-        "cosine")
+        help="how texts and events are compared in PRVR: cosine, as the paper says; dot leaves the "
+        "events' lengths in, as the authors' program does on ActivityNet; both reports both rows, "
+        "cosine choosing the best epoch")
     add("--npev", type=number(int, 1), default=10, metavar="N",
         help="VCMR: moments of one video that count, the best [published: 10]")
     add("--window_rule", choices=WINDOW_RULES, default="half",
@@ -238,13 +218,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="save the embeddings that --do_eval or --do_plot computes, with what they depend on, "
         "for --load_embeddings")
     add("--load_embeddings", type=Path, metavar="HDF5",
-        help="--do_eval with saved embeddings instead of computing them: needs neither videos nor "
-        "CLIP, and --resume only to be sure that they are of that checkpoint; a file of other "
-        "annotations, another pyramid, checkpoint or max_words is refused")
+        help="--do_eval with saved embeddings: needs neither videos nor CLIP, and --resume only to "
+        "be sure of the checkpoint; a file of other annotations, another pyramid, checkpoint or "
+        "max_words is refused")
     add("--save_predictions", **switch, default=0,
-        help="--do_eval leaves the predicted moments in the output folder: predictions.h5, for "
-        "scripts/report.py and scripts/score_predictions.py, and in TVR's and QVHighlights' "
-        "submission formats")
+        help="save the predicted moments of --do_eval in the output folder: predictions.h5, for "
+        "scripts/{report,score_predictions}.py, and TVR's and QVHighlights' submission formats")
 
     add = parser.add_argument_group("plotting").add_argument
     add("--plot_dir", type=Path, metavar="DIR",
@@ -258,8 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot_head", type=int, default=0, metavar="H",
         help="save and draw the attention of this head, counted from 1; 0 is the mean of all")
     add("--plot_style", choices=PLOT_STYLES, default="readable",
-        help="colours: readable for all eyes, or those of the authors' figures, jet, red and "
-        "orange")
+        help="colours: readable for all eyes, or those of the authors' figures")
     add("--plot_format", choices=["png", "svg", "pdf"], default="png",
         help="of the overview; svg and pdf draw the pyramid's picture in that format too")
     # fmt: on

@@ -62,11 +62,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What cannot be written in the block, to a file or below a folder.
-
-    Raises:
-        OutputError: for the system's error; names the path.
-    """
+    """The system's errors in the block as an OutputError that names the file or folder."""
     try:
         yield
     except OutputError:
@@ -79,13 +75,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_outputs(files: Iterable[Path]) -> None:
-    """Before hours are spent on what goes into these files: can they be written?
-
-    Tried by the calls that are made later.
-
-    Raises:
-        OutputError: one is a folder, its folder cannot be written to, or it not appended to.
-    """
+    """OutputError, before hours are spent, if a file cannot be written, by the calls that are made
+    later, or is a folder."""
     for path in files:
         with writing(path), temporary_sibling(path) as part, temporary_sibling(path) as target:
             if path.is_dir():
@@ -97,12 +88,9 @@ def check_outputs(files: Iterable[Path]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line and see it on the disk; what stands in the file already is never touched.
+    """Append a line and see it on the disk. OutputError: it could not be written, or only in part.
 
     A last line that a killed run left without its end is closed first, and stays a line of its own.
-
-    Raises:
-        OutputError: it could not be written, or only a part of it.
     """
     with writing(path), path.open("ab+") as file:
         torn = False
@@ -175,13 +163,10 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, each an object.
+    """The lines of a .jsonl file, each an object. RunError: no such file.
 
-    Other lines are skipped with a warning: one was torn off if the run was killed while it wrote
-    (the run that continued began a new line), and may be anything if the power failed.
-
-    Raises:
-        RunError: no such file.
+    Other lines are skipped with a warning: one was torn off if the run was killed while it wrote,
+    and may be anything if the power failed.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such file: give the folder of a run, such as logs/prvr_tvr")

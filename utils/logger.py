@@ -1,4 +1,4 @@
-"""What a run leaves behind to read: log.txt for people, log.jsonl for programs, TensorBoard."""
+"""What a run leaves to read: log.txt for people, log.jsonl for programs, TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,16 +15,10 @@ from utils.files import append_line, read_records, writing
 MEASURED = ("data_time", "step_time", "memory_gib")
 
 
-def setup_logging(folder: Path) -> logging.Logger:
-    """The program's logger, writing to the terminal and, appending, to ``folder/log.txt``.
-
-    Warnings of libraries go the same way.
-
-    Raises:
-        OutputError: log.txt cannot be opened.
-    """
+def setup_logging(folder: Path) -> None:
+    """What this program logs, and libraries' warnings, to the terminal and to ``folder/log.txt``,
+    which is appended to. OutputError: it cannot be opened."""
     with writing(folder / "log.txt"):
-        folder.mkdir(parents=True, exist_ok=True)
         log_file = _LogFile(folder / "log.txt", encoding="utf-8")
     logging.basicConfig(
         level=logging.WARNING,
@@ -33,20 +27,18 @@ def setup_logging(folder: Path) -> logging.Logger:
         handlers=[logging.StreamHandler(sys.stdout), log_file],
         force=True,
     )
-    log = logging.getLogger("propy")
-    log.setLevel(logging.INFO)
-    return log
+    logging.getLogger("propy").setLevel(logging.INFO)
 
 
 class _LogFile(logging.FileHandler):
-    """What cannot be written to log.txt, on a full disk, is on the terminal still: said once."""
+    """What cannot be written to log.txt, on a full disk, is on the terminal still: warns once."""
 
-    said = False
+    warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
-        if not self.said:
+        if not self.warned:
             print(f"{self.baseFilename}: incomplete: {sys.exc_info()[1]}", file=sys.stderr)
-        self.said = True
+        self.warned = True
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -99,11 +91,12 @@ class EpochLog:
         if _outcome(record) in self._known:
             return
         self._plot(record, record["global_step"])
+        self.flush()
         append_json(self.path, record)
 
     def write_step(self, step: int, record: dict) -> None:
         """Args: step: counted from 1 over the whole run; record: numbers to plot."""
-        self._plot({f"step/{name}": value for name, value in record.items()}, step, flush=False)
+        self._plot({f"step/{name}": value for name, value in record.items()}, step)
 
     def flush(self) -> None:
         """See all scalars in the file."""
@@ -113,13 +106,11 @@ class EpochLog:
     def close(self) -> None:
         self.board.close()
 
-    def _plot(self, record: dict, step: int, flush: bool = True) -> None:
+    def _plot(self, record: dict, step: int) -> None:
         with writing(self.path.parent):
             for name, value in record.items():
-                if isinstance(value, int | float) and not isinstance(value, bool):
+                if type(value) in (int, float):
                     self.board.add_scalar(name, value, step)
-            if flush:
-                self.board.flush()
 
 
 def _outcome(record: dict) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from utils import RunError
 
@@ -115,20 +114,6 @@ def git_revision() -> str:
     return "unknown"
 
 
-def parameter_report(model: nn.Module, dead: set[str]) -> dict[str, int]:
-    """Number of parameters: all, trained, and trained ones that a gradient can reach.
-
-    Args:
-        dead: names of parameters that are trained in name only.
-    """
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(trained.values()),
-        "reached_by_gradient": sum(n for name, n in trained.items() if name not in dead),
-    }
-
-
 def usable_cores() -> int:
     """CPU cores that this process may use; under Slurm or taskset fewer than the machine has."""
     return len(os.sched_getaffinity(0))
@@ -136,12 +121,5 @@ def usable_cores() -> int:
 
 def to_device(batch: dict, device: torch.device) -> dict:
     """The batch with its tensors on the device; names stay."""
-    return {
-        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-        for key, value in batch.items()
-    }
-
-
-def is_number(value: object) -> bool:
-    """True for finite numbers, which True and False are not, of a size that can be drawn."""
-    return type(value) in (int, float) and -1e300 < value < 1e300
+    tensors = {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    return batch | {key: value.to(device, non_blocking=True) for key, value in tensors.items()}

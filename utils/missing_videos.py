@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dataloaders import DataError
+from dataloaders import DataError, listed
 from dataloaders.annotations import Query, Split
-from dataloaders.clips import ClipSource, listed
+from dataloaders.clips import ClipSource
 from dataloaders.preflight import probe_all
 from utils.files import atomic_write
 
@@ -23,10 +23,9 @@ LIST = "missing_videos.jsonl"
 def require_videos(
     splits: Sequence[Split], clips: ClipSource, size: int, folder: Path, allow_missing: bool
 ) -> MissingVideos:
-    """Probe all videos of a run before it starts.
+    """Probe all videos of a run, for frames of `size` pixels, before it starts.
 
     Args:
-        size: side of the model's square frames, in pixels.
         folder: of the run, for the list of those that cannot be used.
         allow_missing: run without these.
 
@@ -107,7 +106,7 @@ class MissingVideos:
     def summary(self, split: str) -> str | None:
         """The reduced size of a split, to stand beside its results; None if nothing is missing."""
         size = reduced_size(self.counts(split), split)
-        return size and f"{size}: {self.path} lists what is left out"
+        return size and f"{size}: {self.path} lists what is missing"
 
 
 def missing_counts(
@@ -126,15 +125,11 @@ def missing_counts(
 
 
 def reduced_size(record: Mapping, split: str = "val") -> str | None:
-    """What numbers were computed on, if the record says that videos were missing, else None.
-
-    Args:
-        record: with `missing_counts` in it, or without.
-    """
-    parts = []
+    """What numbers were computed on, if `missing_counts` are in the record, else None."""
+    sizes = []
     for what in ("videos", "queries"):
         left, lost = (record.get(f"{split}_{what}{end}") for end in ("", "_left_out"))
         if not (isinstance(left, int) and isinstance(lost, int) and lost):
             return None
-        parts.append(f"{left:,} of the {left + lost:,} {what}")
-    return "on " + " and ".join(parts)
+        sizes.append(f"{left:,} of the {left + lost:,} {what}")
+    return "on " + " and ".join(sizes)

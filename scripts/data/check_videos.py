@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataloaders import DataError
+from dataloaders import DataError, listed
 from dataloaders.annotations import Video, corpus_videos, read_annotations
-from dataloaders.clips import listed
 from dataloaders.ffmpeg import (
     MAX_TIME_LIMIT,
     PREPARED_FPS,

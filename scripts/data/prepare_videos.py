@@ -22,9 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataloaders import DataError
+from dataloaders import DataError, listed
 from dataloaders.annotations import corpus_videos, read_annotations
-from dataloaders.clips import listed
 from dataloaders.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
 from dataloaders.mp4 import read_header
 from dataloaders.video import probe_clip
@@ -125,9 +124,7 @@ def prepare_if_needed(source: Path, output: Path, settings: Settings) -> dict:
         size = {"width": header.width, "height": header.height}
         if PREPARED_SHORT_SIDE in size.values():
             return {"status": "kept", "frames": header.num_frames, **size}
-        reason = (
-            f"has {header.width}x{header.height} pixels, so it is no prepared clip: rename it"
-        )
+        reason = f"has {header.width}x{header.height} pixels, so it is no prepared clip: rename it"
     except FileNotFoundError:
         pass
     except OSError as error:

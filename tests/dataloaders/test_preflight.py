@@ -34,9 +34,7 @@ def clip(tmp_path_factory) -> Path:
 
 
 def probe(folder: Path, *names: str, seconds: float = 8.0):
-    videos = [Video(name, seconds) for name in names]
-    clips = VideoFolder(folder)
-    return probe_all(videos, clips, SIZE)
+    return probe_all([Video(name, seconds) for name in names], VideoFolder(folder), SIZE)
 
 
 def test_probing_finds_what_headers_show(tmp_path, clip):
@@ -75,8 +73,8 @@ def test_what_probing_refuses_does_not_load(tmp_path, clip):
     counts = {True: 0, False: 0}
     for seed in range(150):
         rng = np.random.default_rng(seed)
-        spoil = mutations.corrupt_mp4 if seed % 2 else mutations.corrupt_bytes
-        (tmp_path / "v.mp4").write_bytes(spoil(good, rng, good))
+        corrupt = mutations.corrupt_mp4 if seed % 2 else mutations.corrupt_bytes
+        (tmp_path / "v.mp4").write_bytes(corrupt(good, rng, good))
         unusable, _ = probe(tmp_path, "v")
         counts["v" in unusable] += 1
         try:
@@ -85,24 +83,6 @@ def test_what_probing_refuses_does_not_load(tmp_path, clip):
             continue
         assert not unusable, (seed, unusable)
     assert min(counts.values()) > 20
-
-
-def test_nasty_files_in_place_of_videos(shared_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(video, "_check_size", lambda *args: None)  # or most would stop there
-    files = [p for p in sorted((shared_data / "nasty").iterdir()) if p.stat().st_size < 10**6]
-    names = [f"v{i}" for i in range(len(files))]
-    for name, path in zip(names, files, strict=True):
-        shutil.copy(path, tmp_path / f"{name}.mp4")
-    unusable, _ = probe(tmp_path, *names)
-    broken = set()
-    for name in names:
-        try:
-            video.load_clip(tmp_path / f"{name}.mp4", FRAMES, SIZE)
-        except DataError as error:
-            assert str(tmp_path / f"{name}.mp4") in str(error)
-            broken.add(name)
-    assert len(unusable) >= 10 and len(names) - len(broken) >= 8
-    assert set(unusable) <= broken
 
 
 def test_missing_videos_are_listed_and_counted(tmp_path) -> None:
@@ -135,7 +115,8 @@ def test_missing_videos_are_listed_and_counted(tmp_path) -> None:
 def damaged(tmp_path_factory) -> TinyRun:
     """The tiny corpus and a checkpoint; clip 1 is missing, clip 3 is cut short."""
     good = make_run(tmp_path_factory.getbasetemp())
-    run = TinyRun(tmp_path_factory.mktemp("damaged") / "corpus")
+    corpus = tmp_path_factory.mktemp("damaged") / "corpus"
+    run = TinyRun(corpus, corpus / "logs")
     shutil.copytree(good.corpus, run.corpus)
     (run.corpus / "videos" / "clip 1.mp4").unlink()
     broken = run.corpus / "videos" / "clip 3.mp4"
@@ -147,30 +128,33 @@ def damaged(tmp_path_factory) -> TinyRun:
 
 
 def missing(run: TinyRun) -> list[dict]:
-    text = (run.logs / "missing_videos.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return run.lines("missing_videos.jsonl")
+
+
+def checkpoint(run: TinyRun) -> tuple[str, ...]:
+    return "--do_eval", "1", "--resume", str(run.logs / "ckpt.pth.tar")
+
+
+SIZE_USED = "on 2 of the 4 videos and 4 of the 8 queries"
+TRAIN = ("--do_train", "1", "--epochs", "1", "--prvr_train_annos")
 
 
 def test_a_run_refuses_what_is_missing(damaged):
-    done = damaged.main("--do_eval", "1", "--resume", str(damaged.logs / "ckpt.pth.tar"))
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "2 videos are missing or unreadable:\nvideos/clip 1.mp4: missing\n" in done.stderr
-    assert "--allow_missing 1" in done.stderr
+    told = damaged.stops(*checkpoint(damaged))
+    assert "2 videos are missing or unreadable:\nvideos/clip 1.mp4: missing\n" in told
+    assert "--allow_missing 1" in told
     record, _ = missing(damaged)
     assert (record["split"], record["vid_name"], record["queries"]) == ("val", "clip 1", 2)
+    assert "clip 1.mp4: missing" in damaged.stops(*TRAIN, "kept.jsonl")
 
 
 def test_a_run_skips_them_if_told_so(damaged):
     """The metrics are those of annotations without these videos, and say that something lacks."""
-    flags = ("--do_eval", "1", "--resume", str(damaged.logs / "ckpt.pth.tar"))
-    done = damaged.main(*flags, "--allow_missing", "1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "on 2 of the 4 videos and 4 of the 8 queries" in done.stdout
+    assert SIZE_USED in damaged.works(*checkpoint(damaged), "--allow_missing", "1")
     assert {record["vid_name"] for record in missing(damaged)} == {"clip 1", "clip 3"}
     assert "clip 3.mp4: cannot be decoded" in missing(damaged)[1]["reason"]
-    done = damaged.main(*flags, "--prvr_val_annos", "kept.jsonl")
-    assert done.returncode == 0, done.stdout + done.stderr
-    ours, reference = map(json.loads, (damaged.logs / "eval.jsonl").read_text().splitlines()[-2:])
+    damaged.works(*checkpoint(damaged), "--prvr_val_annos", "kept.jsonl")
+    ours, reference = damaged.lines("eval.jsonl")[-2:]
     assert ours["metrics"] == reference["metrics"]
     assert (ours["val_queries"], ours["val_queries_left_out"]) == (4, 4)
     assert "val_queries" not in reference
@@ -178,23 +162,16 @@ def test_a_run_skips_them_if_told_so(damaged):
 
 def test_what_is_kept_of_a_reduced_split_can_be_used(damaged, tmp_path, capsys):
     """Embeddings, predictions and the report: refused as they stand, accepted and named if told."""
-    kept, size = str(tmp_path / "e.h5"), "on 2 of the 4 videos and 4 of the 8 queries"
+    kept, allowed = str(tmp_path / "e.h5"), ("--allow_missing", "1")
     shutil.rmtree(damaged.logs / "VIS", ignore_errors=True)
     (damaged.logs / "eval.jsonl").unlink(missing_ok=True)  # the page shows the last few
     evaluate = ("--do_eval", "1", "--subtask_type", "VCMR", "--save_predictions", "1")
-    done = damaged.main(
-        *evaluate, "--resume", str(damaged.logs / "ckpt.pth.tar"), "--allow_missing", "1",
-        "--save_embeddings", kept,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    done = damaged.main(*evaluate, "--load_embeddings", kept)
-    assert (
-        done.returncode == 1 and "without the 2 videos it lacks: --allow_missing 1" in done.stderr
-    )
-    done = damaged.main(*evaluate, "--load_embeddings", kept, "--allow_missing", "1")
-    assert done.returncode == 0 and size in done.stdout, done.stdout + done.stderr
-    computed, again = map(json.loads, (damaged.logs / "eval.jsonl").read_text().splitlines()[-2:])
-    assert computed == again
+    damaged.works(*evaluate, *checkpoint(damaged), *allowed, "--save_embeddings", kept)
+    again = (*evaluate, "--load_embeddings", kept)
+    assert "without the 2 missing videos: --allow_missing 1" in damaged.stops(*again)
+    assert SIZE_USED in damaged.works(*again, *allowed)
+    computed, loaded = damaged.lines("eval.jsonl")[-2:]
+    assert computed == loaded
     assert {record["vid_name"] for record in missing(damaged)} == {"clip 1", "clip 3"}
 
     words = ["--predictions", str(damaged.logs / "predictions.h5")]
@@ -204,62 +181,49 @@ def test_what_is_kept_of_a_reduced_split_can_be_used(damaged, tmp_path, capsys):
     score_predictions.main([*words, "--allow_missing"])
     printed = capsys.readouterr().out
     row = next(line.split() for line in printed.splitlines() if line.startswith("SVMR "))
-    assert row[1:] == [f"{value:.2f}" for value in again["metrics"]["SVMR"].values()]
-    assert size in printed
+    assert row[1:] == [f"{value:.2f}" for value in loaded["metrics"]["SVMR"].values()]
+    assert SIZE_USED in printed
 
     report.main([str(damaged.logs), "--annotations", str(damaged.corpus / "annos.jsonl")])
     assert "Queries" not in capsys.readouterr().err
     page = (damaged.logs / "report.html").read_text()
-    assert f"<li>evaluated <b>{size}</b></li>" in page
-    assert f'<th scope="row">evaluated ckpt.pth.tar, epoch 2, {size}</th>' in page
-    assert f"SVMR), in %, {size}<" in page and f"largest lead, {size}." in page
+    for place in ("<li>evaluated <b>{}</b></li>", "SVMR), in %, {}<", "largest lead, {}.",
+                  '<th scope="row">evaluated ckpt.pth.tar, epoch 2, {}</th>'):  # fmt: skip
+        assert place.format(SIZE_USED) in page
 
 
-def test_training_skips_them_if_told_so(damaged):
-    done = damaged.main(
-        "--do_train", "1", "--prvr_train_annos", "annos.jsonl", "--epochs", "1",
-        "--batch_size", "2", "--allow_missing", "1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((damaged.logs / "log.jsonl").read_text().splitlines()[-1])
-    assert "trained on 2 of the 4 videos and 4 of the 8 queries" in done.stdout
+@pytest.fixture
+def training(damaged, tmp_path) -> TinyRun:
+    """On its corpus, into a folder of the test's own."""
+    return TinyRun(damaged.corpus, tmp_path)
+
+
+def test_training_skips_them_if_told_so(training):
+    told = training.works(*TRAIN, "annos.jsonl", "--allow_missing", "1")
+    assert f"trained {SIZE_USED}" in told
+    (record,) = training.lines()
     assert (record["val_videos"], record["val_videos_left_out"]) == (2, 2)
-    done = damaged.main("--do_train", "1", "--prvr_train_annos", "kept.jsonl", "--epochs", "1",
-                        "--prvr_val_annos", "annos.jsonl")  # fmt: skip
-    assert done.returncode == 1
-    assert "clip 1.mp4: missing" in done.stderr
 
 
-def test_moments_whose_videos_are_all_missing(damaged) -> None:
-    lines = map(json.loads, (damaged.corpus / "annos.jsonl").read_text().splitlines())
-    records = [
-        {key: line[key] for key in line if key != "ts" or line["vid_name"] == "clip 1"}
-        for line in lines
-    ]
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    (damaged.corpus / "timed.jsonl").write_text(text)
-    done = damaged.main(
-        "--do_train", "1", "--prvr_train_annos", "kept.jsonl", "--prvr_val_annos", "timed.jsonl",
-        "--subtask_type", "VCMR", "--epochs", "1", "--allow_missing", "1",
-    )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "4 of 4 queries have no times (ts): VCMR and SVMR cannot be scored" in done.stderr
-    assert "--subtask_type PRVR" in done.stderr
+def test_moments_whose_videos_are_all_missing(training) -> None:
+    with (training.corpus / "timed.jsonl").open("w") as file:
+        for line in map(json.loads, (training.corpus / "annos.jsonl").open()):
+            line["ts"] = line["ts"] if line["vid_name"] == "clip 1" else None
+            file.write(json.dumps(line) + "\n")
+    flags = ("--prvr_val_annos", "timed.jsonl", "--subtask_type", "VCMR", "--allow_missing", "1")
+    told = training.stops(*TRAIN, "kept.jsonl", *flags)
+    assert "4 of 4 queries have no times (ts): VCMR and SVMR cannot be scored" in told
+    assert "--subtask_type PRVR" in told
 
 
-@pytest.mark.parametrize("task", ["--do_train", "--do_eval"])
-def test_a_clip_that_only_breaks_while_decoding_stops_the_run(damaged, tmp_path, task) -> None:
+def test_a_clip_that_only_breaks_while_decoding_stops_the_run(training, tmp_path) -> None:
     """Named, with the command that finds all of them, even where missing videos are skipped."""
-    shutil.copytree(damaged.corpus / "videos", tmp_path / "videos")
+    shutil.copytree(training.corpus / "videos", tmp_path / "videos")
     broken = tmp_path / "videos" / "clip 2.mp4"
     data = broken.read_bytes()
     start = data.index(b"mdat") + 4
     broken.write_bytes(data[:start] + bytes(400) + data[start + 400 :])
-    done = damaged.main(
-        task, "1", "--prvr_train_annos", "kept.jsonl", "--allow_missing", "1", "--epochs", "1",
-        "--batch_size", "2", "--video_dir", str(tmp_path / "videos"), "--num_thread_reader", "1",
-        *(["--resume", str(damaged.logs / "ckpt.pth.tar")] if task == "--do_eval" else []),
-    )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert f"{broken}: cannot be decoded" in done.stderr
-    assert f"check_videos --decode --video_dir {tmp_path / 'videos'}" in done.stderr
+    flags = ("--video_dir", str(broken.parent), "--num_thread_reader", "1", "--allow_missing", "1")
+    told = training.stops(*TRAIN, "kept.jsonl", *flags)
+    assert f"{broken}: cannot be decoded" in told
+    assert f"check_videos --decode --video_dir {broken.parent}" in told

@@ -18,7 +18,7 @@ from dataloaders.storage import open_hdf5, sync
 from utils import OutputError
 from utils.evaluation.hdf5 import read_hdf5, write_hdf5
 from utils.files import append_line, atomic_write, check_outputs, locked_folder
-from utils.pictures.attention_store import AttentionStore, read_attention, read_scores
+from utils.pictures.attention_store import SCORES, attention_store, read_attention
 
 LACKING = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524, errno.EPERM, errno.EINVAL]
 CALLS = ["fsync", "posix_fadvise", "posix_fallocate", "chmod", "fchmod"]
@@ -54,10 +54,10 @@ def test_a_run_s_files_can_be_written_and_read_back(poor_disk, tmp_path, caplog)
     write_hdf5(tmp_path / "file.h5", "test", layout, contents)
     read = read_hdf5(tmp_path / "file.h5", "test", layout, "")
     assert read["name"] == "x" and torch.equal(read["numbers"], contents["numbers"])
-    with AttentionStore(tmp_path, {}) as store:
-        store.add("q", "v", np.ones((2, 3, 4), "f4"), np.zeros(3, "f4"), rank=1)
+    with attention_store(tmp_path, {}) as add:
+        add("q", "v", np.ones((2, 3, 4), "f4"), np.zeros(3, "f4"), rank=1)
     assert read_attention(tmp_path, "q").sum() == 24
-    assert read_scores(tmp_path, "q").shape == (3,)
+    assert read_attention(tmp_path, "q", SCORES).shape == (3,)
     assert not [p for p in tmp_path.rglob(".*") if p.name != ".lock"]
 
 

@@ -45,11 +45,10 @@ BATCH = 20  # cases of one kind before the next one's turn
 
 
 class Answer(NamedTuple):
-    """What a reader did: "accepted", "refused" or the heading of a finding; in how many seconds."""
+    """What a reader did: "accepted", "refused" or the heading of a finding."""
 
     outcome: str
-    details: str
-    seconds: float
+    details: str = ""
 
     @property
     def is_finding(self) -> bool:
@@ -59,38 +58,25 @@ class Answer(NamedTuple):
 def draw_cases(cases: Cases, seed: str, count: int) -> list[bytes]:
     """Files, the first of them valid; the same for the same seed and code."""
     drawn: list[bytes] = []
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
+    settings = hypothesis.settings(
+        max_examples=count, database=None, deadline=None, phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(cases)
-    def collect(case: bytes) -> None:
-        drawn.append(case)
-
-    collect()
+    )  # fmt: skip
+    hypothesis.seed(seed)(settings(hypothesis.given(cases)(lambda case: drawn.append(case))))()
     return drawn
 
 
 def read_case(read: Callable[[Path], bool], error_type: type[Exception], path: Path) -> Answer:
     """Let a reader have a file, in this process, without limits."""
-    started = time.perf_counter()
-    outcome, details = "accepted", ""
     try:
-        if not read(path):
-            outcome = "wrong result"
+        return Answer("accepted" if read(path) else "wrong result")
     except error_type as error:
-        details = str(error)
-        printable = details.encode(errors="replace").decode() == details
-        named = str(path) in details and len(details) <= MAX_MESSAGE
-        outcome = "refused" if named and printable else "bad message"
+        text = str(error)
+        printable = text.encode(errors="replace").decode() == text
+        good = str(path) in text and len(text) <= MAX_MESSAGE and printable
+        return Answer("refused" if good else "bad message", text)
     except BaseException as error:
-        outcome, details = type(error).__name__, traceback.format_exc()
-    return Answer(outcome, details, time.perf_counter() - started)
+        return Answer(type(error).__name__, traceback.format_exc())
 
 
 def _limit(messages: Path) -> None:
@@ -135,25 +121,19 @@ class Child:
         self.pool = ProcessPoolExecutor(1, context, _limit, (self.messages,))
 
     def read_case(self, *case: Any) -> Answer:
-        started = time.perf_counter()
         try:
             return self.pool.submit(_read_limited, self.time_limit, *case).result()
         except BrokenProcessPool:
             self.start()
             words = self.messages.read_text(errors="replace")[-8000:]
-            outcome = "hang" if "Timeout (" in words else "crash"
-            return Answer(outcome, words, time.perf_counter() - started)
-
-
-# ---------------------------------------------------------------------------------- the program
+            return Answer("hang" if "Timeout (" in words else "crash", words)
 
 
 def fuzz(args: argparse.Namespace, folder: Path) -> int:
     """Corrupt and read until the time is over; returns the number of findings."""
     cases = {name: KINDS[name].cases(Path(tempfile.mkdtemp(dir=folder))) for name in args.kinds}
     counts = {name: Counter() for name in args.kinds}
-    slowest = dict.fromkeys(args.kinds, 0.0)
-    child, started = Child(folder), time.monotonic()
+    child, started, findings = Child(folder), time.monotonic(), 0
     read = read_case if args.cases else child.read_case
     layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
     with tqdm(total=args.seconds, desc="fuzz", bar_format=layout, disable=bool(args.cases)) as bar:
@@ -167,10 +147,9 @@ def fuzz(args: argparse.Namespace, folder: Path) -> int:
                     if answer.is_finding:
                         file = f"{name}_{args.seed}_{count.total()}{path.suffix}"
                         keep_finding(answer, path, args.findings / file)
+                        findings += 1
                     count["findings" if answer.is_finding else answer.outcome] += 1
-                    slowest[name] = max(slowest[name], answer.seconds)
                 bar.update(min(time.monotonic() - started, args.seconds) - bar.n)
-            findings = sum(count["findings"] for count in counts.values())
             bar.set_postfix(cases=sum(map(Counter.total, counts.values())), findings=findings)
             if args.cases or bar.n >= args.seconds:
                 break
@@ -178,7 +157,7 @@ def fuzz(args: argparse.Namespace, folder: Path) -> int:
                 child.start()
     for name, count in counts.items():
         columns = [f"{count[outcome]} {outcome}" for outcome in ("accepted", "refused", "findings")]
-        print(f"{name}: {', '.join(columns)}; slowest {slowest[name]:.2f} s")
+        print(f"{name}: {', '.join(columns)}")
     return findings
 
 
@@ -186,7 +165,7 @@ def keep_finding(answer: Answer, path: Path, target: Path) -> None:
     """Save the input and what happened, for --replay."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, target)
-    text = f"{answer.outcome} after {answer.seconds:.1f} s\n\n{answer.details}\n"
+    text = f"{answer.outcome}\n\n{answer.details}\n"
     target.with_name(target.name + ".txt").write_text(text, errors="backslashreplace")
     tqdm.write(f"{answer.outcome}: {target}")
 
@@ -196,7 +175,7 @@ def replay(saved: Path, folder: Path) -> int:
     kind = KINDS[saved.name.split("_")[0]]
     path = Path(shutil.copy(saved, folder / kind.file))
     answer = Child(folder).read_case(kind.read, kind.error, path)
-    print(f"{saved}: {answer.outcome}, {answer.seconds:.1f} s\n{answer.details}")
+    print(f"{saved}: {answer.outcome}\n{answer.details}")
     return int(answer.is_finding)
 
 

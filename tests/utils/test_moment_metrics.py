@@ -19,54 +19,36 @@ def cases(golden):
     return np.load(golden / "metrics.npz"), json.loads((golden / "metrics.json").read_text())
 
 
-def window_list(ts):
-    return ts if isinstance(ts[0], list) else [ts]
-
-
 def unpack(predictions, annotations):
     """Arguments of moment_metrics from an authors' array [T, P, 4] and their annotations."""
     predictions = torch.from_numpy(predictions)
     target = torch.tensor([int(a["vid_name"][1:]) for a in annotations])
-    windows = mm.pad_windows([window_list(a["ts"]) for a in annotations])
-    return [predictions[..., 0].long(), predictions[..., 1:3], target, windows]
+    windows = [a["ts"] if isinstance(a["ts"][0], list) else [a["ts"]] for a in annotations]
+    return [predictions[..., 0].long(), predictions[..., 1:3], target, mm.pad_windows(windows)]
 
 
-def test_golden_all_queries(cases):
+def test_golden(cases):
+    """All queries, each alone, by the form and number of their windows, with fewer predictions, and
+    of the whole tail."""
     arrays, answers = cases
-    metrics = mm.moment_metrics(*unpack(arrays["vcmr_preds"], answers["vcmr_gt"]))
-    assert metrics == answers["vcmr"]
-
-
-def test_golden_every_query_alone(cases):
-    arrays, answers = cases
-    for row, annotation in enumerate(answers["vcmr_gt"]):
-        arguments = unpack(arrays["vcmr_preds"][row : row + 1], [annotation])
-        assert mm.moment_metrics(*arguments) == answers["vcmr_each"][row], annotation
-
-
-@pytest.mark.parametrize("kind", ["flat", "1", "2", "3", "4", "5"])
-def test_golden_by_number_of_windows(cases, kind):
-    arrays, answers = cases
-    kinds = [
-        str(len(a["ts"])) if isinstance(a["ts"][0], list) else "flat" for a in answers["vcmr_gt"]
-    ]
-    rows = [row for row, found in enumerate(kinds) if found == kind]
-    arguments = unpack(arrays["vcmr_preds"][rows], [answers["vcmr_gt"][row] for row in rows])
-    assert mm.moment_metrics(*arguments) == answers[f"vcmr_windows_{kind}"]
-
-
-def test_golden_with_fewer_predictions(cases):
-    arrays, answers = cases
-    videos, *rest = unpack(arrays["vcmr_preds"], answers["vcmr_gt"])
+    predictions, annotations = arrays["vcmr_preds"], answers["vcmr_gt"]
+    arguments = unpack(predictions, annotations)
+    assert mm.moment_metrics(*arguments) == answers["vcmr"]
+    kinds: dict[str, list[int]] = {}
+    for row, annotation in enumerate(annotations):
+        alone = unpack(predictions[row : row + 1], [annotation])
+        assert mm.moment_metrics(*alone) == answers["vcmr_each"][row], annotation
+        ts = annotation["ts"]
+        kinds.setdefault(str(len(ts)) if isinstance(ts[0], list) else "flat", []).append(row)
+    assert kinds.keys() == {"flat", *"12345"}
+    for kind, rows in kinds.items():
+        some = unpack(predictions[rows], [annotations[row] for row in rows])
+        assert mm.moment_metrics(*some) == answers[f"vcmr_windows_{kind}"], kind
     for row, length in enumerate(answers["vcmr_short_lengths"]):
-        videos[row, length:] = -1
-    assert mm.moment_metrics(videos, *rest) == answers["vcmr_short"]
-
-
-def test_golden_tail(cases):
-    arrays, answers = cases
-    arguments = unpack(arrays["tail_vcmr"], answers["tail_annotations"])
-    assert mm.moment_metrics(*arguments) == answers["tail_vcmr"]
+        arguments[0][row, length:] = -1
+    assert mm.moment_metrics(*arguments) == answers["vcmr_short"]
+    tail = unpack(arrays["tail_vcmr"], answers["tail_annotations"])
+    assert mm.moment_metrics(*tail) == answers["tail_vcmr"]
 
 
 def plain_loop(predictions, target, windows, rule):
@@ -117,14 +99,6 @@ def test_metrics_equal_a_plain_loop(queries, rule):
     assert metrics == plain_loop(predictions, target, windows, rule)
 
 
-def test_four_disjoint_windows_and_one_exact_hit():
-    windows = mm.pad_windows([[(0, 10), (20, 30), (40, 50), (60, 70)]])
-    zero = torch.zeros(1, dtype=torch.int64)
-    arguments = (zero[:, None], torch.tensor([[[20.0, 30.0]]]), zero, windows)
-    assert mm.moment_metrics(*arguments)["0.7-r1"] == 0  # the published rule
-    assert mm.moment_metrics(*arguments, window_rule="any")["0.7-r1"] == 100
-
-
 def test_thresholds_are_inclusive_and_in_float32():
     # 7 of 10 seconds and 3 of 10: exactly the float32 thresholds, below the float64 ones or not
     moments = torch.tensor([[[0.0, 7.0], [0.0, 3.0], [0.0, 1.0]]])
@@ -143,19 +117,13 @@ def test_iou_of_empty_touching_and_reversed_windows():
 
 
 def test_predictions_after_the_hundredth_do_not_count():
-    videos = torch.ones(1, 101, dtype=torch.int64)
-    videos[0, 100] = 0
-    moments = torch.tensor([0.0, 1.0]).expand(1, 101, 2)
-    target, windows = torch.tensor([0]), torch.tensor([[[0.0, 1.0]]])
-    assert set(mm.moment_metrics(videos, moments, target, windows).values()) == {0.0}
-    videos[0, 99] = 0
-    metrics = mm.moment_metrics(videos, moments, target, windows)
-    assert {k for k, v in metrics.items() if v} == {f"{t}-r100" for t in mm.THRESHOLDS}
-
-
-def test_unknown_window_rule_is_refused():
-    with pytest.raises(ValueError, match="most"):
-        mm.right_moments(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), "most")
+    moments, target = torch.tensor([0.0, 1.0]).expand(1, 101, 2), torch.tensor([0])
+    windows = torch.tensor([[[0.0, 1.0]]])
+    for place, found in ((100, set()), (99, {f"{t}-r100" for t in mm.THRESHOLDS})):
+        videos = torch.ones(1, 101, dtype=torch.int64)
+        videos[0, place] = 0
+        metrics = mm.moment_metrics(videos, moments, target, windows)
+        assert {name for name, value in metrics.items() if value} == found
 
 
 def test_video_recalls_of_known_ranks():

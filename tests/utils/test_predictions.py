@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import h5py
 import pytest
 import torch
 
@@ -37,18 +36,17 @@ def predict(texts, events, queries, durations=DURATIONS):
 
 @pytest.fixture
 def queries():
-    windows = [
-        ((30.73, 46.0),),
-        ((0.0, 20.0), (21.0, 40.0)),
-        ((2.0, 4.0),),
-        ((0.0, 33.3),),
-        ((1.0, 2.0), (3.0, 4.0), (9.0, 9.5), (20.0, 40.0)),
-        ((40.0, 50.0),),
+    rows = [
+        (0, "v", ((30.73, 46.0),)),
+        (1, "vt", ((0.0, 20.0), (21.0, 40.0))),
+        (2, "v", ((2.0, 4.0),)),
+        (3, "t", ((0.0, 33.3),)),
+        (1, "vt", ((1.0, 2.0), (3.0, 4.0), (9.0, 9.5), (20.0, 40.0))),
+        (0, "v", ((40.0, 50.0),)),
     ]
-    videos, types = (0, 1, 2, 3, 1, 0), ("v", "vt", "v", "t", "vt", "v")
     return [
-        Query(10 + i, f"text {i} é", f"video {v}", DURATIONS[v], windows[i], types[i])
-        for i, v in enumerate(videos)
+        Query(10 + i, f"text {i} é", f"video {v}", DURATIONS[v], windows, query_type)
+        for i, (v, query_type, windows) in enumerate(rows)
     ]
 
 
@@ -70,12 +68,8 @@ def annotations(tmp_path, queries):
 
 
 def write_annotations(path, queries):
-    records = (
-        {"vid_name": q.vid_name, "desc_id": q.desc_id, "desc": q.desc, "duration": q.duration}
-        | ({"ts": [list(w) for w in q.windows]} if q.windows else {})
-        | ({"type": q.query_type} if q.query_type else {})
-        for q in queries
-    )
+    names = {"windows": "ts", "query_type": "type"}
+    records = ({names.get(k, k): v for k, v in vars(query).items()} for query in queries)
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -90,38 +84,21 @@ def test_a_saved_file_comes_back(tmp_path, predictions, queries):
     assert level_report(loaded, queries) == level_report(predictions, queries)
 
 
-def test_a_file_of_version_1_keeps_loading(tmp_path):
-    moments = {"videos": [[1, 0]], "events": [[2, 0]], "scores": [[0.5, 0.25]]}
-    lists = {"durations": [9.0, 5.5], "proposals": [[0, 1], [0, 0.5], [0.5, 1]], "target": [1],
-             "target_rank": [1], "target_scores": [[0.1, 0.2, 0.5]]} | moments  # fmt: skip
-    kinds = dict.fromkeys(("videos", "target", "target_rank"), "i4") | {"events": "i2"}
-    with h5py.File(tmp_path / "p.h5", "w") as file:
-        file.attrs.update({"format": "ProPy moment predictions, version 1", "per_video": 3})
-        file["desc_ids"], file["vid_names"] = ["7"], ["a", "b"]
-        for name, values in lists.items():
-            file.create_dataset(name, data=values, dtype=kinds.get(name, "f4"))
-    loaded = load_predictions(tmp_path / "p.h5")
-    assert (loaded.desc_ids, loaded.vid_names, loaded.per_video) == (["7"], ["a", "b"], 3)
-    assert all(torch.tensor(lists[name]).equal(getattr(loaded, name)) for name in lists)
-
-
 def test_the_order_of_the_annotations_does_not_matter(predictions, queries):
+    """Videos are retrieved in the order of their first moments, and as for PRVR."""
+    rows = vcmr_rows(predictions, queries)
+    assert rows["cosine"] == recall_metrics(rank_videos(random_embeddings(), predictions.target))
+    columns = (predictions.videos, predictions.target, predictions.target_rank)
+    for videos, target, rank in zip(*(column.tolist() for column in columns), strict=True):
+        assert list(dict.fromkeys(videos)).index(target) + 1 == rank
     report = moment_report(predictions, queries)
+    assert rows["VCMR"] == report["VCMR"] and rows["levels/all"]["queries"] == 6
     shuffled = [queries[i] for i in (3, 0, 5, 4, 2, 1)]
     reordered = predictions.align(shuffled)
     assert reordered.desc_ids == [str(q.desc_id) for q in shuffled]
     assert torch.equal(reordered.videos[0], predictions.videos[3])
     again = moment_report(predictions, shuffled)
     assert {k: again[k] for k in report} == report
-
-
-def test_metrics_by_type_are_those_of_these_queries_alone(predictions, queries):
-    report = moment_report(predictions, queries)
-    for name in ("v", "vt", "t"):
-        some = [query for query in queries if query.query_type == name]
-        members = torch.tensor([query.query_type == name for query in queries])
-        alone = moment_report(predictions.select(members), some)
-        assert all(report[f"{task}/{name}"] == alone[task] for task in ("VCMR", "SVMR", "VR"))
 
 
 def test_single_video_retrieval_is_corpus_retrieval_on_a_corpus_of_one(queries):
@@ -141,20 +118,6 @@ def test_single_video_retrieval_is_corpus_retrieval_on_a_corpus_of_one(queries):
         same = predictions.select(torch.tensor([row]))
         assert report["VCMR"] == report["SVMR"] == moment_report(same, [query])["SVMR"]
         assert report["VR"]["r1"] == 100
-
-
-def test_video_retrieval_is_the_order_in_which_videos_first_appear(predictions):
-    columns = (predictions.videos, predictions.target, predictions.target_rank)
-    for videos, target, rank in zip(*(column.tolist() for column in columns), strict=True):
-        assert list(dict.fromkeys(videos)).index(target) + 1 == rank
-
-
-def test_one_evaluation_gives_both_tasks(predictions, queries):
-    rows = vcmr_rows(predictions, queries)
-    embeddings = random_embeddings()
-    assert rows["cosine"] == recall_metrics(rank_videos(embeddings, predictions.target))
-    assert rows["VCMR"] == moment_report(predictions, queries)["VCMR"]
-    assert rows["levels/all"]["queries"] == 6
 
 
 def test_baselines_worked_out_by_hand():
@@ -178,24 +141,29 @@ def test_baselines_worked_out_by_hand():
     assert report["VCMR/random_event"]["0.7-r100"] == 100
 
 
-def test_both_window_rules_are_reported_where_they_differ(predictions, queries):
-    report = moment_report(predictions, queries)
-    assert moment_report(predictions, queries, "any")["VCMR"] == report["VCMR/any"]
-    assert moment_report(predictions, queries, "any")["SVMR/half"] == report["SVMR"]
-    one_window = [q for q in queries if len(q.windows) == 1]
-    rows = predictions.select(torch.tensor([len(q.windows) == 1 for q in queries]))
-    assert "VCMR/any" not in moment_report(rows, one_window)
+def test_reports_of_some_queries_are_those_of_these_alone(predictions, queries):
+    """By type, by the window rule where it differs, and of queries with times."""
+    report, any_rule = (
+        moment_report(predictions, queries),
+        moment_report(predictions, queries, "any"),
+    )
+    assert (any_rule["VCMR"], any_rule["SVMR/half"]) == (report["VCMR/any"], report["SVMR"])
 
+    def alone(keep):
+        members = torch.tensor([keep(query) for query in queries])
+        return moment_report(predictions.select(members), list(filter(keep, queries)))
 
-def test_queries_without_times(predictions, queries):
+    for name in ("v", "vt", "t"):
+        some = alone(lambda query, name=name: query.query_type == name)
+        assert all(report[f"{task}/{name}"] == some[task] for task in ("VCMR", "SVMR", "VR"))
+    assert "VCMR/any" not in alone(lambda query: len(query.windows) == 1)
     untimed = [replace(query, windows=None, query_type=None) for query in queries]
-    assert moment_report(predictions, untimed) == {"VR": moment_report(predictions, queries)["VR"]}
+    assert moment_report(predictions, untimed) == {"VR": report["VR"]}
     assert times_missing(untimed).startswith("6 of 6 queries have no times (ts): VCMR and SVMR can")
-    some = [*queries[:4], *untimed[4:]]
-    assert "2 of 6" in times_missing(some)
+    assert "2 of 6" in times_missing(some := [*queries[:4], *untimed[4:]])
     assert times_missing(queries) is None
-    first = predictions.select(torch.arange(4))
-    assert moment_report(predictions, some)["VCMR"] == moment_report(first, queries[:4])["VCMR"]
+    first = alone(lambda query: query in queries[:4])
+    assert moment_report(predictions, some)["VCMR"] == first["VCMR"]
 
 
 def test_levels_that_win():
@@ -249,21 +217,15 @@ def test_qvhighlights_export(tmp_path, predictions, queries):
     _, path = export_all(tmp_path, predictions, queries)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["qid"] for line in lines] == [10, 11, 12, 13, 14, 15]
-    assert lines[1]["query"] == "text 1 é"
-    assert lines[1]["vid"] == "video 1"
+    assert (lines[1]["query"], lines[1]["vid"]) == ("text 1 é", "video 1")
     within = predictions.within_target()
     seconds = within.seconds(within.videos, within.events)
     for line, times, scores in zip(lines, seconds, within.scores, strict=True):
         expected = torch.cat([times, scores[:, None]], dim=1)
         assert torch.equal(torch.tensor(line["pred_relevant_windows"]), expected)
-
-
-def test_scores_that_are_not_numbers_still_make_valid_json(tmp_path, predictions, queries):
-    predictions.scores[0, -1] = -torch.inf
-    predictions.target_scores[2] = torch.nan
-    for path in export_all(tmp_path, predictions, queries):
-        assert "NaN" not in path.read_text()
-        assert "Infinity" not in path.read_text()
+    predictions.scores[0, -1], predictions.target_scores[2] = -torch.inf, torch.nan
+    for path in export_all(tmp_path / "not numbers", predictions, queries):
+        assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
 
 
 def test_annotations_that_do_not_match_are_refused(predictions, queries):
@@ -277,12 +239,12 @@ def test_annotations_that_do_not_match_are_refused(predictions, queries):
         predictions.align([moved, *queries[1:]])
 
 
-@pytest.mark.parametrize("duration", [-1.0, torch.inf, torch.nan])
-def test_a_file_of_impossible_durations_is_refused(tmp_path, predictions, duration):
-    predictions.durations[1] = duration
-    save_predictions(tmp_path / "p.h5", predictions)
-    with pytest.raises(RunError, match=r"p\.h5: durations .* --save_predictions"):
-        load_predictions(tmp_path / "p.h5")
+def test_a_file_of_impossible_durations_is_refused(tmp_path, predictions):
+    for duration in (-1.0, torch.inf, torch.nan):
+        predictions.durations[1] = duration
+        save_predictions(tmp_path / "p.h5", predictions)
+        with pytest.raises(RunError, match=r"p\.h5: durations .* --save_predictions"):
+            load_predictions(tmp_path / "p.h5")
 
 
 @pytest.fixture
@@ -294,11 +256,10 @@ def words(tmp_path, predictions, annotations):
 
 def test_command_line(tmp_path, capsys, predictions, queries, words):
     score_predictions.main([*words, "--export", f"{tmp_path / 'exports'}"])
-    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     report = moment_report(predictions, queries)
     for name in ("VCMR", "SVMR", "VCMR/any", "VR/vt", "VCMR/random_event"):
-        row = next(line.split() for line in lines if line.split()[:1] == [name])
-        assert row[1:] == [f"{value:.2f}" for value in report[name].values()]
+        assert [name, *(f"{value:.2f}" for value in report[name].values())] in rows
     assert len(list((tmp_path / "exports").iterdir())) == 2
 
 
@@ -314,15 +275,12 @@ def test_command_line_names_the_wrong_file(tmp_path, queries, annotations, words
         score_predictions.main(words)
 
 
-def test_command_line_without_some_videos(capsys, queries, annotations, words):
+def test_command_line_without_some_videos_or_times(capsys, queries, annotations, words):
     write_annotations(annotations, [*queries, Query("more", "text", "video 9", 5.0, None)])
     with pytest.raises(RunError, match=r"1 queries are not .*\(more\).*: --allow_missing"):
         score_predictions.main(words)
     score_predictions.main([*words, "--allow_missing"])
     assert "4 of the 5 videos and 6 of the 7 queries" in capsys.readouterr().out
-
-
-def test_command_line_without_times(capsys, queries, annotations, words):
     write_annotations(annotations, [replace(query, windows=None) for query in queries])
     score_predictions.main(words)
     output = capsys.readouterr().out

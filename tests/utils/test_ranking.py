@@ -51,10 +51,8 @@ def brute_force_moments(scores, per_video, limit):
 
 
 def as_lists(top):
-    return [
-        list(zip(*rows, strict=True))
-        for rows in zip(top.scores.tolist(), top.videos.tolist(), top.events.tolist(), strict=True)
-    ]
+    columns = (top.scores.tolist(), top.videos.tolist(), top.events.tolist())
+    return [list(zip(*rows, strict=True)) for rows in zip(*columns, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -77,37 +75,20 @@ def test_event_scores_equal_the_authors(golden, name):
     torch.testing.assert_close(scores, torch.from_numpy(data["scores_eval_f64"]))
 
 
-def test_best_scores_equal_the_authors_tail(golden, tail):
-    expected = torch.from_numpy(np.load(golden / "metrics.npz")["tail_sim"])
-    scores = video_scores(*tail) * np.exp(4.6052)
-    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
-
-
 def test_moments_equal_the_authors_tail(golden, tail):
-    metrics = json.loads((golden / "metrics.json").read_text())
-    expected = np.load(golden / "metrics.npz")["tail_vcmr"]  # [30, 120, (video, start, end, score)]
-    durations = {int(a["vid_name"][1:]): a["duration"] for a in metrics["tail_annotations"]}
+    arrays = np.load(golden / "metrics.npz")
+    scores = video_scores(*tail) * np.exp(4.6052)
+    torch.testing.assert_close(scores, torch.from_numpy(arrays["tail_sim"]), rtol=0, atol=1e-4)
+    annotations = json.loads((golden / "metrics.json").read_text())["tail_annotations"]
+    durations = {int(a["vid_name"][1:]): a["duration"] for a in annotations}
     top = top_moments(*tail, per_video=10, limit=1000)
     assert top.scores.shape == (30, 140)  # 14 videos × 10 events are fewer than 1000
-    for text in range(30):
-        for rank, (video, start, end, score) in enumerate(expected[text]):
+    for text, moments in enumerate(arrays["tail_vcmr"]):  # [30, 120, (video, start, end, score)]
+        for rank, (video, start, end, score) in enumerate(moments):
             span = P32_SPANS[top.events[text, rank]]
             assert top.videos[text, rank] == video
             assert [x / 32 * durations[video] for x in span] == [start, end]
             assert abs(top.scores[text, rank] - score) < 1e-6
-
-
-@pytest.mark.parametrize("name", ["m1", "m3"])
-def test_moments_of_one_video_equal_the_authors(golden, name):
-    data = np.load(golden / f"model_{name}.npz")
-    texts, events = (torch.from_numpy(data[key]) for key in ("text_f32", "event_f32"))
-    for video in range(len(events)):
-        top = top_moments(texts, events[video : video + 1], per_video=5)
-        torch.testing.assert_close(
-            top.scores, torch.from_numpy(data["vcmr_scores_f32"][:, video]), rtol=0, atol=1e-5
-        )
-        proposals = torch.from_numpy(data["proposals"])[top.events.long()]
-        torch.testing.assert_close(proposals, torch.from_numpy(data["vcmr_props_f32"][:, video]))
 
 
 def test_lengths_do_not_matter_unless_asked():
@@ -136,31 +117,20 @@ def test_half_precision_and_autocast_give_float32_cosines():
     assert exact.dtype == torch.float64
 
 
-def test_event_scores_are_differentiable():
-    texts, events = random_features(2, 3, 2, 4, 5, torch.float64)
-    inputs = (texts.requires_grad_(), events.requires_grad_())
-    assert torch.autograd.gradcheck(event_scores, inputs)
-
-
 @pytest.mark.parametrize("chunk", [1, 17, 300, 10**9])
 @pytest.mark.parametrize("normalize_events", [True, False])
-def test_best_scores_are_the_maximum_at_every_chunk(chunk, normalize_events):
+def test_scores_are_the_same_at_every_chunk(chunk, normalize_events):
     texts, events = random_features(3, 37, 23, 6, 16, torch.float64)
-    expected = event_scores(texts, events, normalize_events).amax(-1)
+    expected = event_scores(texts, events, normalize_events)
     best = video_scores(texts, events, normalize_events, chunk=chunk)
-    torch.testing.assert_close(best, expected)
+    torch.testing.assert_close(best, expected.amax(-1))
+    if normalize_events:
+        videos = torch.randint(23, (37,))
+        paired = paired_event_scores(texts, events, videos, chunk=chunk)
+        torch.testing.assert_close(paired, expected[torch.arange(37), videos])
 
 
-@pytest.mark.parametrize("chunk", [1, 50, 10**9])
-def test_paired_scores_are_those_of_the_given_video(chunk):
-    texts, events = random_features(4, 19, 5, 6, 16)
-    videos = torch.randint(5, (19,), generator=torch.Generator().manual_seed(0))
-    expected = event_scores(texts, events)[torch.arange(19), videos]
-    scores = paired_event_scores(texts, events, videos, chunk=chunk)
-    torch.testing.assert_close(scores, expected)
-
-
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10**6),
     num_texts=st.integers(1, 5),
@@ -178,29 +148,3 @@ def test_moments_with_ties_and_nan_equal_brute_force(
     scores = event_scores(texts, events)
     assert as_lists(top) == brute_force_moments(scores, per_video, limit)
     torch.testing.assert_close(top.video_scores, scores.amax(-1), equal_nan=True)
-
-
-def test_moments_of_correlated_events_equal_brute_force():
-    texts, events = random_features(5, 8, 60, 12, 32)
-    events += 3 * events[:, :1]  # a video's events resemble each other: whole videos lead the list
-    top = top_moments(texts, events, per_video=4, limit=50)
-    expected = brute_force_moments(event_scores(texts, events), 4, 50)
-    for found, wanted in zip(as_lists(top), expected, strict=True):
-        assert [m[1:] for m in found] == [m[1:] for m in wanted]
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
-    assert torch.bincount(top.videos[0]).max() == 4
-
-
-def test_fewer_moments_kept_are_the_first_of_more():
-    texts, events = random_features(6, 9, 30, 10, 16)
-    many, few = top_moments(texts, events, limit=100), top_moments(texts, events, limit=7)
-    for long, short in zip(many[:3], few[:3], strict=True):
-        assert torch.equal(long[:, :7], short)
-
-
-def test_negative_and_zero_scores_keep_their_order():
-    texts = torch.tensor([[1.0, 0.0]])
-    events = torch.tensor([[-1.0, 1.0], [0.0, -1.0], [-3.0, 1.0], [-0.0, 2.0], [1.0, 3.0]])
-    top = top_moments(texts, events[:, None])
-    assert top.videos.tolist() == [[4, 1, 3, 0, 2]]  # 0 and -0 are equal: the earlier first
-    assert top.scores[0].tolist() == sorted(top.scores[0].tolist(), reverse=True)

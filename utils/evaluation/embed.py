@@ -28,14 +28,8 @@ class Embeddings:
 def embed_videos(
     model: nn.Module, batches: Iterable[dict], device: torch.device, total: int | None = None
 ) -> Tensor:
-    """Event embeddings of videos in the order of their batches: float32 [V, N_e, D].
-
-    On a GPU nothing in here waits for its results.
-
-    Args:
-        batches: {frames [B, N_f, 3, H, W]} as ``EvaluationLoader`` gives them.
-        total: their number, where `batches` is an iterator that does not know it.
-    """
+    """Event embeddings, float32 [V, N_e, D], of the videos in the order of ``EvaluationLoader``'s
+    batches, `total` of them. On a GPU nothing in here waits for its results."""
     model.eval()
     return torch.cat([
         model.encode_video(batch["frames"].to(device, non_blocking=True))
@@ -45,17 +39,14 @@ def embed_videos(
 
 @torch.inference_mode()
 def embed_texts(model: nn.Module, batches: Sequence[dict], device: torch.device) -> Tensor:
-    """Embeddings of texts in the order of their indices: float32 [T, D].
-
-    Args:
-        batches: {token_ids [t, W], indices [t]} of ``evaluation_text_batches``, in any order.
-    """
+    """Embeddings, float32 [T, D], of texts in the order of their indices, given as the batches of
+    ``evaluation_text_batches`` in any order."""
     model.eval()
-    features = [
+    features = torch.cat([
         model.encode_text(batch["token_ids"].to(device))
         for batch in tqdm(batches, desc="texts", **SHOWN)
-    ]
+    ])  # fmt: skip
     indices = torch.cat([batch["indices"] for batch in batches]).to(device)
-    in_order = torch.empty_like(torch.cat(features))
-    in_order[indices] = torch.cat(features)
+    in_order = torch.empty_like(features)
+    in_order[indices] = features
     return in_order

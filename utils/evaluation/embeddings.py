@@ -47,18 +47,12 @@ class SavedEmbeddings:
 
     @classmethod
     def from_split(
-        cls,
-        embeddings: Embeddings,
-        split: Split,
-        proposals: Tensor,
-        *,
-        max_words: int,
-        checkpoint: Path,
-        epoch: int,
-    ) -> SavedEmbeddings:
+        cls, embeddings: Embeddings, split: Split, proposals: Tensor,
+        *, max_words: int, checkpoint: Path, epoch: int,
+    ) -> SavedEmbeddings:  # fmt: skip
         """Embeddings of a split."""
         return cls(
-            embeddings=Embeddings(embeddings.events.cpu(), embeddings.texts.cpu()),
+            embeddings=embeddings.to(torch.device("cpu")),
             desc_ids=[str(query.desc_id) for query in split.queries],
             captions=[query.desc for query in split.queries],
             vid_names=[video.vid_name for video in split.videos],
@@ -72,13 +66,9 @@ class SavedEmbeddings:
         )
 
     def check(
-        self,
-        queries: Sequence[Query],
-        proposals: Tensor,
-        *,
-        max_words: int,
-        checkpoint: Path | None,
-    ) -> None:
+        self, queries: Sequence[Query], proposals: Tensor,
+        *, max_words: int, checkpoint: Path | None,
+    ) -> None:  # fmt: skip
         """Compare with what they would be computed from now.
 
         Args:
@@ -89,44 +79,33 @@ class SavedEmbeddings:
         """
         if not queries:
             raise RunError(f"none of the annotated videos is in it: {REMEDY}")
-        annotated = [(str(query.desc_id), query.desc, query.vid_name) for query in queries]
-        videos = [self.vid_names[column] for column in self.target.tolist()]
-        saved = list(zip(self.desc_ids, self.captions, videos, strict=True))
-        if len(saved) != len(annotated):
+        if len(queries) != len(self.desc_ids):
             missing = len({query.vid_name for query in queries} - set(self.vid_names))
-            hint = f", or continue without the {missing:,} videos it lacks: --allow_missing 1"
-            raise RunError(
-                f"it holds {len(saved):,} queries, the annotations {len(annotated):,}: {REMEDY}"
-                + hint * bool(missing)
-            )
-        for row, pair in enumerate(zip(saved, annotated, strict=True), start=1):
-            for what, old, new in zip(("desc_id", "desc", "vid_name"), *pair, strict=True):
-                if old != new:
-                    raise RunError(
-                        f"{what} of query {row} is {old!r}, in the annotations {new!r}: {REMEDY}"
-                    )
+            hint = f", or continue without the {missing:,} missing videos: --allow_missing 1"
+            counts = f"{len(self.desc_ids):,} queries, the annotations {len(queries):,}"
+            raise RunError(f"it holds {counts}: {REMEDY}{hint * bool(missing)}")
+        for row, query in enumerate(queries):
+            old = (self.desc_ids[row], self.captions[row], self.vid_names[self.target[row]])
+            new = (str(query.desc_id), query.desc, query.vid_name)
+            for what, before, now in zip(("desc_id", "desc", "vid_name"), old, new, strict=True):
+                if before != now:
+                    which = f"{what} of query {row + 1}"
+                    raise RunError(f"{which} is {before!r}, in the annotations {now!r}: {REMEDY}")
+        made = None
         if self.max_words != max_words:
-            raise RunError(
-                f"made with --max_words {self.max_words}, not {max_words}: give that, or {REMEDY}"
-            )
-        if not torch.equal(proposals.cpu().float(), self.proposals):
-            raise RunError(
-                f"made with another pyramid, of {len(self.proposals)} events: give its "
-                f"--pyr_config_path, or {REMEDY}"
-            )
-        if checkpoint is not None and sha256_of(checkpoint) != self.sha256:
-            raise RunError(
-                f"made with another checkpoint than {checkpoint}, {self.checkpoint} after epoch "
-                f"{self.epoch} (sha256 {self.sha256[:12]}…): {REMEDY}"
-            )
+            made = f"--max_words {self.max_words}, not {max_words}: give that, or"
+        elif not torch.equal(proposals.cpu().float(), self.proposals):
+            events = f"of {len(self.proposals)} events"
+            made = f"another pyramid, {events}: give its --pyr_config_path, or"
+        elif checkpoint is not None and sha256_of(checkpoint) != self.sha256:
+            own = f"{self.checkpoint} after epoch {self.epoch} (sha256 {self.sha256[:12]}…)"
+            made = f"another checkpoint than {checkpoint}, {own}:"
+        if made:
+            raise RunError(f"made with {made} {REMEDY}")
 
 
 def save_embeddings(path: Path, saved: SavedEmbeddings) -> None:
-    """Write an HDF5 file: the attributes of `SavedEmbeddings` under their names.
-
-    Raises:
-        OutputError: it cannot be written. What was there before is still there then.
-    """
+    """Write an HDF5 file: the attributes under their names. OutputError: see `write_hdf5`."""
     write_hdf5(path, FORMAT, LAYOUT, vars(saved) | vars(saved.embeddings))
 
 

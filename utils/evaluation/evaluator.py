@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dataloaders.annotations import VAL, Query, Split, Video
 from dataloaders.clips import ClipSource
 from dataloaders.datasets import EvaluationLoader, LoaderConfig, evaluation_text_batches
-from modules.pyramid import PromptPyramid
 from modules.readout import Readout, best_event
 from utils import RunError
 from utils.evaluation.embed import Embeddings, embed_texts, embed_videos
@@ -67,13 +66,9 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        split: Split,
-        proposals: Tensor,
-        config: EvalConfig,
-        missing: MissingVideos | None = None,
-        readout: Readout = best_event,
-    ) -> None:
+        self, split: Split, proposals: Tensor, config: EvalConfig,
+        missing: MissingVideos | None = None, readout: Readout = best_event,
+    ) -> None:  # fmt: skip
         self.split, self.proposals, self.config = split, proposals, config
         self.missing, self.readout = missing, readout
         self.evaluate_vcmr = config.subtask_type == VCMR
@@ -100,13 +95,9 @@ class Evaluator:
             # The metrics read no more than the first 100.
             limit = EXPORTED_MOMENTS if predictions_dir else max(RECALL_RANKS)
             predictions = predict_moments(
-                embeddings,
-                self.split,
-                self.proposals,
-                per_video=self.config.npev,
-                limit=limit,
-                readout=self.readout,
-            )
+                embeddings, self.split, self.proposals,
+                per_video=self.config.npev, limit=limit, readout=self.readout,
+            )  # fmt: skip
             if self.evaluate_vcmr:
                 rows = vcmr_rows(predictions, self.split.queries, self.config.window_rule)
             if predictions_dir:
@@ -120,9 +111,8 @@ class Evaluator:
     def score(self, rows: Rows) -> float:
         """What chooses the best epoch: SumR, or for moments the sum of R@{1,10,100} at IoU 0.5
         and 0.7 (SPEC §8). Equal sums of recalls tie, however they were rounded."""
-        if self.evaluate_vcmr:
-            return round(selection_score(rows[VCMR]), 6)
-        return round(next(iter(rows.values()))["SumR"], 6)
+        first = next(iter(rows.values()))
+        return round(selection_score(rows[VCMR]) if self.evaluate_vcmr else first["SumR"], 6)
 
     def check_times(self, training: bool) -> None:
         """A warning if moments are to be scored, but not all queries have times.
@@ -130,14 +120,15 @@ class Evaluator:
         Raises:
             RunError: none has, so no best epoch could be chosen by them.
         """
-        missing = times_missing(self.split.queries) if self.evaluate_vcmr else None
-        if missing and training and not any(query.windows for query in self.split.queries):
+        queries, path = self.split.queries, self.split.path
+        missing = times_missing(queries) if self.evaluate_vcmr else None
+        if missing and training and not any(query.windows for query in queries):
             raise RunError(
-                f"{self.split.path}: {missing}, so no best epoch can be chosen: train with "
-                "--subtask_type PRVR, or give validation annotations with times"
+                f"{path}: {missing}, so no best epoch can be chosen: train with --subtask_type "
+                "PRVR, or give validation annotations with times"
             )
         if missing:
-            logger.warning("%s: %s", self.split.path, missing)
+            logger.warning("%s: %s", path, missing)
 
     def counts(self) -> dict[str, int]:
         """For the records of a run: numbers of videos and queries, where some are missing."""
@@ -145,7 +136,7 @@ class Evaluator:
 
     def tables(self, rows: Rows) -> list[str]:
         """The metrics of `run` as tables, over the data set's published row where there is one;
-        each names what the split lacks, if it does."""
+        each names what is missing."""
         datatype = self.config.datatype
         names = {COSINE: "ProPy", DOT: "ProPy, events not normalised"}
         table = {names[row]: numbers for row, numbers in rows.items() if row in names}
@@ -154,11 +145,10 @@ class Evaluator:
         shown = [metrics_table(table, PRVR_COLUMNS)]
         if VR in rows:
             shown.append(report_tables(rows, VCMR_RESULTS.get(datatype)))
-        levels = {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}
-        if levels:
+        if levels := {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}:
             shown.append(level_table(levels))
-        note = self.missing.summary(VAL) if self.missing else None
-        return [f"{table}\n{note}" for table in shown] if note else shown
+        size = self.missing.summary(VAL) if self.missing else None
+        return [f"{table}\n{size}" for table in shown] if size else shown
 
 
 class CorpusEvaluator(Evaluator):
@@ -166,25 +156,18 @@ class CorpusEvaluator(Evaluator):
 
     Args:
         clips: where the split's videos are.
-        size: side of the square frames, in pixels.
+        model: gives the pyramid, the size of frames and the read-out.
         loading: of texts and videos.
-        split, config, missing, readout: see `Evaluator`.
+        split, config, missing: see `Evaluator`.
     """
 
     def __init__(
-        self,
-        split: Split,
-        clips: ClipSource,
-        pyramid: PromptPyramid,
-        size: int,
-        loading: LoaderConfig,
-        config: EvalConfig,
-        missing: MissingVideos | None = None,
-        readout: Readout = best_event,
-    ) -> None:
-        super().__init__(split, pyramid.proposals, config, missing, readout)
-        self.clips, self.num_frames, self.size = clips, pyramid.num_frames, size
-        self.loading = loading
+        self, split: Split, clips: ClipSource, model: nn.Module, loading: LoaderConfig,
+        config: EvalConfig, missing: MissingVideos | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(split, model.pyramid.proposals, config, missing, model.readout)
+        self.clips, self.loading = clips, loading
+        self.num_frames, self.size = model.pyramid.num_frames, model.input_resolution
         self.texts = evaluation_text_batches(split.queries, loading.max_words, TEXT_BATCH)
         self.loader = self.load_videos(split.videos)
 
@@ -209,12 +192,8 @@ class CorpusEvaluator(Evaluator):
 def vcmr_rows(
     predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
 ) -> Rows:
-    """Video corpus moment retrieval, and with it PRVR, as rows of metrics.
-
-    Returns:
-        "cosine": what PRVR gives; the rows of `moment_report`; "levels/…": those of
-        `level_report`, if there are times.
-    """
+    """PRVR's row "cosine", those of `moment_report`, and, if there are times, those of
+    `level_report` as "levels/…"."""
     rows = {COSINE: recall_metrics(predictions.target_rank)}
     rows |= moment_report(predictions, queries, window_rule)
     if any(query.windows for query in queries):

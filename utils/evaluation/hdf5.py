@@ -35,7 +35,7 @@ def write_hdf5(
     Raises:
         OutputError: it cannot be written. What was there before is still there then.
     """
-    import h5py
+    import h5py  # slow to import
 
     image = io.BytesIO()
     with h5py.File(image, "w") as file:
@@ -66,8 +66,7 @@ def read_hdf5(path: Path, name: str, layout: Layout, remedy: str) -> dict[str, A
     sizes: dict[str, int] = {}
     try:
         with open_hdf5(path) as file:
-            found = file.attrs.get("format")
-            if not isinstance(found, str) or found != name:
+            if str(file.attrs.get("format")) != name:
                 raise ValueError(f"not a file of {name!r}")
             return {field: _read(file, field, layout[field], sizes) for field in layout}
     except (KeyError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -77,12 +76,12 @@ def read_hdf5(path: Path, name: str, layout: Layout, remedy: str) -> dict[str, A
 def _read(
     file: Any, field: str, description: str, sizes: dict[str, int]
 ) -> list[str] | Tensor | int | str:
-    """Args: sizes: of the axes so far; gets the new ones."""
+    """One field; `sizes` are those of the axes so far and get the new ones."""
     kind, *axes = description.split()
     if not axes:
         return {"int": int, "text": str}[kind](file.attrs[field])
     kind, _, indexed = kind.partition("<")
-    dtype, shape = getattr(file[field], "dtype", None), getattr(file[field], "shape", None)
+    dtype, shape = (getattr(file[field], name, None) for name in ("dtype", "shape"))
     if dtype is None or shape is None:
         raise ValueError(f"{field} is no array")
     if dtype.kind != np.dtype(object if kind == "text" else kind).kind:

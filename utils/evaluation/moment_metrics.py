@@ -2,7 +2,6 @@
 
 A prediction is right if its video is right and its temporal IoU with the true window reaches the
 threshold, both in float32. Every metric is a recall of the rank of the first right prediction.
-`scripts/score_predictions.py` recomputes the metrics of a predictions file.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from utils.evaluation.published import WINDOW_RULES
 from utils.evaluation.retrieval_metrics import RECALL_RANKS as VIDEO_RECALL_RANKS
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7)
 RECALL_RANKS = (1, 10, 100)
-WINDOW_RULES = ("half", "any")
 NEVER = torch.iinfo(torch.int32).max  # the rank of a right prediction that was not made
 
 
@@ -46,9 +45,7 @@ def right_moments(moments: Tensor, windows: Tensor, window_rule: str = "half") -
     Args:
         moments: [T, P, 2] seconds.
         windows: [T, W, 2] seconds, NaN-padded, see `pad_windows`.
-        window_rule: how many of a query's windows a prediction must reach. "half": half of them,
-            rounded down, but at least one; the published QVHighlights results are computed so,
-            although disjoint windows cannot both be reached. "any": one.
+        window_rule: how many of a query's windows a prediction must reach, see WINDOW_RULES.
 
     Returns:
         bool [T, P, thresholds].
@@ -92,13 +89,10 @@ def moment_metrics(
 ) -> dict[str, float]:
     """R@{1,10,100} at every IoU threshold, in % with 2 decimals: {"0.5-r10": …}.
 
-    With the right video in all of `videos` this is single-video moment retrieval. Arguments as in
-    `first_hits`; predictions after the first 100 are not read.
+    Arguments as in `first_hits`; predictions after the first 100 are not read.
     """
-    read = slice(max(RECALL_RANKS))
-    return moment_recalls(
-        first_hits(videos[:, read], moments[:, read], target, windows, window_rule)
-    )
+    videos, moments = (x[:, : max(RECALL_RANKS)] for x in (videos, moments))
+    return moment_recalls(first_hits(videos, moments, target, windows, window_rule))
 
 
 def moment_recalls(ranks: Tensor) -> dict[str, float]:
@@ -107,12 +101,8 @@ def moment_recalls(ranks: Tensor) -> dict[str, float]:
 
 
 def random_event_recalls(right: Tensor, num_candidates: int) -> dict[str, float]:
-    """Expected recalls of all events, in random order: exact, nothing is drawn.
-
-    Args:
-        right: bool [T, N_e, thresholds], which events of the right video are right.
-        num_candidates: events in the order: N_e for one video, V·N_e for a corpus.
-    """
+    """Expected recalls of all `num_candidates` events in random order: exact, nothing is drawn;
+    `right`, bool [T, N_e, thresholds], says which events of the right video are right."""
     drawn = torch.arange(min(max(RECALL_RANKS), num_candidates), dtype=torch.float64)
     wrong = num_candidates - right.sum(1)[..., None].cpu()  # [T, thresholds, 1]
     missed = ((wrong - drawn).clamp(min=0) / (num_candidates - drawn)).cumprod(-1)
@@ -120,7 +110,7 @@ def random_event_recalls(right: Tensor, num_candidates: int) -> dict[str, float]
 
 
 def _recalls(found: Sequence[Tensor]) -> dict[str, float]:
-    """Args: found: for each of RECALL_RANKS, whether or how probably: [T, thresholds] in [0, 1]."""
+    """Of [T, thresholds] for each of RECALL_RANKS: whether it was found, or how probably."""
     return {
         recall_key(k, threshold): percentage(shares[:, column])
         for column, threshold in enumerate(THRESHOLDS)

@@ -26,22 +26,19 @@ ALL_LEVELS = "all"  # the last row of `level_report`
 def moment_report(
     predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
 ) -> Rows:
-    """Metrics by row, of the queries whose times are known.
+    """Metrics by row, of the queries whose times are known. RunError: see `align`.
 
     Rows "VCMR", "SVMR" and "VR" (of all queries); "…/<type>" for every query type there is; for
     the moments also "…/half" or "…/any", the other window rule, if a query has several windows,
     "…/whole_video", the predicted videos as a whole, and "…/random_event", the expected result of
     all events in random order. Without any times only the rows of VR.
-
-    Raises:
-        RunError: the predictions are not for these queries.
     """
     predictions = predictions.align(queries)
     rows: Rows = {}
-    timed = [query.windows is not None for query in queries]
-    if any(timed):
+    timed = torch.tensor([query.windows is not None for query in queries])
+    if timed.any():
         some = [query for query in queries if query.windows is not None]
-        rows |= _moment_rows(predictions.select(torch.tensor(timed)), some, window_rule)
+        rows |= _moment_rows(predictions.select(timed), some, window_rule)
     ranks = predictions.target_rank
     rows[VR] = mm.video_recalls(ranks)
     for name, members in _by_type(queries).items():
@@ -72,8 +69,9 @@ def _moment_rows(
         for name, members in _by_type(queries).items():
             rows[f"{task}/{name}"] = mm.moment_recalls(ranks[members.to(ranks.device)])
         for rule in other_rules:
-            ranks = mm.first_hits(moments.videos, seconds, target, windows, rule)
-            rows[f"{task}/{rule}"] = mm.moment_recalls(ranks)
+            rows[f"{task}/{rule}"] = mm.moment_metrics(
+                moments.videos, seconds, target, windows, rule
+            )
         ranks = torch.where(right_whole, video_rank[:, None], mm.NEVER)
         rows[f"{task}/{WHOLE_VIDEO}"] = mm.moment_recalls(ranks)
         candidates = num_videos * len(predictions.proposals)
@@ -106,9 +104,6 @@ def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Ro
         Rows by level, shortest first, and "all": {"queries": number, "won by 6.25%": % of them
         whose best event is of that level, …} and the mean IoU, in %, of "best event",
         "whole video", "random event" (the mean of all) and "closest event" (the best there is).
-
-    Raises:
-        RunError: the predictions are not for these queries.
     """
     timed = torch.tensor([bool(query.windows) for query in queries])
     predictions = predictions.align(queries).select(timed)
@@ -127,9 +122,8 @@ def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Ro
     names = [f"{100 * level:.3g}%" for level in levels.tolist()]
     groups = {name: nearest == level for level, name in enumerate(names)}
     groups[ALL_LEVELS] = torch.ones_like(nearest, dtype=torch.bool)
-    columns = {
-        f"won by {name}": 100.0 * (level_of_best == level) for level, name in enumerate(names)
-    } | {
+    columns = {f"won by {n}": 100.0 * (level_of_best == level) for level, n in enumerate(names)}
+    columns |= {
         "best event": iou.gather(1, best)[:, 0],
         "whole video": 100 * mm.temporal_iou(whole, windows),
         "random event": iou.mean(1),
@@ -145,14 +139,14 @@ def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Ro
 
 def report_tables(rows: Rows, published: Mapping[str, float] | None = None) -> str:
     """The rows of `moment_report` as one table a task; `published` stands under VCMR's."""
-    tables = []
-    for task, columns in {VCMR: MOMENT_COLUMNS, SVMR: MOMENT_COLUMNS, VR: VIDEO_COLUMNS}.items():
-        own = task_rows(rows, task)
-        if own and task == VCMR and published:
-            own["published"] = dict(published)
-        if own:
-            tables.append(metrics_table(own, columns))
-    return "\n\n".join(tables)
+    tasks = {task: task_rows(rows, task) for task in (VCMR, SVMR, VR)}
+    if tasks[VCMR] and published:
+        tasks[VCMR]["published"] = dict(published)
+    return "\n\n".join(
+        metrics_table(own, VIDEO_COLUMNS if task == VR else MOMENT_COLUMNS)
+        for task, own in tasks.items()
+        if own
+    )
 
 
 def level_table(rows: Rows) -> str:
@@ -165,7 +159,6 @@ def level_table(rows: Rows) -> str:
 def times_missing(queries: Sequence[Query]) -> str | None:
     """A sentence if moments cannot be scored for all of the queries, else None."""
     untimed = sum(query.windows is None for query in queries)
-    if not untimed:
-        return None
     scored = "cannot be scored" if untimed == len(queries) else "are scored for the others only"
-    return f"{untimed:,} of {len(queries):,} queries have no times (ts): VCMR and SVMR {scored}"
+    counts = f"{untimed:,} of {len(queries):,} queries"
+    return f"{counts} have no times (ts): VCMR and SVMR {scored}" if untimed else None

@@ -65,10 +65,8 @@ class MomentPredictions:
         """
         scores = torch.where(self.target_scores.isnan(), -torch.inf, self.target_scores)
         scores, events = scores.sort(dim=1, descending=True, stable=True)
-        best = replace(
-            self, videos=self.target[:, None].expand_as(events), events=events, scores=scores
-        )
-        return best.top(self.per_video)
+        videos = self.target[:, None].expand_as(events)
+        return replace(self, videos=videos, events=events, scores=scores).top(self.per_video)
 
     def select(self, rows: Tensor) -> MomentPredictions:
         """The predictions for some of the queries, int64 [T'] or bool [T]."""
@@ -105,11 +103,7 @@ def _refuse(names: list[str], where: str) -> None:
 
 
 def save_predictions(path: Path, predictions: MomentPredictions) -> None:
-    """Write an HDF5 file: the attributes of `MomentPredictions` under their names.
-
-    Raises:
-        OutputError: it cannot be written. What was there before is still there then.
-    """
+    """Write an HDF5 file: the attributes under their names. OutputError: see `write_hdf5`."""
     write_hdf5(path, FORMAT, LAYOUT, vars(predictions), packed=True)
 
 
@@ -128,12 +122,7 @@ def load_predictions(path: Path) -> MomentPredictions:
 def export_all(
     folder: Path, predictions: MomentPredictions, queries: Sequence[Query]
 ) -> list[Path]:
-    """Write predictions_tvr.json and predictions_qvhighlights.jsonl into the folder.
-
-    Raises:
-        OutputError: they cannot be written.
-        RunError: the predictions are not for these queries.
-    """
+    """Write EXPORTS into the folder. OutputError: they cannot be written; RunError: see `align`."""
     predictions = predictions.align(queries)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,10 +135,9 @@ def export_all(
 
 
 def _tvr(predictions: MomentPredictions, queries: Sequence[Query]) -> Iterator[dict]:
-    """TVR's submission format: up to 100 predictions of every query, for each of its three tasks.
+    """TVR's submission format, one record: its three tasks, up to 100 predictions of every query.
 
-    {"video2idx": {…}, "VCMR": [{"desc_id", "desc", "predictions": [[idx, st, ed, score], …]}, …],
-    "SVMR": moments of the right video, "VR": distinct videos, with their best moment}.
+    "VR" are distinct videos, each with its best moment.
     """
     tasks = {
         VCMR: _lists(predictions),
@@ -166,10 +154,7 @@ def _tvr(predictions: MomentPredictions, queries: Sequence[Query]) -> Iterator[d
 
 
 def _qvhighlights(predictions: MomentPredictions, queries: Sequence[Query]) -> Iterator[dict]:
-    """QVHighlights' submission format: one record a query, with moments of the right video.
-
-    {"qid", "query", "vid", "pred_relevant_windows": [[st, ed, score], …]}.
-    """
+    """QVHighlights' submission format: one record a query, with moments of the right video."""
     for query, row in zip(queries, _lists(predictions.within_target()), strict=True):
         yield {
             "qid": query.desc_id,
@@ -182,20 +167,16 @@ def _qvhighlights(predictions: MomentPredictions, queries: Sequence[Query]) -> I
 def _lists(
     predictions: MomentPredictions, distinct_videos: bool = False
 ) -> Iterator[list[list[float]]]:
-    """[[video, start, end, score], …] of every query, with the shortest decimals of the float32.
-
-    The first 100 moments; or the best moments of the first 100 distinct videos.
-    """
-    if not distinct_videos:
-        predictions = predictions.top(EXPORTED)
+    """[[video, start, end, score], …] of every query, with the shortest decimals of the float32:
+    the first 100 moments, or the best moments of the first 100 distinct videos."""
     seconds = predictions.seconds(predictions.videos, predictions.events)
     scores = predictions.scores.clamp(min=-1)[..., None]  # -inf, of a NaN cosine, is not JSON
     moments = torch.cat([seconds, scores], dim=-1).cpu().numpy()  # [T, K, 3]
     for row, numbers in zip(predictions.videos.cpu(), moments, strict=True):
         videos = row.tolist()
-        picked = list(range(len(videos)))
+        picked = range(len(videos))
         if distinct_videos:
-            first = {video: i for i, video in reversed(list(enumerate(videos)))}
-            picked = sorted(first.values())[:EXPORTED]
+            picked = sorted({v: i for i, v in reversed(list(enumerate(videos)))}.values())
+        picked = list(picked)[:EXPORTED]
         decimals = numbers[picked].astype(str).astype(float).tolist()
         yield [[videos[i], *own] for i, own in zip(picked, decimals, strict=True)]

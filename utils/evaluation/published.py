@@ -44,19 +44,14 @@ SPLIT_SIZES = {
 DATATYPES = (*PRVR_RESULTS, "custom")
 
 # Of a query with several windows a prediction must reach half, rounded down but at least one, as in
-# the published QVHighlights results, or any.
+# the published QVHighlights results (although disjoint windows cannot both be reached), or any.
 WINDOW_RULES = ("half", "any")
 
 
 def split_size_warning(datatype: str, split: str, videos: int, queries: int) -> str | None:
-    """A sentence with both counts if annotations are not the standard split, else None.
-
-    Args:
-        datatype: one of DATATYPES.
-        split: "train" or "val", the split that is evaluated.
-    """
-    expected = SPLIT_SIZES.get(datatype, {}).get(split)
-    if expected is None or expected == (videos, queries):
+    """A sentence with both counts if "train" or "val" is not the standard split, else None."""
+    expected = SPLIT_SIZES.get(datatype, {}).get(split, (videos, queries))
+    if expected == (videos, queries):
         return None
     return (
         f"not the standard {datatype} {split} split: {videos:,} videos and {queries:,} queries, "

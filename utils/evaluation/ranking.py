@@ -37,19 +37,13 @@ class TopMoments(NamedTuple):
 
 @torch.no_grad()
 def video_scores(
-    texts: Tensor,
-    events: Tensor,
-    normalize_events: bool = True,
-    chunk: int = CHUNK,
-    readout: Readout = best_event,
-) -> Tensor:
-    """Score of every text with every video: the read-out of `event_scores`.
+    texts: Tensor, events: Tensor, normalize_events: bool = True,
+    chunk: int = CHUNK, readout: Readout = best_event,
+) -> Tensor:  # fmt: skip
+    """Score of every text with every video, [T, V]: the read-out of `event_scores`.
 
     Needs, beside the result and normalised texts, the memory of `chunk` cosines (and at least that
     of one video with a block of texts).
-
-    Returns:
-        [T, V].
     """
     num_texts, (num_videos, num_events) = len(texts), events.shape[:2]
     step = max(1, _block(texts, chunk) // (num_events * min(num_texts, TEXT_BLOCK)))
@@ -86,13 +80,9 @@ def paired_event_scores(
 
 @torch.no_grad()
 def top_moments(
-    texts: Tensor,
-    events: Tensor,
-    per_video: int = 10,
-    limit: int = 1000,
-    chunk: int = CHUNK,
-    readout: Readout = best_event,
-) -> TopMoments:
+    texts: Tensor, events: Tensor, per_video: int = 10, limit: int = 1000,
+    chunk: int = CHUNK, readout: Readout = best_event,
+) -> TopMoments:  # fmt: skip
     """Weakly supervised moment retrieval: the best moments of the corpus for every text.
 
     Of each video count the `per_video` events with the highest cosine; of all of these the best
@@ -100,7 +90,7 @@ def top_moments(
     the earlier event; NaN last, as -inf. Ordered by float32 cosines, whatever the inputs' type.
 
     Needs, beside the result and a normalised copy of the inputs, the memory of `chunk` cosines
-    (and at least that of one text). Arguments as in `event_scores`.
+    (and at least that of one text).
 
     Raises:
         ValueError: the corpus has 2^31 events or more.
@@ -141,19 +131,11 @@ def top_moments(
 
 
 def rank_videos(
-    embeddings: Embeddings,
-    target: Tensor,
-    normalize_events: bool = True,
-    chunk: int = CHUNK,
-    readout: Readout = best_event,
-) -> Tensor:
-    """The rank of every text's video among all of the split, from 1: int64 [T] on the CPU.
-
-    Args:
-        target: int64 [T], the right video of each text.
-        normalize_events: False is the authors' evaluation of ActivityNet, where longer vectors win.
-        chunk: cosines there is memory for, beside the embeddings and normalised texts.
-    """
+    embeddings: Embeddings, target: Tensor, normalize_events: bool = True,
+    chunk: int = CHUNK, readout: Readout = best_event,
+) -> Tensor:  # fmt: skip
+    """The rank of every text's video, `target` int64 [T], among all of the split, from 1: int64 [T]
+    on the CPU. Memory: as `video_scores`."""
     texts, events = embeddings.texts, embeddings.events
     # Half of the memory for a block's scores and the masks that they are ranked with.
     step = max(1, chunk // (4 * len(events)))
@@ -165,24 +147,14 @@ def rank_videos(
 
 
 def predict_moments(
-    embeddings: Embeddings,
-    split: Split,
-    proposals: Tensor,
-    *,
-    per_video: int = 10,
-    limit: int = 1000,
-    chunk: int = CHUNK,
-    readout: Readout = best_event,
-) -> MomentPredictions:
-    """Weakly supervised moment retrieval: every event of the corpus is a proposed moment.
+    embeddings: Embeddings, split: Split, proposals: Tensor,
+    *, per_video: int = 10, limit: int = 1000, chunk: int = CHUNK, readout: Readout = best_event,
+) -> MomentPredictions:  # fmt: skip
+    """`top_moments` of a split: every event of the corpus is a proposed moment.
 
     Args:
         split: what `embeddings` are of.
         proposals: [N_e, 2] start and end of each event as a share of its video.
-        per_video: moments of one video that count, the best.
-        limit: moments kept of a query, the best.
-        chunk: cosines there is memory for, beside the embeddings, their normalised copy and the
-            result.
         readout: of a video's score, by which the target is ranked; moments are ranked by event.
     """
     device = embeddings.texts.device
@@ -212,12 +184,8 @@ def predict_moments(
 def _fill(
     scores: Tensor, video_scores: Tensor, texts: Tensor, blocks: list[Tensor], readout: Readout
 ) -> None:
-    """Write cosines [t, V, N_e] of unit vectors, and their read-out [t, V] while they are warm.
-
-    Args:
-        texts: [t, D].
-        blocks: `_operand` of the events of some videos after another, [v·N_e, D].
-    """
+    """Write cosines [t, V, N_e] of unit vectors, and their read-out [t, V] while they are warm, of
+    texts [t, D] and `_operand`s of the events of some videos after another, [v·N_e, D]."""
     texts, num_events, first = _operand(texts), scores.shape[-1], 0
     for block in blocks:
         some = _fast_product(texts, block).unflatten(1, (-1, num_events))  # [t, v, N_e]

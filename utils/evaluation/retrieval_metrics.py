@@ -13,14 +13,11 @@ ROW_BLOCK = 2**24  # scores compared at a time, so that the masks stay small
 
 
 def ranks_of(scores: Tensor, target: Tensor) -> Tensor:
-    """Rank of each text's own video among all videos, 1 the best.
+    """Rank of each text's own video among all videos, 1 the best: int64 [T].
 
     Args:
         scores: [T, V], floating point, higher is better.
         target: int64 [T], the column of the right video.
-
-    Returns:
-        int64 [T].
 
     Raises:
         ValueError: there is nothing to rank, or a target is not a column.

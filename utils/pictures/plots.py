@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,14 +23,9 @@ from utils import RunError
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.evaluator import CorpusEvaluator
 from utils.files import writing
-from utils.pictures.attention_store import AttentionStore, query_name
-
-if TYPE_CHECKING:  # it imports matplotlib, which most runs do without
-    from utils.pictures.draw import QueryPicture
+from utils.pictures.attention_store import attention_store, query_name
 
 logger = logging.getLogger("propy.plots")
-
-TEXT_BLOCK = 64  # texts compared with the whole corpus at a time
 
 
 @dataclass(frozen=True)
@@ -53,23 +47,6 @@ class PlotSettings:
     file_format: str = "png"
 
 
-@dataclass(frozen=True)
-class ScoredQuery:
-    """A chosen query and its scores.
-
-    Attributes:
-        row: of the query in the split.
-        rank: of its video, from 1.
-        own: float32 [N_e], with the events of its video.
-        best: float32 [N_e], of each event the highest in any video.
-    """
-
-    row: int
-    rank: int
-    own: np.ndarray
-    best: np.ndarray
-
-
 def check_request(
     settings: PlotSettings, ids: Sequence[str], queries: Sequence[Query], model: nn.Module
 ) -> None:
@@ -89,48 +66,6 @@ def check_request(
             f"--plot_ids: not in the split: {', '.join(sorted(unknown))}; its annotations have "
             f"desc_ids such as {queries[0].desc_id}"
         )
-
-
-def plot_split(
-    evaluator: CorpusEvaluator,
-    embeddings: Embeddings,
-    model: nn.Module,
-    settings: PlotSettings,
-    *,
-    ids: Sequence[str],
-    limit: int,
-    seed: int,
-    source: str,
-) -> None:
-    """Draw the queries with these ids, or `limit` of those with their video at rank 1.
-
-    Args:
-        embeddings: of the split that is evaluated.
-        source: what the model is, kept in attn.hdf5.
-
-    Raises:
-        RunError: there is no query to draw. OutputError: something cannot be written.
-    """
-    split, normalize = evaluator.split, evaluator.normalize_events
-    ranks = evaluator.ranks(embeddings)
-    chosen = choose_queries(ranks, split.queries, ids, limit, seed)
-    videos = [split.videos[i] for i in split.target[chosen].unique().tolist()]
-    plot_queries(
-        model,
-        evaluator.load_videos(videos),
-        [video.vid_name for video in videos],
-        score_queries(embeddings, chosen, split.target, ranks, normalize),
-        split.queries,
-        settings,
-        score_name="cosine" if normalize else "product",
-        source=source,
-    )
-    logger.info(
-        "%d queries drawn, of %s the right video is ranked first: %s",
-        len(chosen),
-        f"{int((ranks == 1).sum()):,} of {len(split.queries):,}",
-        settings.folder / "attention",
-    )
 
 
 def choose_queries(
@@ -163,146 +98,130 @@ def choose_queries(
     return hits
 
 
-def score_queries(
-    embeddings: Embeddings,
-    rows: Sequence[int],
-    target: Tensor,
-    ranks: Tensor,
-    normalize_events: bool = True,
-) -> list[ScoredQuery]:
-    """Scores of the chosen queries with single events.
-
-    Args:
-        target: int64 [T], the right video of each text of the split.
-    """
-    drawn = []
-    for block in torch.tensor(rows).split(TEXT_BLOCK):
-        texts = embeddings.texts[block.to(embeddings.texts.device)]
-        scores = event_scores(texts, embeddings.events, normalize_events)  # [t, V, N_e]
-        for row, of_text in zip(block.tolist(), scores, strict=True):
-            own, best = of_text[target[row]], of_text.amax(0)
-            rank = int(ranks[row])
-            drawn.append(ScoredQuery(row, rank, own.cpu().numpy(), best.cpu().numpy()))
-    return drawn
-
-
 @torch.inference_mode()
-def plot_queries(
+def plot_split(
+    evaluator: CorpusEvaluator,
+    embeddings: Embeddings,
     model: nn.Module,
-    batches: Iterable[dict],
-    vid_names: Sequence[str],
-    drawn: Sequence[ScoredQuery],
-    queries: Sequence[Query],
     settings: PlotSettings,
-    score_name: str = "cosine",
-    source: str = "",
+    *,
+    ids: Sequence[str],
+    limit: int,
+    seed: int,
+    source: str,
 ) -> None:
-    """Write and draw the chosen queries, video by video.
+    """Draw the queries with these ids, or `limit` of those with their video at rank 1.
 
     Args:
-        batches: {frames, indices} of the chosen queries' videos.
-        vid_names: what the indices mean.
-        queries: of the whole split.
+        embeddings: of the split that is evaluated.
+        source: what the model is, kept in attn.hdf5 and meta.json.
 
     Raises:
-        OutputError: something cannot be written.
+        RunError: there is no query to draw. OutputError: something cannot be written.
     """
+    from utils.pictures.draw import caption_fonts
+
+    split, normalize = evaluator.split, evaluator.normalize_events
+    ranks = evaluator.ranks(embeddings)
+    chosen = choose_queries(ranks, split.queries, ids, limit, seed)
+    videos = [split.videos[i] for i in split.target[chosen].unique().tolist()]
     layers = len(model.clip.visual.transformer.resblocks)
-    layer = (settings.layer or layers) - 1
+    layer = settings.layer or layers
     head = settings.head - 1 if settings.head else None
     heads = "mean" if head is None else str(settings.head)
-    subtitle = f"layer {layer + 1} of {layers}, "
-    subtitle += "mean of all heads" if head is None else f"head {heads}"
-    of_video: dict[str, list[ScoredQuery]] = {}
-    for one in drawn:
-        of_video.setdefault(queries[one.row].vid_name, []).append(one)
+    how = f"layer {layer} of {layers}, {'mean of all heads' if head is None else f'head {heads}'}"
+    meta = {"model": source, "layer": layer, "head": settings.head or heads}
     with writing(settings.folder):
         settings.folder.mkdir(parents=True, exist_ok=True)
     model.eval()
+    queries = [split.queries[row] for row in chosen]
     with (
-        AttentionStore(settings.folder, {"model": source, "heads": heads}) as store,
-        tqdm(total=len(drawn), desc="draw", unit="query", dynamic_ncols=True, leave=False) as bar,
+        attention_store(settings.folder, {"model": source, "heads": heads}) as add,
+        tqdm(total=len(chosen), desc="draw", unit="query", dynamic_ncols=True, leave=False) as bar,
+        caption_fonts("".join(f"{q.desc}{q.desc_id}{q.vid_name}" for q in queries)),
     ):
-        for batch in batches:
+        for batch in evaluator.load_videos(videos):
             frames = batch["frames"].to(model.visibility.device)
             _, attention = model.encode_video(frames, return_attention=True, head=head)
             for i, video in enumerate(batch["indices"].tolist()):
-                of_one = attention[:, i].float().cpu().numpy()  # [L, N_e, keys]
-                for one in of_video[vid_names[video]]:
-                    query = queries[one.row]
-                    store.add(query.desc_id, query.vid_name, of_one, one.best, one.rank)
-                    picture = _picture(
-                        model, query, one, batch["frames"][i], of_one[layer], score_name, subtitle
-                    )
-                    with writing(settings.folder / "attention" / query_name(query.desc_id)):
-                        _draw(picture, one.rank, layer + 1, settings)
+                of_video = attention[:, i].float().cpu().numpy()  # [L, N_e, keys]
+                for row, query in zip(chosen, queries, strict=True):
+                    if query.vid_name != videos[video].vid_name:
+                        continue
+                    text = embeddings.texts[row : row + 1]
+                    scores = event_scores(text, embeddings.events, normalize)[0]  # [V, N_e]
+                    best, own = scores.amax(0).cpu().numpy(), scores[split.target[row]]
+                    meta["rank"] = int(ranks[row])
+                    add(query.desc_id, query.vid_name, of_video, best, meta["rank"])
+                    _draw_query(
+                        model, query, batch["frames"][i], of_video[layer - 1], own.cpu().numpy(),
+                        "cosine" if normalize else "product", how, meta, settings,
+                    )  # fmt: skip
                     bar.update()
+    logger.info(
+        "%d queries drawn, of %s the right video is ranked first: %s",
+        len(chosen),
+        f"{int((ranks == 1).sum()):,} of {len(split.queries):,}",
+        settings.folder / "attention",
+    )
 
 
-def _picture(
+def _draw_query(
     model: nn.Module,
     query: Query,
-    one: ScoredQuery,
     frames: Tensor,
     attention: np.ndarray,
+    scores: np.ndarray,
     score_name: str,
-    subtitle: str,
-) -> QueryPicture:
-    from utils.pictures.draw import EventAttention, QueryPicture
+    how: str,
+    meta: dict,
+    settings: PlotSettings,
+) -> None:
+    """One query's folder.
 
-    event = int(one.own.argmax())
-    row = EventAttention.from_row(attention[event], model.pyramid, model.num_prompts)
-    shares = {
-        "patches": row.patches.sum(),
-        "class tokens": row.class_tokens.sum(),
-        "events": row.events.sum(),
-        "prompts": row.prompts,
-    }
-    parts = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-    subtitle = (
-        f"query {query.desc_id} · video {query.vid_name}, rank {one.rank} · event {event}, "
-        f"{score_name} {one.own[event]:.3f} · {subtitle} · attention goes to {parts}"
-    )
-    return QueryPicture(
-        query, subtitle, frames.cpu(), row, event, one.own, score_name, model.pyramid
-    )
-
-
-def _draw(picture: QueryPicture, rank: int, layer: int, settings: PlotSettings) -> None:
+    Args:
+        attention: [N_e, keys] of the drawn layer; scores: [N_e].
+        how: which layer and heads; meta: what meta.json says besides the query and its event.
+    """
     from utils.pictures import draw
 
-    folder = settings.folder / "attention" / query_name(picture.query.desc_id)
-    style = draw.STYLES[settings.style]
-    # Pictures of an earlier plot, perhaps of another layer, would contradict meta.json.
-    for old in [*folder.glob("overview.*"), *folder.glob("tree.*"), *folder.glob("figures/*.jpg")]:
-        old.unlink()
-    draw.save_figures(folder / "figures", picture, style)
-    draw.save_tree(folder / "tree.jpg", picture, style)
-    if settings.file_format in ("svg", "pdf"):
-        draw.save_tree(folder / f"tree.{settings.file_format}", picture, style)
-    draw.save_overview(folder / f"overview.{settings.file_format}", picture, style)
-    meta = _meta(picture, rank) | {"layer": layer, "head": settings.head or "mean"}
-    text = json.dumps(meta, indent=1, ensure_ascii=False)
-    (folder / "meta.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _meta(picture: QueryPicture, rank: int) -> dict:
-    """What meta.json says of the query, its video and the event that was drawn."""
-    query, event, per_frame = picture.query, picture.event, picture.seconds_per_frame
-    start, end = picture.pyramid.spans[event].tolist()
-    windows = [list(window) for window in picture.windows]
-    return {
-        "desc_id": query.desc_id,
-        "text": query.desc,
-        "video": query.vid_name,
-        "duration": query.duration,
-        "rank": rank,
-        "event": event,
-        "level": int(picture.pyramid.level_of_event[event]),
-        "score": float(picture.scores[event]),
-        "proposal_frames": [start, end],
-        "proposal_seconds": [start * per_frame, end * per_frame],
-        "true_windows_seconds": windows,
-        "true_windows_frames": [[time / per_frame for time in window] for window in windows],
-        "strongest_event": picture.strongest,
-    }
+    event, pyramid = int(scores.argmax()), model.pyramid
+    row = draw.EventAttention.of_event(attention, event, pyramid, model.num_prompts)
+    subtitle = (
+        f"query {query.desc_id} · video {query.vid_name}, rank {meta['rank']} · event {event}, "
+        f"{score_name} {scores[event]:.3f} · {how} · attention goes to "
+        f"patches {row.patches.sum():.0%}, class tokens {row.class_tokens.sum():.0%}, "
+        f"events {row.events.sum():.0%}, prompts {row.prompts:.0%}"
+    )
+    per_frame = query.duration / pyramid.num_frames
+    picture = draw.QueryPicture(
+        query.duration, query.windows or (), frames.cpu(), pyramid.spans.numpy() * per_frame,
+        pyramid.level_of_event.numpy(), event, scores, score_name, query.desc, subtitle, row,
+    )  # fmt: skip
+    folder = settings.folder / "attention" / query_name(query.desc_id)
+    with writing(folder):
+        # Pictures of an earlier plot, perhaps of another layer, would contradict meta.json.
+        for pattern in ("overview.*", "tree.*", "figures/*.jpg"):
+            for old in folder.glob(pattern):
+                old.unlink()
+        style, ending = draw.STYLES[settings.style], settings.file_format
+        draw.save_figures(folder / "figures", picture, style)
+        for name in ["tree.jpg"] + [f"tree.{ending}"] * (ending in ("svg", "pdf")):
+            draw.save_tree(folder / name, picture, style)
+        draw.save_overview(folder / f"overview.{ending}", picture, style)
+        meta = meta | {
+            "desc_id": query.desc_id,
+            "text": query.desc,
+            "video": query.vid_name,
+            "duration": query.duration,
+            "event": event,
+            "level": int(pyramid.level_of_event[event]),
+            "score": float(scores[event]),
+            "proposal_frames": pyramid.spans[event].tolist(),
+            "proposal_seconds": picture.spans[event].tolist(),
+            "true_windows_seconds": picture.windows,
+            "true_windows_frames": [[t / per_frame for t in window] for window in picture.windows],
+            "strongest_event": picture.strongest,
+        }
+        text = json.dumps(meta, indent=1, ensure_ascii=False)
+        (folder / "meta.json").write_text(text + "\n", encoding="utf-8")

@@ -11,44 +11,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import matplotlib
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dataloaders import DataError
 from dataloaders.annotations import VAL, read_annotations
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.frame_store import FrameStore
-from dataloaders.storage import open_hdf5
 from utils import RunError
 from utils.evaluation.moment_tables import MOMENT_COLUMNS, VIDEO_COLUMNS
 from utils.evaluation.predictions import SAVED, load_predictions
 from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.evaluation.rows import (
-    COSINE,
-    DOT,
-    RANDOM_EVENT,
-    SVMR,
-    VCMR,
-    VR,
-    WHOLE_VIDEO,
-    Rows,
-)
-from utils.evaluation.tables import PRVR_COLUMNS
+from utils.evaluation.rows import COSINE, DOT, LEVELS, SVMR, VCMR, VR, Rows, breakdown, task_rows
+from utils.evaluation.tables import PRVR_COLUMNS, cell
 from utils.files import atomic_write, read_records, writing
-from utils.misc import is_number
 from utils.missing_videos import missing_counts, reduced_size
-from utils.pictures.attention_store import ATTENTION
 from utils.pictures.draw import VECTOR_TEXT
 from utils.report import run_log
-from utils.report.curves import PANEL, choose_names, draw_panel, published_values
+from utils.report.curves import draw_curves, shown_names
 from utils.report.queries import (
+    DRAWING,
     Thumbnails,
     best_and_worst,
     data_uri,
     image_uri,
     query_card,
-    templates,
+    seconds,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,20 +46,12 @@ MOMENT_TABLES = {
     SVMR: ("Moments, the right video given (SVMR), in %", MOMENT_COLUMNS),
     VR: ("Videos by type of query, in %", VIDEO_COLUMNS),
 }
-ROW_NAMES = {
-    "": "ProPy",
-    WHOLE_VIDEO: "the video as a whole",
-    RANDOM_EVENT: "a random event",
-    "half": "ProPy, half of the windows",
-    "any": "ProPy, any window",
-}
 QUERIES = {
     "Best queries": "The right video first, by the largest lead",
     "Worst queries": "The right video furthest down the list",
 }
 SHOWN = 3  # evaluations, the last
 PICTURE_WIDTH = 1600  # pixels of an overview in the page
-DRAWING = {"quality": 88, "subsampling": 0}  # of JPEG; as PNG they are three times as large
 
 
 @dataclass
@@ -99,10 +80,10 @@ class Run:
         return cls(folder, run_log.read_args(folder), epochs, evaluations)
 
     @property
-    def sizes(self) -> list[str]:
-        """Of every source of `result_rows` its reduced size, "" where no video is missing."""
+    def records(self) -> list[dict]:
+        """Of what `result_rows` shows: the best epoch and the last evaluations."""
         best = [run_log.best_epoch(self.epochs)] if self.epochs else []
-        return [reduced_size(record) or "" for record in best + self.evaluations[-SHOWN:]]
+        return best + self.evaluations[-SHOWN:]
 
     def path(self, name: str) -> Path | None:
         """Of args.json. A relative one starts where main.py ran: here, or in the checkout."""
@@ -113,26 +94,22 @@ class Run:
         return path if path.exists() else ROOT / path
 
 
-def write_page(run: Run, path: Path, **choices: object) -> None:
-    """The page as a file. Args: choices: see `build`. OutputError: it cannot be written."""
-    page = build(run, **choices)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        part.write_text(page, encoding="utf-8")
-
-
-def build(
-    run: Run, annotations: Path | None, video_dir: Path | None, plots: Path | None, queries: int
-) -> str:
-    """The page of a run as HTML. What is missing is named at its end and in `run.notes`.
+def write_page(
+    run: Run,
+    path: Path,
+    annotations: Path | None,
+    video_dir: Path | None,
+    plots: Path | None,
+    queries: int,
+) -> None:
+    """The page of a run. What is missing is named at its end and in `run.notes`.
 
     Args:
         annotations, video_dir, plots: in place of what args.json names.
         queries: how many to show, of the best, the worst and those with pictures of attention.
 
     Raises:
-        RunError: metrics are damaged, or `plots` is no folder of pictures.
+        RunError: metrics are damaged. OutputError: the page cannot be written.
     """
     sections: dict[str, tuple[str, object]] = {"Results": ("results", result_tables(run))}
     if run.epochs:
@@ -148,93 +125,92 @@ def build(
     run.notes += [f"Thumbnails: {message}" for message in thumbnails.failed.values()]
     if run.args:
         sections["Settings"] = ("settings", run.args)
-    name = run.folder.resolve().name
-    page = templates().get_template("report.html")
-    return page.render(name=name, facts=facts(run), sections=sections, notes=run.notes)
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
+    anchor = lambda title: title.lower().replace(" ", "-")  # noqa: E731
+    pages.filters |= {"cell": cell, "anchor": anchor, "extent": extent}
+    pages.globals["seconds"] = seconds
+    content = pages.get_template("report.html").render(
+        name=run.folder.resolve().name, facts=facts(run), sections=sections, notes=run.notes
+    )
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as part:
+        part.write_text(content, encoding="utf-8")
+
+
+def extent(moment: tuple[float, float], duration: float) -> str:
+    """Where a moment lies on a video's axis, as CSS."""
+    start, end = (min(max(time / duration, 0), 1) if duration else 0 for time in moment)
+    return f"left:{100 * start:.3f}%;width:{100 * max(end - start, 0):.3f}%"
 
 
 def result_rows(run: Run) -> dict[str, Rows]:
-    """Rows of metrics as `Evaluator.run` gives them, by where they come from."""
-    found = {}
-    if run.epochs:
-        best = run_log.best_epoch(run.epochs)
-        rows: Rows = {}
-        for name, value in best.items():
-            if is_number(value) and name not in (*run_log.COUNTERS, *run_log.TRAINING):
-                row, _, key = name.rpartition("/")
-                rows.setdefault(row or COSINE, {})[key] = value
-        found[_source(f"epoch {best['epoch']}", best)] = rows
-    for record in run.evaluations[-SHOWN:]:
-        name = f"{Path(str(record.get('checkpoint'))).name}, epoch {record.get('epoch')}"
-        source = _source(f"evaluated {name}", record)
-        found.pop(source, None)  # the newest comes last
-        metrics = record.get("metrics", {})
-        if not isinstance(metrics, dict) or not all(isinstance(r, dict) for r in metrics.values()):
+    """Rows of metrics as `Evaluator.run` gives them, by where they come from, the newest last."""
+    found: dict[str, Rows] = {}
+    for record in run.records:
+        if "metrics" in record:
+            rows = record["metrics"]
+            name = f"evaluated {Path(str(record.get('checkpoint'))).name}, "
+        else:
+            rows, name = {}, ""
+            for key, value in record.items():
+                if key not in (*run_log.COUNTERS, *run_log.TRAINING):
+                    row, _, key = key.rpartition("/")
+                    rows.setdefault(row or COSINE, {})[key] = value
+        if not isinstance(rows, dict) or not all(isinstance(r, dict) for r in rows.values()):
             raise RunError(f"{run.folder / 'eval.jsonl'}: its metrics are not rows of numbers")
+        size = reduced_size(record)
+        source = f"{name}epoch {record.get('epoch')}" + (f", {size}" if size else "")
+        found.pop(source, None)
         found[source] = {
-            row: {key: value for key, value in numbers.items() if is_number(value)}
-            for row, numbers in metrics.items()
+            row: {key: value for key, value in numbers.items() if run_log.is_number(value)}
+            for row, numbers in rows.items()
+            if any(map(run_log.is_number, numbers.values()))
         }
     return found
 
 
-def _source(name: str, record: Mapping) -> str:
-    """Where a row comes from, with the reduced size where videos are missing."""
-    size = reduced_size(record)
-    return f"{name}, {size}" if size else name
-
-
 def result_tables(run: Run) -> list[dict]:
     """All rows against the published ones: title, columns and rows of every table."""
-    found = result_rows(run)
-    videos: Rows = {}
-    for source, rows in found.items():
-        for row, name in ((COSINE, ""), (DOT, run_log.NOT_NORMALISED)):
-            if row in rows:
-                videos[source + name] = rows[row]
-    shown = [("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos, PRVR_RESULTS)]
+    found, datatype = result_rows(run), run_log.datatype(run.args)
+    videos = {
+        source + name: rows[row]
+        for source, rows in found.items()
+        for row, name in ((COSINE, ""), (DOT, run_log.NOT_NORMALISED))
+        if row in rows
+    }
+    tables = []
+
+    def add(title: str, columns: Mapping, rows: Rows, published: Mapping | None = None) -> None:
+        rows = rows | ({"published": published} if published else {})
+        tables.append({"title": title, "columns": columns, "rows": rows})
+
+    add("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos, PRVR_RESULTS.get(datatype))
     newest = list(found.values())[-1]
-    size = f", {run.sizes[-1]}" if run.sizes[-1] else ""
+    size = reduced_size(run.records[-1])
+    size = f", {size}" if size else ""
     for task, (title, columns) in MOMENT_TABLES.items():
-        own = {
-            name.partition("/")[2]: newest[name] for name in newest if name.split("/")[0] == task
-        }
-        rows = {ROW_NAMES.get(name, name): row for name, row in own.items()}
-        if len(rows) > (task == "VR"):  # alone it would repeat the table above
-            shown.append((title + size, columns, rows, VCMR_RESULTS if task == "VCMR" else {}))
-    levels = {n.split("/")[1]: row for n, row in newest.items() if n.startswith("levels/")}
-    if levels:
+        rows = {breakdown(name) or task: row for name, row in task_rows(newest, task).items()}
+        if len(rows) > (task == VR):  # alone it would repeat the table above
+            add(title + size, columns, rows, VCMR_RESULTS.get(datatype) if task == VCMR else None)
+    if levels := {breakdown(name): row for name, row in task_rows(newest, LEVELS).items()}:
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
         columns = {key: key for row in levels.values() for key in row}
-        shown.append((title + size, columns, levels, {}))
-    tables = []
-    for title, columns, rows, published in shown:
-        known = published.get(run_log.datatype(run.args))
-        rows = rows | {"published": known} if known else rows
-        tables.append({"title": title, "columns": columns, "rows": rows})
+        add(title + size, columns, levels)
     return tables
 
 
 def curves(run: Run) -> dict:
-    """A chart for every number of log.jsonl but breakdowns."""
-    published = published_values({run_log.datatype(run.args)})
-    charts = []
-    for name in choose_names(run_log.curve_names(run.epochs)):
-        figure = Figure(figsize=PANEL, layout="constrained")
-        draw_panel(figure.subplots(), {"": run.epochs}, name, published.get(name))
-        content = io.BytesIO()
-        with matplotlib.rc_context(VECTOR_TEXT):
-            figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-        (first, start), (last, end) = (run_log.curve(run.epochs, name)[i] for i in (0, -1))
-        alt = f"{run_log.label(name)}: {start:.4g} in epoch {first}, {end:.4g} in epoch {last}"
-        alt += f", published {published[name]:g}" if name in published else ""
-        charts.append({"source": data_uri("image/svg+xml", content.getvalue()), "alt": alt})
-    return {
-        "charts": charts,
-        "best": run_log.best_epoch(run.epochs)["epoch"],
-        "published": bool(published),
-        "size": reduced_size(run.epochs[-1]),
-    }
+    """A picture of every number of log.jsonl but breakdowns."""
+    runs = {"this run": run.epochs}
+    content = io.BytesIO()
+    with matplotlib.rc_context(VECTOR_TEXT):
+        figure = draw_curves(runs, {run_log.datatype(run.args)})
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+    values = {name: [v for _, v in run_log.curve(run.epochs, name)] for name in shown_names(runs)}
+    alt = "; ".join(f"{run_log.label(n)}: {v[0]:.4g} to {v[-1]:.4g}" for n, v in values.items())
+    return {"source": data_uri("image/svg+xml", content.getvalue()), "alt": alt}
 
 
 def query_cards(
@@ -255,13 +231,14 @@ def query_cards(
     predictions = predictions.align(asked)
     if run.args.get("event_scores") == DOT:
         size += ", ranked by cosine"  # as moments are, whatever the run's PRVR metrics
-    found = {}
-    for (title, order), rows in zip(
-        QUERIES.items(), best_and_worst(predictions, count), strict=True
-    ):
-        cards = [query_card(predictions, row, asked[row], thumbnails) for row in rows]
-        found[title] = {"cards": cards, "order": order, "size": size}
-    return found
+    chosen = zip(QUERIES.items(), best_and_worst(predictions, count), strict=True)
+    return {
+        title: {
+            "cards": [query_card(predictions, row, asked[row], thumbnails) for row in rows],
+            "order": order + size,
+        }
+        for (title, order), rows in chosen
+    }
 
 
 def open_clips(run: Run, video_dir: Path | None) -> ClipSource | None:
@@ -281,51 +258,37 @@ def open_clips(run: Run, video_dir: Path | None) -> ClipSource | None:
 
 
 def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
-    """Pictures of the queries that main.py --do_plot 1 drew last, with a checkpoint of this run.
+    """Pictures of main.py --do_plot 1, the newest first; each says which checkpoint it is of.
 
     Args:
-        given: a folder to take in any case; else the run's own is tried.
-
-    Raises:
-        RunError: `given` is no folder of pictures.
+        given: their folder, of any run; else those of this run's folder name are taken from the
+            run's, which runs on one split share.
     """
     folder = given or run.path("plot_dir") or ROOT / "VIS" / run_log.datatype(run.args)
-    path = folder / ATTENTION
-    if not given and not path.is_file():
-        return []
-    try:
-        with open_hdf5(path) as file:
-            model, names = Path(str(file.attrs["model"])), list(file)
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        message = f"{path}: {error}: draw again with main.py --do_plot 1"
-        if given:
-            raise RunError(message) from error
-        run.notes.append(f"Attention: {message}")
-        return []
-    own = {(start / model.parent).resolve() for start in (Path.cwd(), ROOT)}
-    if not given and run.folder.resolve() not in own:
-        return []
     found = []
-    for picture in [folder / "attention" / name for name in names]:
-        if len(found) < limit and (picture / "overview.png").is_file():
-            try:
-                found.append(_overview(picture))
-            except (KeyError, OSError, TypeError, ValueError) as error:
-                message = f"{picture}: its picture or meta.json is corrupt: {error}"
-                run.notes.append(f"Attention: {message}")
+    paths = sorted(folder.glob("attention/*/overview.png"), key=lambda path: -path.stat().st_mtime)
+    for path in paths:
+        if len(found) == limit:
+            break
+        try:
+            meta = json.loads((path.parent / "meta.json").read_text(encoding="utf-8"))
+            model = str(meta.get("model"))
+            if not given and Path(model).parent.name != run.folder.resolve().name:
+                continue
+            with Image.open(path) as image:
+                image.thumbnail((PICTURE_WIDTH, image.height), Image.LANCZOS)
+                source = image_uri(image, **DRAWING)
+            alt = (
+                f"What event {meta['event']} of video {meta['video']} attends to: "
+                "frames, attention over them, moments, pyramid and scores on one time axis"
+            )
+            found.append({"source": source, "alt": alt, "caption": meta["text"], "model": model})
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            message = f"{path.parent}: its picture or meta.json is corrupt: {error}"
+            run.notes.append(f"Attention: {message}")
+    if given and not found:
+        run.notes.append(f"Attention: {folder}: no overview.png: draw with main.py --do_plot 1")
     return found
-
-
-def _overview(folder: Path) -> dict:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    with Image.open(folder / "overview.png") as image:
-        image.thumbnail((PICTURE_WIDTH, image.height), Image.LANCZOS)
-        source = image_uri(image, **DRAWING)
-    alt = (
-        f"What event {meta['event']} of video {meta['video']} attends to: "
-        "frames, attention over them, moments, pyramid and scores on one time axis"
-    )
-    return {"caption": meta["text"], "source": source, "alt": alt}
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -335,9 +298,9 @@ def facts(run: Run) -> dict[str, object]:
         "data set": run_log.datatype(run.args),
         "task": run.args.get("subtask_type"),
         "epochs": len(run.epochs),
-        "best epoch": run_log.best_epoch(run.epochs)["epoch"] if run.epochs else None,
-        "evaluated": "; ".join(dict.fromkeys(filter(None, run.sizes))),
-        "trained parameters": f"{trained / 1e6:.2f} M" if is_number(trained) else None,
+        "best epoch": run.records[0].get("epoch") if run.epochs else None,
+        "evaluated": "; ".join(dict.fromkeys(filter(None, map(reduced_size, run.records)))),
+        "trained parameters": f"{trained / 1e6:.2f} M" if run_log.is_number(trained) else None,
         "precision": run.args.get("used_precision"),
         "seed": run.args.get("seed"),
         "revision": str(run.args.get("git", ""))[:12],

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils import RunError
-from utils.evaluation.rows import COSINE, DOT
+from utils.evaluation.rows import DOT, VCMR
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import read_records
-from utils.misc import is_number
 
 # Counters of log.jsonl, which make no curve.
 COUNTERS = (
@@ -58,22 +57,21 @@ def read_epochs(folder: Path) -> list[dict]:
     row of metrics the run put first.
 
     Raises:
-        RunError: there is no log.jsonl, it holds no epoch, or args.json is damaged.
+        RunError: there is no log.jsonl, or it holds no epoch.
     """
     path = folder / "log.jsonl"
     records = [record for record in read_records(path) if _is_epoch(record.get("epoch"))]
     if not records:
         raise RunError(f"{path}: no finished epoch in it")
-    by_epoch = {record["epoch"]: record for record in records}
-    default = read_args(folder).get("event_scores")
-    return [_name_rows(by_epoch[epoch], default) for epoch in sorted(by_epoch)]
+    args = read_args(folder)
+    if args.get("event_scores") == DOT and args.get("subtask_type") != VCMR:
+        records = [{"row": DOT} | record for record in records]  # of before logs named their rows
+    by_epoch = {record["epoch"]: _name_rows(record) for record in records}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
-def _name_rows(record: dict, event_scores: object) -> dict:
-    """Args: event_scores: the flag of the run; earlier logs do not name the first row, `row`."""
-    has_both = any(key.startswith(OF_DOT) for key in record)
-    row = record.get("row", COSINE if has_both or "VR/r1" in record else event_scores)
-    if row != DOT:
+def _name_rows(record: dict) -> dict:
+    if record.get("row") != DOT:
         return record
     return {OF_DOT + key if key in PRVR_COLUMNS else key: value for key, value in record.items()}
 
@@ -106,3 +104,8 @@ def best_epoch(epochs: list[dict]) -> dict:
 
 def _is_epoch(value: object) -> bool:
     return type(value) is int and 0 < value < 2**31
+
+
+def is_number(value: object) -> bool:
+    """True for finite numbers, which True and False are not, of a size that can be drawn."""
+    return type(value) in (int, float) and -1e300 < value < 1e300

@@ -31,19 +31,13 @@ LATEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"  # their names in the folder 
 
 
 def save_checkpoint(
-    path: Path | str,
-    model: ProPy,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-) -> None:
-    """Write a checkpoint that appears under its name only when it is complete.
+    path: Path | str, model: ProPy, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, progress: Progress,
+) -> None:  # fmt: skip
+    """Write a checkpoint, which appears under its name, or replaces another, when it is complete.
 
-    Args:
-        path: overwritten if it exists.
-        model: its trained tensors and its configuration are saved, and CLIP's fingerprint where
-            that is frozen.
-        progress: where the run stands. The states of the random number generators go with it.
+    It holds `saved_weights`, the progress, and the states of the optimizer, the scaler and the
+    random number generators.
 
     Raises:
         OutputError: it could not be written.
@@ -54,13 +48,10 @@ def save_checkpoint(
         content = saved_weights(model)
     except ModelError as error:
         raise RunError(f"{path}: not written: {error}") from None
-    run = asdict(progress)
-    del run["has_optimizer"], run["from_authors"]
-    content |= run | {
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "rng": rng_state(),
-    }
+    content |= asdict(progress)
+    del content["has_optimizer"], content["from_authors"]
+    content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    content["rng"] = rng_state()
     with atomic_write(path) as part, part.open("wb") as file:
         try:
             torch.save(content, file)
@@ -79,28 +70,23 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 def epochs_of(path: Path) -> int | None:
     """Epochs that a file is a checkpoint right after; None if it is no such checkpoint."""
     try:
-        content = read_checkpoint(path)
+        with naming(path):
+            progress = _progress(read_checkpoint(path))
     except ModelError:
         return None
-    return None if content.get("sums", {}).get("steps") else content.get("epoch")
+    return None if progress.sums.steps else progress.epoch
 
 
 def load_checkpoint(
-    path: Path | str,
-    model: ProPy,
-    optimizer: torch.optim.Optimizer | None = None,
+    path: Path | str, model: ProPy, optimizer: torch.optim.Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
-) -> Progress:
-    """Load a checkpoint of this or of the authors' program into a model.
+) -> Progress:  # fmt: skip
+    """Load a checkpoint of this or of the authors' program into a model; returns where it stood.
 
     Args:
-        path: the file.
         model: gets the weights; if the file holds CLIP's tensors, those too.
         optimizer, scaler: get their states, if given and present. An optimizer state of the
             authors' has other groups and shapes and is never taken over.
-
-    Returns:
-        Where the run stood.
 
     Raises:
         ModelError: no such file, not a checkpoint, a newer version's, or one of another model, CLIP
@@ -109,12 +95,13 @@ def load_checkpoint(
     content = read_checkpoint(path)
     with naming(path):
         progress = _progress(content)
-        if progress.has_optimizer and optimizer is not None:
-            _check_optimizer(content["optimizer"], model, optimizer)
+        resumed = optimizer if progress.has_optimizer else None
+        if resumed:
+            _check_optimizer(content["optimizer"], model, resumed)
     load_weights(content, model, path)
-    if progress.has_optimizer and optimizer is not None:
+    if resumed:
         with naming(path):
-            _resume(content, optimizer, scaler)
+            _resume(content, resumed, scaler)
     return progress
 
 
@@ -123,7 +110,11 @@ def _progress(content: dict) -> Progress:
         return Progress(epoch=int(content.get("epoch", 0)), from_authors=True)
     own = {name: content[name] for name in asdict(Progress()) if name in content}
     sums = EpochSums(**own.pop("sums"))
-    return Progress(**own, sums=sums, has_optimizer="optimizer" in content)
+    progress = Progress(**own, sums=sums, has_optimizer="optimizer" in content)
+    numbers = (progress.epoch, progress.global_step, progress.best_score or 0, sums.steps)
+    if not all(type(number) in (int, float) and number >= 0 for number in numbers):
+        raise ModelError("its numbers of epochs and steps or its best score are damaged")
+    return progress
 
 
 def _resume(

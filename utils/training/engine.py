@@ -49,21 +49,15 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module,
-    batch: dict,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    *,
-    precision: str = "fp32",
-    micro_batches: int = 1,
-    clip_grad_norm: float = 1.0,
-) -> StepResult:
+    model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    *, precision: str = "fp32", micro_batches: int = 1, clip_grad_norm: float = 1.0,
+) -> StepResult:  # fmt: skip
     """One optimizer step on one batch of videos with all their captions.
 
     Args:
         batch: {frames [B,N_f,3,H,W], token_ids [T,W], text_to_video [T]} on the model's device.
         precision: of the forward; similarity and loss are float32 in any case.
-        micro_batches: encode the batch in so many parts, to save memory; see `batch_gradient`.
+        micro_batches: see `batch_gradient`.
         clip_grad_norm: largest norm of the gradient after unscaling.
 
     Raises:
@@ -75,9 +69,8 @@ def train_step(
     if not scaler.is_enabled() and not loss.isfinite():
         raise _not_finite("loss", loss, batch)
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(
-        [p for p in model.parameters() if p.grad is not None], clip_grad_norm
-    )
+    reached = [p for p in model.parameters() if p.grad is not None]
+    grad_norm = nn.utils.clip_grad_norm_(reached, clip_grad_norm)
     if not scaler.is_enabled() and not grad_norm.isfinite():
         raise _not_finite("gradient's norm", grad_norm, batch)
     scale = scaler.get_scale()
@@ -96,10 +89,10 @@ def batch_gradient(
     """The gradient of the whole batch's loss, scaled, into the parameters; returns the loss.
 
     Own rows are embedded, those of all processes gathered, the loss is that of all; its gradient of
-    the own rows goes on into the network. With several micro-batches only one of them holds its
+    the own rows continues into the network. With several micro-batches only one of them holds its
     activations at a time (Gao et al., 2021, "GradCache"): all are embedded without a graph first,
     and each once more for its gradient. A third more work, the same numbers, where adding up the
-    losses of small batches would be another loss: a text would meet the videos of its part only.
+    losses of small batches would be another loss: a text would meet those of its own batch only.
     """
     device = batch["frames"].device
 
@@ -112,16 +105,16 @@ def batch_gradient(
         (model.encode_text, batch["token_ids"].chunk(micro_batches)),
     ]
     with torch.set_grad_enabled(micro_batches == 1):
-        embedded = [[embed(encode, part) for part in parts] for encode, parts in sides]
-    own = [torch.cat(parts).detach().requires_grad_() for parts in embedded]
+        embedded = [[embed(encode, rows) for rows in inputs] for encode, inputs in sides]
+    own = [torch.cat(rows).detach().requires_grad_() for rows in embedded]
     events, texts = (gather_rows(rows) for rows in own)
     loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
     scaler.scale(loss).backward()
-    for (encode, parts), embeddings, rows in zip(sides, embedded, own, strict=True):
-        gradients = rows.grad.chunk(micro_batches)
-        for part, embedding, gradient in zip(parts, embeddings, gradients, strict=True):
+    for (encode, inputs), embeddings, whole in zip(sides, embedded, own, strict=True):
+        gradients = whole.grad.chunk(micro_batches)
+        for rows, embedding, gradient in zip(inputs, embeddings, gradients, strict=True):
             if micro_batches > 1:
-                embedding = embed(encode, part)
+                embedding = embed(encode, rows)
             if embedding.requires_grad:  # texts without prompts on a frozen CLIP do not
                 embedding.backward(gradient)
     return loss.detach()
@@ -136,23 +129,14 @@ def _not_finite(what: str, value: Tensor, batch: dict) -> RunError:
 
 
 def train_one_epoch(
-    model: nn.Module,
-    batches: Iterable[dict],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    sums: EpochSums,
-    config: TrainConfig,
-    *,
-    num_steps: int,
-    learning_rate: Callable[[int], float],
-    first_step: int,
-    device: torch.device,
-    after_step: Callable[[StepResult], None] = lambda _: None,
-) -> None:
-    """The batches of one epoch, from where `sums` says that it stands.
+    model: nn.Module, batches: Iterable[dict], optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, sums: EpochSums, config: TrainConfig,
+    *, num_steps: int, learning_rate: Callable[[int], float], first_step: int,
+    device: torch.device, after_step: Callable[[StepResult], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """The batches of one epoch that are left, from where `sums` says that it stands.
 
     Args:
-        batches: those that are left, as ``TrainingLoader`` gives them.
         sums: of the epoch so far; every step is added.
         num_steps: of the whole epoch, for the progress bar.
         learning_rate: the rate before a step, by its number counted from 0 over the whole run.
@@ -176,14 +160,10 @@ def train_one_epoch(
             set_learning_rate(optimizer, rate)
             try:
                 result = train_step(
-                    model,
-                    batch,
-                    optimizer,
-                    scaler,
-                    precision=config.precision,
+                    model, batch, optimizer, scaler,
+                    precision=config.precision, clip_grad_norm=config.clip_grad_norm,
                     micro_batches=config.gradient_accumulation_steps,
-                    clip_grad_norm=config.clip_grad_norm,
-                )
+                )  # fmt: skip
             except RunError as error:
                 raise RunError(f"step {step + 1}: {error}") from None
             done = time.perf_counter()
@@ -197,7 +177,6 @@ def train_one_epoch(
             }
             progress.set_postfix(shown)
             if sums.steps % LOG_EVERY == 0:
-                values = "  ".join(f"{k} {v}" for k, v in shown.items())
-                logger.info("step %d  %s", step + 1, values)
+                logger.info("step %d  %s", step + 1, "  ".join(map(" ".join, shown.items())))
             after_step(result)
             started = time.perf_counter()

@@ -19,12 +19,10 @@ def parameter_groups(model: nn.Module, coef_lr: float, weight_decay: float) -> l
     LayerNorm weights and the logit scale of a CLIP that is fine-tuned.
 
     Args:
-        model: says which of its parameters are CLIP's (``backbone_names``).
-        coef_lr: factor on the learning rate of those.
-        weight_decay: of the decayed groups.
+        coef_lr: factor on the learning rate of CLIP's.
 
     Returns:
-        Groups with ``lr_scale`` and ``weight_decay``; empty ones are left out.
+        Groups with ``lr_scale`` and ``weight_decay``, none of them empty.
     """
     # By kind and not by value: a checkpoint's groups fit, whatever the values are now.
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}

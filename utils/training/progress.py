@@ -14,11 +14,7 @@ VAL_ANNOTATIONS = "validation annotations"
 def run_facts(
     train: Split, val: Split, precision: str, num_frames: int, source: str
 ) -> dict[str, str]:
-    """What resuming compares besides the flags.
-
-    Args:
-        source: what kind of thing the frames are read from.
-    """
+    """What resuming compares besides the flags; `source` is the kind of the frames' source."""
     return {
         TRAIN_ANNOTATIONS: train.summary(),
         VAL_ANNOTATIONS: val.summary(),

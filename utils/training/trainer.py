@@ -67,7 +67,7 @@ def checkpoint_to_resume(resume: Path | str | None, folder: Path) -> Path | None
 
 
 def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list[str]:
-    """Fit a checkpoint's progress to settings that it was not made with.
+    """Fit a checkpoint's progress to settings that it was not made with; returns warnings.
 
     An epoch under way is started again if its videos come in another order now; a best score of
     another measure is forgotten. The learning rate follows the new settings from here on, at the
@@ -75,10 +75,6 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
 
     Args:
         settings: of CHANGE_A_RUN, and facts of the run, by name.
-        task: PRVR or VCMR.
-
-    Returns:
-        Warnings that name every difference.
     """
     before = progress.args | progress.facts
     changed = [name for name, now in settings.items() if before.get(name, now) != now]
@@ -108,7 +104,6 @@ class Trainer:
 
     Args:
         folder: for checkpoints and logs.
-        config: how to train.
         flags, facts: of the run, see `Progress`.
         resume: the checkpoint of a run to continue.
 
@@ -118,18 +113,10 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: ProPy,
-        loader: TrainingLoader,
-        evaluator: CorpusEvaluator,
-        folder: Path,
+        self, model: ProPy, loader: TrainingLoader, evaluator: CorpusEvaluator, folder: Path,
         config: TrainConfig,
-        *,
-        device: torch.device,
-        flags: dict,
-        facts: dict,
-        resume: Path | None = None,
-    ) -> None:
+        *, device: torch.device, flags: dict, facts: dict, resume: Path | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.loader, self.evaluator = model, loader, evaluator
         self.latest, self.best = folder / LATEST, folder / BEST
         self.config, self.device, self.resumed_from = config, device, resume
@@ -137,11 +124,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp")
         self.progress = self._resume(resume, flags, facts) if resume else Progress()
         self.progress.args, self.progress.facts = flags, facts
-        self.learning_rate = partial(
-            learning_rate,
-            total_steps=len(loader) * config.epochs,
-            peak=config.lr,
-        )
+        total = len(loader) * config.epochs
+        self.learning_rate = partial(learning_rate, total_steps=total, peak=config.lr)
         self.epoch_log = EpochLog(folder, self.progress.global_step if resume else None)
         self.signals = DeferredSignals()
         self._last_good = resume
@@ -160,8 +144,9 @@ class Trainer:
                 f"{path}: its best epoch was chosen by {task}, which does not compare with "
                 f"{flags['subtask_type']}: resume with --subtask_type {task}"
             )
-        done = f"epoch {progress.epoch}, step {progress.sums.steps}"
-        logger.info("resuming %s after %s", path, done)
+        logger.info(
+            "resuming %s after epoch %d, step %d", path, progress.epoch, progress.sums.steps
+        )
         settings = {name: value for name, value in flags.items() if name in CHANGE_A_RUN}
         for warning in reconcile(progress, settings | facts, task):
             logger.warning("%s", warning)
@@ -184,11 +169,10 @@ class Trainer:
                     self._train()
                 self._evaluate()
             self.signals.check()
-        if progress.best_epoch is None:
-            return self.latest
-        logger.info(
-            "best epoch %s, score %.2f: %s", progress.best_epoch, progress.best_score, self.best
-        )
+        if progress.best_epoch is None:  # forgotten, and no epoch was left to be the best
+            return self._last_good
+        best = (progress.best_epoch, progress.best_score, self.best)
+        logger.info("best epoch %s, score %.2f: %s", *best)
         return self.best
 
     def _train(self) -> None:
@@ -196,18 +180,11 @@ class Trainer:
         self.loader.set_epoch(progress.epoch, progress.sums.steps)
         with memory_advice(LESS_MEMORY), self.loader.worker_errors(), self._saved_if_stopped():
             train_one_epoch(
-                self.model,
-                self.signals.immediate_between(self.loader),
-                self.optimizer,
-                self.scaler,
-                progress.sums,
-                self.config,
-                num_steps=len(self.loader),
-                learning_rate=self.learning_rate,
-                first_step=progress.epoch * len(self.loader),
-                device=self.device,
-                after_step=self._after_step,
-            )
+                self.model, self.signals.immediate_between(self.loader), self.optimizer,
+                self.scaler, progress.sums, self.config,
+                num_steps=len(self.loader), first_step=progress.epoch * len(self.loader),
+                learning_rate=self.learning_rate, device=self.device, after_step=self._after_step,
+            )  # fmt: skip
         self._save()
 
     def _after_step(self, result: StepResult) -> None:
@@ -233,8 +210,8 @@ class Trainer:
 
     def _save_within_epoch(self) -> None:
         self._save()
-        epoch, steps = self.progress.epoch + 1, self.progress.sums.steps
-        logger.info("epoch %d, step %d of %d: saved", epoch, steps, len(self.loader))
+        done = (self.progress.epoch + 1, self.progress.sums.steps, len(self.loader))
+        logger.info("epoch %d, step %d of %d: saved", *done)
 
     def _evaluate(self) -> None:
         progress = self.progress
@@ -250,13 +227,11 @@ class Trainer:
         if progress.best_epoch == progress.epoch:
             copy_checkpoint(self.latest, self.best)
         self.epoch_log.write(progress.last_record)
+        loss = "–" if trained["loss"] is None else f"{trained['loss']:.4f}"
+        seconds = trained["data_time"] + trained["step_time"], trained["data_time"]
         logger.info(
             "epoch %d/%d  loss %s  %.2f s a step, of which %.2f s waiting for data",
-            progress.epoch,
-            self.config.epochs,
-            "–" if trained["loss"] is None else f"{trained['loss']:.4f}",
-            trained["data_time"] + trained["step_time"],
-            trained["data_time"],
+            *(progress.epoch, self.config.epochs, loss, *seconds),
         )
         for table in self.evaluator.tables(rows):
             logger.info("\n%s", table)
@@ -303,9 +278,7 @@ class Trainer:
                 logger.warning(
                     "the best checkpoint so far, of epoch %d, is neither %s nor %s: the best is "
                     "chosen among the epochs from here on",
-                    progress.best_epoch,
-                    self.best,
-                    beside,
+                    *(progress.best_epoch, self.best, beside),
                 )
                 progress.best_score = progress.best_epoch = None
         if progress.last_record is not None and source.resolve() == self.latest.resolve():
@@ -316,8 +289,7 @@ class Trainer:
         try:
             yield
         except (DataError, ModelError, OutputError, RunError) as error:
-            if self._last_good is None:
-                rest = "No checkpoint was written yet"
-            else:
+            rest = "No checkpoint was written yet"
+            if self._last_good:
                 rest = f"The last good checkpoint, for --resume, is {self._last_good}"
             raise type(error)(f"{error}. {rest}") from error
