@@ -12,17 +12,16 @@ flags: everything else takes plain values or a configuration.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 
-from dataloaders import DataError
 from dataloaders.annotations import TRAIN, VAL, Split
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.datasets import LoaderConfig, TrainingLoader, check_batch_size
@@ -30,15 +29,15 @@ from dataloaders.frame_store import FrameStore
 from dataloaders.tokenizer import count_cut
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
-from modules import ModelError
 from modules.pyramid import PromptPyramid
-from utils import OutputError, RunError
+from utils import RunError
 from utils.arguments import config_from, parse_args
+from utils.command import USER_ERRORS, run_command
 from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_embeddings
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
-from utils.files import atomic_write, check_outputs, locked_folder, writing
+from utils.files import atomic_write, check_outputs, locked_folder, new_folder
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import choose_device, disable_tf32, git_revision, memory_advice, set_seed
 from utils.missing_videos import MissingVideos, require_videos
@@ -51,15 +50,14 @@ from utils.training.signals import Stopped
 from utils.training.trainer import LESS_MEMORY_EVALUATING, Trainer, checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parent
-# What a user can fix; everything else is a bug and keeps its traceback.
-USER_ERRORS = (DataError, ModelError, RunError, OutputError)
 
 logger = logging.getLogger("propy.main")
 
 
 def main(args: argparse.Namespace) -> None:
     """One run, which has its output folder to itself: train, evaluate and plot as asked for."""
-    with locked_folder(args.output_dir):
+    plots = new_folder(args.plot_dir) if args.do_plot else contextlib.nullcontext()
+    with locked_folder(args.output_dir), plots:
         setup_logging(args.output_dir)
         logger.info("propy %s, torch %s", git_revision(), torch.__version__)
         disable_tf32()
@@ -145,8 +143,6 @@ def outputs(args: argparse.Namespace) -> list[Path]:
     if args.save_embeddings:
         files.append(args.save_embeddings)
     if args.do_plot:
-        with writing(args.plot_dir):
-            args.plot_dir.mkdir(parents=True, exist_ok=True)
         files += [args.plot_dir / name for name in (ATTENTION, SCORES, HITS)]
     return files
 
@@ -241,12 +237,12 @@ def report(
 
 
 def command_line(argv: list[str] | None = None) -> None:
-    """The program: what a user can fix ends it with a message, a signal with 128 + its number."""
+    """The program: log.txt has its errors too; a signal ends it with 128 + its number."""
     try:
         main(parse_args(argv))
     except USER_ERRORS as error:
         log_to_file(f"error: {error}")
-        sys.exit(f"error: {error}")
+        raise
     except Stopped as stop:
         logger.warning(
             "stopped by %s, everything is saved: the same command with --resume auto resumes "
@@ -254,13 +250,10 @@ def command_line(argv: list[str] | None = None) -> None:
             stop,
         )
         sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except Exception:
         log_to_file(traceback.format_exc())
         raise
 
 
 if __name__ == "__main__":
-    command_line()
+    run_command(command_line)

@@ -60,9 +60,9 @@ class TrainingLoader(ClipLoader):
         self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig
     ):
         check_batch_size(split, config.batch_size)
-        super().__init__(split.videos, clips, num_frames, size, config.num_thread_reader)
+        workers, batch_size = config.num_thread_reader, config.batch_size
+        super().__init__(split.videos, clips, num_frames, size, workers, batch_size)
         self.max_words, self.seed = config.max_words, config.seed
-        self.batch_size = config.batch_size
         self.captions: list[list[str]] = [[] for _ in self.names]  # of each video
         for query, video in zip(split.queries, split.target.tolist(), strict=True):
             self.captions[video].append(query.desc)
@@ -116,8 +116,9 @@ class EvaluationLoader(ClipLoader):
         self, videos: Sequence[Video], clips: ClipSource, num_frames: int, size: int,
         config: LoaderConfig,
     ):  # fmt: skip
-        super().__init__(videos, clips, num_frames, size, config.num_thread_reader)
-        rows, batch_size = range(len(videos)), config.batch_size_val
+        workers, batch_size = config.num_thread_reader, config.batch_size_val
+        super().__init__(videos, clips, num_frames, size, workers, batch_size)
+        rows = range(len(videos))
         self.keys = [list(rows[first : first + batch_size]) for first in rows[::batch_size]]
 
     def batch(self, key: list[int]) -> dict:

@@ -6,9 +6,9 @@ same for a clip of any length. The format is described at `FrameStore`.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
+import logging
 import os
 import shutil
 import zlib
@@ -24,7 +24,10 @@ from PIL import Image
 from dataloaders import DataError
 from dataloaders.clips import ClipSource, lookalikes
 from dataloaders.sampling import sampled_indices
+from dataloaders.storage import if_supported, lock, open_hdf5, sync
 from dataloaders.video import load_every_frame
+
+logger = logging.getLogger("propy.frame_store")
 
 FORMAT, VERSION = "propy frames", 1
 PACK = "make it with `.venv/bin/python -m scripts.data.pack_frames`"
@@ -155,10 +158,8 @@ class FrameStore(ClipSource):
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
 
     def _read_index(self, opened: BinaryIO) -> dict[str, PackedClip]:
-        import h5py
-
         try:
-            with h5py.File(opened, "r") as file:
+            with open_hdf5(opened) as file:
                 found = file.attrs.get("format"), int(file.attrs.get("version", 0))
                 if found != (FORMAT, VERSION):
                     raise DataError(
@@ -170,7 +171,7 @@ class FrameStore(ClipSource):
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[-200:]
             raise DataError(
-                f"{self.path}: no readable frame store ({reason}): remove it and {PACK}"
+                f"{self.path}: no readable frame store ({reason}): give another, or {PACK}"
             ) from error
 
     def missing(self, names: Sequence[str]) -> list[str]:
@@ -272,8 +273,9 @@ def read_frames(file: BinaryIO, clip: PackedClip, frames: np.ndarray | None = No
     starts = (clip.first_byte + lengths.cumsum() - lengths)[frames].tolist()
     places = list(zip(lengths[frames].tolist(), starts, strict=True))
     if hasattr(os, "posix_fadvise"):  # not on every system
-        for length, start in places:
-            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+        with if_supported():
+            for length, start in places:
+                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
     jpegs = [os.pread(file.fileno(), length, start) for length, start in places]
     for frame, jpeg in zip(frames, jpegs, strict=True):
         if zlib.crc32(jpeg) != clip.checksums[frame]:
@@ -357,7 +359,7 @@ class FrameStoreWriter:
             try:
                 self._write_hdf5(part)
                 with part.open("rb") as file:
-                    os.fsync(file.fileno())
+                    sync(file.fileno())
                 part.replace(self.path)
             finally:
                 part.unlink(missing_ok=True)
@@ -372,7 +374,7 @@ class FrameStoreWriter:
         first_byte = sizes.cumsum() - sizes
         text = h5py.string_dtype()
         types = {"name": text, "source": text, "psnr": "f8"}
-        with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        with open_hdf5(path, "w", libver=("v110", "v110")) as file:
             file.attrs.update(self._settings)
             jpeg = file.create_dataset("jpeg", (sizes.sum(),), "u1")
             for clip, start, size in zip(clips, first_byte, sizes, strict=True):
@@ -392,6 +394,13 @@ class FrameStoreWriter:
     def _read_packing(self) -> None:
         """What an earlier process added, without the clip over which it was killed."""
         length = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        begin = json.dumps({"format": FORMAT})[:-1].encode()
+        if not begin.startswith(self._file.read(len(begin))):  # a whole one, or the file ends
+            raise DataError(
+                f"{self._packing}: is no unfinished frame store, which has that name: move it away,"
+                " or give another --frame_store"
+            )
         end = self._file.seek(0)
         try:
             while (line := self._file.readline()).endswith(b"\n"):
@@ -425,16 +434,17 @@ class FrameStoreWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def _lock(self) -> None:
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # did the one who had it finish, and remove this file?
-            free = os.path.samestat(os.fstat(self._file.fileno()), self._packing.stat())
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        if not free:
+        locked = lock(self._file.fileno())
+        if locked is None:
+            logger.warning("%s: its file system has no locks; pack it once at a time", self.path)
+        try:  # did the one who had it finish, and remove this file?
+            same = os.path.samestat(os.fstat(self._file.fileno()), self._packing.stat())
+        except FileNotFoundError:
+            same = False
+        if locked is False or not same:
             raise DataError(f"{self.path}: another process is packing it")
 
 

@@ -38,7 +38,7 @@ matches() { echo "$sha256  $1" | sha256sum --check --status 2>/dev/null; }
 mkdir -p "$folder"
 if [ -f "$target" ]; then
   matches "$target" && { echo "download_clip: $target is there and is right"; exit 0; }
-  echo "download_clip: $target is not the published file (sha256 differs); remove it first" >&2
+  echo "download_clip: $target is not the published file (sha256 differs); move it away first" >&2
   exit 1
 fi
 command -v curl >/dev/null || { echo "download_clip: needs curl; install it" >&2; exit 1; }

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from utils.command import Parser
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
 from utils.misc import usable_cores
 
@@ -88,12 +89,6 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help} (default {str(action.default).removeprefix(f'{ROOT}/')})"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, not sixty of usage."""
-        self.exit(2, f"error: {message} (main.py --help explains the flags)\n")
-
-
 def number(kind: type, lowest: float, highest: float = math.inf) -> Callable[[str], float]:
     """A flag's type: a number of a kind, the bounds among what is allowed; NaN is not."""
 
@@ -115,7 +110,8 @@ def checkpoint(text: str) -> Path | str:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; `parse_args` checks how they combine."""
-    parser = _Parser(
+    parser = Parser(
+        prog="main.py",
         description="Train and evaluate ProPy for partially relevant video retrieval, and for "
         "weakly supervised moment retrieval from a corpus of videos.",
         epilog="[published: …] is the setting behind the paper's numbers. "

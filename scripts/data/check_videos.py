@@ -30,6 +30,7 @@ from dataloaders.ffmpeg import (
     kill_running,
     read_packets,
 )
+from utils.command import Parser, run_command
 from utils.misc import usable_cores
 
 # What can be wrong with a video, in the order of the summary.
@@ -85,9 +86,7 @@ def check_video(path: Path, duration: float, args: argparse.Namespace) -> dict[s
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--video_dir", type=Path, required=True, help="folder of prepared clips")
     add("--annotations", type=Path, nargs="+", required=True, metavar="FILE",
@@ -161,6 +160,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())
+    run_command(main)

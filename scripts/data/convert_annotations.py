@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dataloaders import DataError
 from dataloaders.annotations import TIME_TOLERANCE, corpus_videos, read_annotations
+from utils.command import Parser, run_command
 from utils.evaluation.published import SPLIT_SIZES
 from utils.files import commit, temporary_sibling
 
@@ -262,9 +263,7 @@ def describe(result: dict, published: tuple[int, int] | None) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all splits found and converted, 1 one could not be, 2 wrong use."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=SPLITS, help="which data set")
     parser.add_argument("source", type=Path, help="folder that holds its original files")
     parser.add_argument("--output_dir", type=Path, metavar="DIR",
@@ -295,4 +294,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -37,6 +37,7 @@ from dataloaders.frame_store import (
     pack_clip,
 )
 from dataloaders.video import PREPARE
+from utils.command import Parser, run_command
 from utils.misc import usable_cores
 
 Packed = tuple[PackedClip, bytes]
@@ -160,9 +161,7 @@ def summarise(store: FrameStore) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--video_dir", type=Path, required=True, help="folder of prepared clips")
     add("--frame_store", type=Path, required=True, metavar="FILE", help="the store to make")
@@ -214,6 +213,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())
+    run_command(main)

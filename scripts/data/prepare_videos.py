@@ -29,6 +29,7 @@ from dataloaders.mp4 import read_header
 from dataloaders.video import probe_clip
 from scripts.data.convert_video import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
 from utils import OutputError
+from utils.command import Parser, run_command
 from utils.files import PARTIAL_PREFIX, atomic_write
 from utils.misc import usable_cores
 
@@ -95,7 +96,7 @@ def prepare_all(
         try:
             for name, (source, *others) in inputs.items():
                 for other in others:
-                    reason = f"has the same name as {source}: rename or remove one of them"
+                    reason = f"has the same name as {source}: rename one of them"
                     yield _line(name, other, {"status": "failed", "reason": reason})
                 output = output_dir / f"{name}.mp4"
                 jobs[pool.submit(prepare_if_needed, source, output, settings)] = name, source
@@ -123,11 +124,11 @@ def prepare_if_needed(source: Path, output: Path, settings: Settings) -> dict:
         size = {"width": header.width, "height": header.height}
         if PREPARED_SHORT_SIDE in size.values():
             return {"status": "kept", "frames": header.num_frames, **size}
-        reason = f"has {header.width}x{header.height} pixels, so it is no prepared clip: remove it"
+        reason = f"has {header.width}x{header.height} pixels, so it is no prepared clip: rename it"
     except FileNotFoundError:
         pass
     except OSError as error:
-        reason = f"{error.strerror}: remove or rename it"
+        reason = f"{error.strerror}: rename it"
     except DataError as error:
         if output.samefile(source):
             reason = f"{error}; it is input and output at once"
@@ -180,9 +181,7 @@ def summarise(lines: list[dict], ignored: list[Path]) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--inputs", nargs="+", type=Path, required=True, metavar="PATH",
         help="video files, and folders to search for videos and for folders of JPEG frames at 3 "
@@ -252,6 +251,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())
+    run_command(main)

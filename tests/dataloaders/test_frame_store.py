@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -297,9 +298,21 @@ def test_what_a_kill_left_half_written_is_dropped(video_dir, tmp_path):
             writer.finish()
         assert path.read_bytes() == whole.path.read_bytes()
         path.unlink()
-    packing.write_bytes(bytes(70_000) + b"\n")
+    packing.write_bytes(data.splitlines(keepends=True)[0] + bytes(70_000) + b"\n")
     with pytest.raises(DataError, match=r"f\.h5\.packing: cannot be continued .* remove it"):
         FrameStoreWriter(path, SIZE, 90)
+
+
+@pytest.mark.parametrize("content", [bytes(70_000), b"my notes\n", b"{}", b'{"format": 1}\n'])
+def test_a_file_of_another_is_not_touched(tmp_path, content):
+    """Nor is it advised to remove it."""
+    for name in ("f.h5", "f.h5.packing"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=re.escape(f"{tmp_path / name}: ")) as raised:
+            FrameStoreWriter(tmp_path / "f.h5", SIZE, 90)
+        assert "remove" not in str(raised.value)
+        assert (tmp_path / name).read_bytes() == content
+        (tmp_path / name).unlink()
 
 
 def test_packing_is_continued_after_every_sigkill(tmp_path):

@@ -18,6 +18,7 @@ from dataloaders.preflight import probe_all
 from scripts import report, score_predictions
 from tests.corpus import TinyRun, make_run
 from tests.fuzz import mutations
+from utils import RunError
 from utils.missing_videos import MissingVideos
 
 SIZE, FRAMES = 64, 4
@@ -207,7 +208,7 @@ def test_what_is_kept_of_a_reduced_split_can_be_used(damaged, tmp_path, capsys):
 
     words = ["--predictions", str(damaged.logs / "predictions.h5")]
     words += ["--annotations", str(damaged.corpus / "annos.jsonl")]
-    with pytest.raises(SystemExit, match="go without what the predictions lack: --allow_missing"):
+    with pytest.raises(RunError, match="go without what the predictions lack: --allow_missing"):
         score_predictions.main(words)
     score_predictions.main([*words, "--allow_missing"])
     printed = capsys.readouterr().out

@@ -444,8 +444,8 @@ def test_what_may_be_an_original_is_never_replaced(tmp_path, small_video, capsys
     inputs = [small_video, tmp_path / "folder.mp4", out / "cut.mp4"]
     assert main(["--inputs", *map(str, inputs), "--output_dir", str(out)]) == 1
     printed = capsys.readouterr().out
-    assert "small.mp4: has 96x64 pixels, so it is no prepared clip: remove it" in printed
-    assert "folder.mp4: Is a directory: remove or rename it" in printed
+    assert "small.mp4: has 96x64 pixels, so it is no prepared clip: rename it" in printed
+    assert "folder.mp4: Is a directory: rename it" in printed
     assert "it is input and output at once" in printed
     assert (out / "small.mp4").read_bytes() == original
     assert (out / "cut.mp4").read_bytes() == original[:-100]
