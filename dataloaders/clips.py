@@ -5,18 +5,25 @@ A folder of prepared videos is one source (here), a frame store another (dataloa
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import unicodedata
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dataloaders import DataError, listed
-from dataloaders.video import load_clip, probe_clip
+from dataloaders.video import PREPARE, load_clip, probe_clip
 
+logger = logging.getLogger("propy.clips")
+
+MANIFEST = "manifest.jsonl"  # beside the clips: what they were when they were prepared
+MEASURES = ("bytes", "crc32", "frames")  # of the file, in every line
 VIDEO_ENDING = re.compile(r"\.(mp4|m4v|mkv|webm|avi|mov|flv|wmv|mpe?g|3gp|ts)$", re.IGNORECASE)
 
 
@@ -127,13 +134,66 @@ class ClipSource(ABC):
             raise DataError(f"{self.missing_message(missing, len(names))}:\n{listed(lines)}")
 
 
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """What preparation noted of every clip, by name: the last line of each counts.
+
+    A line that a killed run left half-written is passed over: its clip did not get its name.
+
+    Raises:
+        DataError: it is there and cannot be read.
+    """
+    noted = {}
+    try:
+        for line in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                entry = json.loads(line)
+                noted[str(entry["vid_name"])] = entry | {k: int(entry[k]) for k in MEASURES}
+            except (ValueError, KeyError, TypeError):
+                continue
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise DataError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from error
+    return noted
+
+
+def compare(path: Path, noted: Mapping | None, checksum: bool = False) -> bool:
+    """Whether a clip could be compared with what a manifest notes of it, if anything: its size, and
+    with `checksum` the CRC-32 of its bytes, which all have to be read for that.
+
+    Raises:
+        DataError: it differs, or cannot be read; the message leaves its name to the caller.
+    """
+    if noted is None:
+        return False
+    try:
+        facts = {"bytes": path.stat().st_size}
+        facts |= {"crc32": zlib.crc32(path.read_bytes())} if checksum else {}
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+    for kind, fact in facts.items():
+        if fact != noted[kind]:
+            raise DataError(f"it is not as it was prepared: {kind} {fact}, not {noted[kind]}")
+    return True
+
+
 class VideoFolder(ClipSource):
-    """A folder of ``<vid_name>.mp4``, prepared by ``scripts/prepare.sh``."""
+    """A folder of ``<vid_name>.mp4``, prepared by ``scripts/prepare.sh``.
+
+    Attributes:
+        noted: see `read_manifest`; empty for a folder that has none, made earlier or by others.
+    """
 
     kind = "video folder"
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.noted = read_manifest(self.folder)
+        if not self.noted and self.folder.is_dir():
+            logger.info(
+                "%s: no %s: whether clips are as they were prepared cannot be compared",
+                *(self.folder, MANIFEST),
+            )
         self.check_command = (
             ".venv/bin/python -m scripts.data.check_videos --decode"
             f" --video_dir {self.folder} --annotations …"
@@ -162,7 +222,17 @@ class VideoFolder(ClipSource):
         return str(self.path(name))
 
     def probe(self, name: str, size: int) -> int | None:
-        return probe_clip(self.path(name), size)
+        frames = probe_clip(self.path(name), size)
+        self.compare(name)
+        return frames
+
+    def compare(self, name: str, checksum: bool = False) -> bool:
+        """As `compare`, of a clip by its name."""
+        path = self.path(name)
+        try:
+            return compare(path, self.noted.get(name), checksum)
+        except DataError as error:
+            raise DataError(f"{path}: {error}: {PREPARE}") from error
 
     def load(
         self,

@@ -6,13 +6,14 @@ same for a clip of any length. The format is described at `FrameStore`.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -23,9 +24,10 @@ from PIL import Image
 
 from dataloaders import DataError
 from dataloaders.clips import ClipSource, lookalikes
+from dataloaders.ffmpeg import decode_frames as decode_track
 from dataloaders.sampling import sampled_indices
 from dataloaders.storage import if_supported, lock, open_hdf5, sync
-from dataloaders.video import load_every_frame
+from dataloaders.video import DECODE_TIME_LIMIT, PREPARE, load_every_frame
 
 logger = logging.getLogger("propy.frame_store")
 
@@ -79,6 +81,9 @@ def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedCli
     """
     stat = path.stat()
     frames = load_every_frame(path, size)
+    decoded = decode_track(path, DECODE_TIME_LIMIT)
+    if decoded.damaged:
+        raise DataError(f"{path}: decodes with errors ({decoded.error}): {PREPARE}")
     jpegs = [encode_frame(frame, quality) for frame in frames]
     clip = PackedClip(
         name=name,
@@ -331,12 +336,14 @@ class FrameStoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # it tries again to write what found no room
+            self._file.close()
 
     def add(self, clip: PackedClip, jpegs: bytes) -> None:
         """Keep a clip; it replaces one of the same name."""
         arrays = {"lengths": clip.lengths.tolist(), "checksums": clip.checksums.tolist()}
-        self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
+        with self._writing():
+            self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
         clip = replace(clip, first_byte=self._file.tell() - len(jpegs))
         self.clips[clip.name] = self._added[clip.name] = clip
 
@@ -357,13 +364,25 @@ class FrameStoreWriter:
         if self._added:
             part = self.path.with_name(f".{self._packing.name}")
             try:
-                self._write_hdf5(part)
-                with part.open("rb") as file:
-                    sync(file.fileno())
-                part.replace(self.path)
+                with self._writing():
+                    self._write_hdf5(part)
+                    with part.open("rb") as file:
+                        sync(file.fileno())
+                    part.replace(self.path)
             finally:
                 part.unlink(missing_ok=True)
         self._packing.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # HDF5 has both
+            reason = " ".join(str(error).split())[-200:]
+            raise DataError(
+                f"{self.path}: cannot be written ({reason}): make room in {self.path.parent}, and"
+                f" run again; what is packed is kept, in {self._packing.name}"
+            ) from error
 
     def _write_hdf5(self, path: Path) -> None:
         import h5py
