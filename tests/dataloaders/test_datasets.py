@@ -304,6 +304,7 @@ def test_a_program_keeps_its_own_children(video_dir, tmp_path, work):
 def test_a_worker_that_continues_to_read_is_waited_for(video_dir, before_decoding, monkeypatch):
     """For a batch that takes many times as long as one clip may."""
     before_decoding(lambda _: time.sleep(0.2))
+    tokenize(["its table"], 8)  # the worker is forked with it; reading it takes longer
     monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 0.5)
     loader = make_training_loader(video_dir, num_workers=1, batch_size=11)
     assert [len(batch["vid_names"]) for batch in loader] == [11]
@@ -344,11 +345,10 @@ def test_workers_need_no_room_in_dev_shm_and_no_short_tmpdir(tmp_path):
 
 def test_batches_are_not_written_over(video_dir):
     """Each is the consumer's own, however many more are read meanwhile."""
-    videos = corpus_videos(make_queries())
-    config = {"num_workers": 2, "batch_size": 1}
-    expected = list(make_evaluation_loader(video_dir, videos, batch_size=1))
+    videos = 4 * corpus_videos(make_queries())
+    expected = list(make_evaluation_loader(video_dir, videos))
     batches = []
-    for batch in make_evaluation_loader(video_dir, videos, **config):
+    for batch in make_evaluation_loader(video_dir, videos, num_workers=2):
         batches.append(batch)
         time.sleep(0.02)  # the workers read ahead
     assert all(map(same, batches, expected))
