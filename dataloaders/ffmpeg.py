@@ -401,6 +401,8 @@ def count_damage(path: Path, codec: str | None, time_limit: float) -> tuple[int,
     Decoders conceal what they cannot read, and mark the frames where they do ("corrupt decoded
     frame"). The frames after it are predicted from it, up to the next key frame that is whole. A
     message without a marked frame (HEVC, AV1) counts for as many frames as a decoder holds back.
+    A packet with a gap before it says nothing by itself (transport streams may be strung together),
+    unless it is the last: the file was cut there.
     """
     arguments = ["-v", "repeat+level+info", "-debug_ts", "-max_error_rate", "1"]
     arguments += [*input_arguments(path, codec), "-map", "0:V:0", "-f", "null", "-"]
@@ -408,20 +410,24 @@ def count_damage(path: Path, codec: str | None, time_limit: float) -> tuple[int,
     lines = run_ffmpeg(arguments, time_limit, heard=heard).messages.splitlines()
     key_frames = [found[1] == "1" for line in lines if (found := FRAME.search(line))]
     held_back = 1 if all(key_frames) else REORDERED
-    messages = frames = left = 0
-    reading = carried = marked = False
+    messages = frames = left = packets = 0
+    doubtful: list[int] = []
+    carried = marked = False
     for line in lines:
         if found := FRAME.search(line):
             carried = marked or (carried and found[1] == "0")
             frames += carried or left > 0
             marked, left = False, max(left - 1, 0)
         elif "demuxer -> ist_index" in line:
-            reading = True
-        elif reading:  # before that the streams were probed, those of sound as well
+            packets += 1
+        elif re.search("[Pp]acket corrupt|corrupt input packet", line):
+            doubtful.append(packets)
+        elif packets:  # before that the streams were probed, those of sound as well
             messages += 1
             marked |= "corrupt decoded frame" in line
             left = 0 if marked else held_back
-    return messages, frames
+    cut = sum(0 < before >= packets - 2 for before in doubtful)
+    return messages + cut, frames
 
 
 def write_video(
