@@ -16,30 +16,29 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
 
 import torch
 
-from dataloaders import DataError
 from dataloaders.annotations import TRAIN, VAL, Split
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.datasets import LoaderConfig, TrainingLoader, check_batch_size
 from dataloaders.frame_store import FrameStore
+from dataloaders.tokenizer import count_cut
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
-from modules import ModelError
 from modules.pyramid import PromptPyramid
-from utils import OutputError, RunError
+from utils import RunError
 from utils.arguments import config_from, parse_args
+from utils.command import USER_ERRORS, run_command
 from utils.distributed import from_main, is_main, process_group, rank, world_size
 from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_embeddings
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
-from utils.files import atomic_write, check_outputs, locked_folder, writing
+from utils.files import atomic_write, check_outputs, locked_folder, new_folder
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import choose_device, disable_tf32, git_revision, memory_advice, set_seed
 from utils.missing_videos import MissingVideos, require_videos
@@ -52,8 +51,6 @@ from utils.training.signals import Stopped
 from utils.training.trainer import LESS_MEMORY_EVALUATING, Trainer, checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parent
-# What a user can fix; everything else is a bug and keeps its traceback.
-USER_ERRORS = (DataError, ModelError, RunError, OutputError)
 
 logger = logging.getLogger("propy.main")
 
@@ -65,6 +62,8 @@ def main(args: argparse.Namespace) -> None:
         stack.enter_context(process_group(args.backend, device))
         if is_main():
             stack.enter_context(locked_folder(args.output_dir))
+            if args.do_plot:
+                stack.enter_context(new_folder(args.plot_dir))
         setup_logging(args.output_dir if is_main() else None)
         logger.info("propy %s, torch %s", git_revision(), torch.__version__)
         disable_tf32()
@@ -90,6 +89,12 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
         splits.append(read_split(args.prvr_train_annos, TRAIN, args.datatype))
         check_batch_size(splits[-1], args.batch_size)
     model = build(args, splits[-1] if args.do_train else None)
+    for split in splits:
+        cut = count_cut((query.desc for query in split.queries), args.max_words)
+        logger.info(
+            "%s: %s of %s captions are cut at --max_words %d",
+            *(split.path, f"{cut:,}", f"{len(split.queries):,}", args.max_words),
+        )
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
     missing = None
     if is_main():
@@ -150,8 +155,6 @@ def outputs(args: argparse.Namespace) -> list[Path]:
     if args.save_embeddings:
         files.append(args.save_embeddings)
     if args.do_plot:
-        with writing(args.plot_dir):
-            args.plot_dir.mkdir(parents=True, exist_ok=True)
         files += [args.plot_dir / name for name in (ATTENTION, SCORES, HITS)]
     return files
 
@@ -170,9 +173,11 @@ def build(args: argparse.Namespace, train_split: Split | None) -> ProPy:
     """The model of the flags, its CLIP read and its new parameters drawn."""
     pyramid = PromptPyramid.from_config(args.pyr_config_path).config
     seconds = train_split and sum(v.duration for v in train_split.videos) / len(train_split.videos)
-    config = config_from(ProPyConfig, args, pyramid=pyramid, readout="max", clip_seconds=seconds)
-    path = weights_path(config.clip_name, ROOT / "CLIP_weights")
-    clip = build_clip(path, trust_archive=os.environ.get("TRUST_CLIP_ARCHIVE") == "1")
+    path = weights_path(args.pretrained_clip_name, ROOT / "CLIP_weights")
+    trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
+    clip = build_clip(path, trust, args.clip_activation)
+    given = {"clip_activation": clip.activation, "clip_seconds": seconds}
+    config = config_from(ProPyConfig, args, pyramid=pyramid, readout="max", **given)
     context = clip.sizes.context_length
     if args.max_words > context:
         raise RunError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")
@@ -251,12 +256,12 @@ def report(
 
 
 def command_line(argv: list[str] | None = None) -> None:
-    """The program: what a user can fix ends it with a message, a signal with 128 + its number."""
+    """The program: log.txt has its errors too; a signal ends it with 128 + its number."""
     try:
         main(parse_args(argv))
     except USER_ERRORS as error:
         log_to_file(f"error: {error}")
-        sys.exit(f"error: {error}")
+        raise
     except Stopped as stop:
         logger.warning(
             "stopped by %s, everything is saved: the same command with --resume auto resumes "
@@ -264,13 +269,10 @@ def command_line(argv: list[str] | None = None) -> None:
             stop,
         )
         sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except Exception:
         log_to_file(traceback.format_exc())
         raise
 
 
 if __name__ == "__main__":
-    command_line()
+    run_command(command_line)

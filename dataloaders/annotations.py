@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,9 @@ logger = logging.getLogger("propy.annotations")
 TRAIN, VAL = "train", "val"  # names of the two splits of a run
 
 MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer text is a mistake
+# Seconds: less between two times is rounding; so much between two durations of a video may come of
+# writing whole seconds, more cannot.
+TIME_TOLERANCE, ROUNDING = 1e-3, 1.0
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
 
 
@@ -91,25 +95,32 @@ class Split:
         return f"{len(self.queries):,} queries of {len(self.videos):,} videos, {digest}"
 
 
-def read_annotations(path: str | Path) -> list[Query]:
+def read_annotations(path: str | Path, called: Path | None = None) -> list[Query]:
     """Reads an annotation file (UTF-8 JSONL) in the order of its lines.
+
+    Messages call it by `called`, if that is where it will be.
 
     A line is ``{"vid_name": str, "desc_id": str|int, "desc": str, "duration": seconds, "ts": [s, e]
     or [[s, e], …], "type": str}``; ``ts`` and ``type`` may be absent, further fields are ignored.
     A byte order mark, CRLF and blank lines do no harm. Times past the duration stay as they are:
-    the public data sets have many. A window whose end lies before its start stays too, as there
-    are a few in the public training files, but a warning lists them: no prediction can hit it.
+    the public data sets have many. A window that no prediction can hit stays too, as there are a
+    few in the public training files, but a warning lists them: one whose end lies before its start,
+    of no length, or all after the end of the video. So does one for durations of a video that
+    differ a little.
 
     Raises:
-        DataError: the file cannot be read, or lines are wrong: all problems, up to a limit,
-            as ``file:line: field: what: remedy``.
+        DataError: the file cannot be read, it is a data set's original file, or lines are wrong:
+            all problems, up to a limit, as ``file:line: field: what: remedy``.
     """
-    path = Path(path)
+    content = _read_bytes(Path(path))
+    path = called or Path(path)
     queries: list[Query] = []
     problems: list[str] = []
-    reversed_windows: list[str] = []
+    never_hit: dict[str, list[str]] = {}
+    other_durations: list[str] = []
     line_of_id: dict[str, int] = {}
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+    duration_of: dict[str, tuple[float, int]] = {}  # a video's first, and its line
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         query, wrong = _parse_line(line)
@@ -118,20 +129,66 @@ def read_annotations(path: str | Path) -> list[Query]:
             first = line_of_id.setdefault(str(query.desc_id), number)
             if first != number:
                 wrong.append(f"desc_id: {query.desc_id!r} is also on line {first}: make it unique")
-            if any(end < start for start, end in query.windows or ()):
-                reversed_windows.append(f"{path}:{number}")
+            for reason in sorted(_reasons_never_hit(query)):
+                never_hit.setdefault(reason, []).append(f"{path}:{number}")
+            known, first = duration_of.setdefault(query.vid_name, (query.duration, number))
+            difference = abs(query.duration - known)
+            if difference > TIME_TOLERANCE:
+                what = f"{_show(query.vid_name)} has {known:g} s on line {first}"
+                if difference > ROUNDING + TIME_TOLERANCE:
+                    wrong.append(f"duration: {query.duration:g} s, but {what}: make them equal")
+                else:
+                    other_durations.append(f"{path}:{number}: {query.duration:g} s, but {what}")
             queries.append(query)
         problems += [f"{path}:{number}: {what}" for what in wrong]
     if problems:
+        if release := next((name for name in RELEASES if re.match(RELEASES[name], content)), None):
+            raise DataError(
+                f"{path}: not converted yet, this is a file of {release} as it was released: "
+                f".venv/bin/python -m scripts.data.convert_annotations {release} {path.parent}"
+            )
+        if re.match(TVR_TEST, content):
+            raise DataError(
+                f"{path}: TVR's public test file, which names no videos: what is evaluated is the "
+                "val split, tvr_val_release.jsonl"
+            )
         raise DataError(listed(problems))
     if not queries:
         raise DataError(f"{path}: no annotations in it: one JSON object a line is expected")
-    if reversed_windows:
+    for reason, places in never_hit.items():
         logger.warning(
-            "%d of %d queries have a window that ends before it starts; they stay as they are:\n%s",
-            *(len(reversed_windows), len(queries), listed(reversed_windows)),
+            "%d of %d queries have a window that %s, which no prediction can hit; they stay as "
+            "they are:\n%s",
+            *(len(places), len(queries), reason, listed(places)),
+        )
+    if other_durations:
+        logger.warning(
+            "%d of %d queries give their video another duration than its first line, which counts "
+            "for the video:\n%s",
+            *(len(other_durations), len(queries), listed(other_durations)),
         )
     return queries
+
+
+def _reasons_never_hit(query: Query) -> set[str]:
+    reasons = set()
+    for start, end in query.windows or ():
+        if end < start:
+            reasons.add("ends before it starts")
+        elif end == start:
+            reasons.add("has no length")
+        elif start >= query.duration:
+            reasons.add("lies after the end of its video")
+    return reasons
+
+
+# How original files begin; TVR's have our form.
+RELEASES = {
+    "activitynet": rb'\s*\{\s*"[^"]*"\s*:\s*\{\s*"(duration|timestamps|sentences)"\s*:',
+    "charades": rb"\w+ [\d.]+ [\d.]+ ?##|id,([^\n]*,)?length\b",
+    "qvhighlights": rb'\s*\{(?=[^\n]*"qid"\s*:)[^\n]*"vid"\s*:',
+}
+TVR_TEST = rb'\{"desc": "[^\n]*", "desc_id": \d+\}\r?(\n|$)'
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -177,9 +234,18 @@ def _build_query(record: dict) -> tuple[Query | None, list[str]]:
     return Query(**values), []
 
 
-def _check_text(value: object) -> str:
+# HDF5 cannot hold NUL, nor XML its like. Captions may have what both can: the public ones have line
+# breaks, and texts that were read in a wrong encoding have 128 to 159.
+CONTROLS = {chr(code) for code in (*range(32), *range(127, 160))}
+IN_CAPTIONS = frozenset("\t\n\r") | {chr(code) for code in range(128, 160)}
+
+
+def _check_text(value: object, allowed: frozenset[str] = frozenset()) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{_show(value)} is not a text: put it in double quotes")
+    if controls := set(value) & CONTROLS - allowed:
+        shown = ", ".join(map(repr, sorted(controls)))
+        raise ValueError(f"{_show(value)} holds the control character {shown}: remove it")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -191,9 +257,9 @@ def _check_name(value: object) -> str:
     name = _check_text(value)
     if not name.strip():
         raise ValueError("it is empty: name the video file, without its ending")
-    if "/" in name or ".." in name or any(ord(letter) < 32 for letter in name):
+    if "/" in name or name in (".", ".."):
         remedy = "name a file of the video folder itself, without its ending"
-        raise ValueError(f"{_show(name)} holds '/', '..' or a control character: {remedy}")
+        raise ValueError(f"{_show(name)} names a folder: {remedy}")
     if len(name.encode("utf-8")) > MAX_NAME:
         raise ValueError(f"{_show(name)} is longer than {MAX_NAME} bytes: shorten the file name")
     return name
@@ -210,7 +276,7 @@ def _check_id(value: object) -> str | int:
 
 
 def _check_caption(value: object) -> str:
-    caption = _check_text(value)
+    caption = _check_text(value, IN_CAPTIONS)
     if not caption.strip():
         raise ValueError("the caption is empty: write one or remove the line")
     if len(caption) > MAX_CAPTION:

@@ -5,15 +5,60 @@ A folder of prepared videos is one source (here), a frame store another (dataloa
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import unicodedata
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dataloaders import DataError, listed
-from dataloaders.video import load_clip, probe_clip
+from dataloaders.video import PREPARE, load_clip, probe_clip
+
+logger = logging.getLogger("propy.clips")
+
+MANIFEST = "manifest.jsonl"  # beside the clips: what they were when they were prepared
+MEASURES = ("bytes", "crc32", "frames")  # of the file, in every line
+VIDEO_ENDING = re.compile(r"\.(mp4|m4v|mkv|webm|avi|mov|flv|wmv|mpe?g|3gp|ts)$", re.IGNORECASE)
+
+
+def lookalikes(missing: Sequence[str], present: Iterable[str]) -> dict[str, str]:
+    """Of missing clips those that are there under a name which is easily confused, and a remedy.
+
+    Args:
+        missing: names of videos.
+        present: names of files, or of clips.
+    """
+    alike = {_alike(name): name for name in sorted(present, reverse=True)}
+    found = {name: alike[_alike(name)] for name in missing if _alike(name) in alike}
+    return {
+        name: f"but {other!r} is there: {_remedy(name, other)}" for name, other in found.items()
+    }
+
+
+def _alike(name: str) -> str:
+    """The same for x, x.mp4, x.mp4.mp4 and X.MKV, in any Unicode normal form."""
+    while ending := VIDEO_ENDING.search(name):
+        name = name[: ending.start()]
+    return unicodedata.normalize("NFC", name.casefold())
+
+
+def _remedy(vid_name: str, found: str) -> str:
+    wanted, theirs = (unicodedata.normalize("NFC", name) for name in (vid_name, found))
+    if found != vid_name and theirs in (wanted, f"{wanted}.mp4"):
+        return "the same letters in another Unicode normal form; rename one of the two"
+    if VIDEO_ENDING.search(vid_name):
+        return "write vid_name without the ending"
+    if not VIDEO_ENDING.search(found):
+        return "write vid_name so"
+    if found.casefold().endswith(".mp4"):
+        return f"rename it to '{vid_name}.mp4'"
+    return "make a clip of it with `bash scripts/prepare.sh`"
 
 
 class ClipSource(ABC):
@@ -31,6 +76,10 @@ class ClipSource(ABC):
         Raises:
             DataError: the source itself is not there or unusable.
         """
+
+    @abstractmethod
+    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
+        """See the function of this name."""
 
     @abstractmethod
     def label(self, name: str) -> str:
@@ -78,16 +127,73 @@ class ClipSource(ABC):
         """
         missing = self.missing(names)
         if missing:
-            raise DataError(f"{self.missing_message(missing, len(names))}:\n{listed(missing)}")
+            alike = self.lookalikes(missing)
+            lines = [
+                f"{name}: missing, {alike[name]}" if name in alike else name for name in missing
+            ]
+            raise DataError(f"{self.missing_message(missing, len(names))}:\n{listed(lines)}")
+
+
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """What preparation noted of every clip, by name: the last line of each counts.
+
+    A line that a killed run left half-written is passed over: its clip did not get its name.
+
+    Raises:
+        DataError: it is there and cannot be read.
+    """
+    noted = {}
+    try:
+        for line in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                entry = json.loads(line)
+                noted[str(entry["vid_name"])] = entry | {k: int(entry[k]) for k in MEASURES}
+            except (ValueError, KeyError, TypeError):
+                continue
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise DataError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from error
+    return noted
+
+
+def compare(path: Path, noted: Mapping | None, checksum: bool = False) -> bool:
+    """Whether a clip could be compared with what a manifest notes of it, if anything: its size, and
+    with `checksum` the CRC-32 of its bytes, which all have to be read for that.
+
+    Raises:
+        DataError: it differs, or cannot be read; the message leaves its name to the caller.
+    """
+    if noted is None:
+        return False
+    try:
+        facts = {"bytes": path.stat().st_size}
+        facts |= {"crc32": zlib.crc32(path.read_bytes())} if checksum else {}
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}") from error
+    for kind, fact in facts.items():
+        if fact != noted[kind]:
+            raise DataError(f"it is not as it was prepared: {kind} {fact}, not {noted[kind]}")
+    return True
 
 
 class VideoFolder(ClipSource):
-    """A folder of ``<vid_name>.mp4``, prepared by ``scripts/prepare.sh``."""
+    """A folder of ``<vid_name>.mp4``, prepared by ``scripts/prepare.sh``.
+
+    Attributes:
+        noted: see `read_manifest`; empty for a folder that has none, made earlier or by others.
+    """
 
     kind = "video folder"
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.noted = read_manifest(self.folder)
+        if not self.noted and self.folder.is_dir():
+            logger.info(
+                "%s: no %s: whether clips are as they were prepared cannot be compared",
+                *(self.folder, MANIFEST),
+            )
         self.check_command = (
             ".venv/bin/python -m scripts.data.check_videos --decode"
             f" --video_dir {self.folder} --annotations …"
@@ -102,6 +208,10 @@ class VideoFolder(ClipSource):
         present = {path.name for path in self.folder.iterdir()}  # one listing, however many names
         return [name for name in names if self.path(name).name not in present]
 
+    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
+        present = self.folder.iterdir() if missing else ()
+        return lookalikes(missing, (path.name for path in present))
+
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (
             f"{self.folder}: {len(missing)} of {total} video files are missing: set video_dir,"
@@ -112,7 +222,17 @@ class VideoFolder(ClipSource):
         return str(self.path(name))
 
     def probe(self, name: str, size: int) -> int | None:
-        return probe_clip(self.path(name), size)
+        frames = probe_clip(self.path(name), size)
+        self.compare(name)
+        return frames
+
+    def compare(self, name: str, checksum: bool = False) -> bool:
+        """As `compare`, of a clip by its name."""
+        path = self.path(name)
+        try:
+            return compare(path, self.noted.get(name), checksum)
+        except DataError as error:
+            raise DataError(f"{path}: {error}: {PREPARE}") from error
 
     def load(
         self,

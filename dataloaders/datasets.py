@@ -32,7 +32,13 @@ class LoaderConfig:
 
 
 def check_batch_size(split: Split, batch_size: int) -> None:
-    """DataError: the split has fewer videos than one batch takes."""
+    """DataError: the split has fewer videos than one batch takes, or a batch is one video, whose
+    contrastive loss is 0."""
+    if batch_size < 2:
+        raise DataError(
+            f"--batch_size {batch_size}: a video alone in a batch has none to be told from, so "
+            "nothing is trained: at least 2"
+        )
     if batch_size > len(split.videos):
         raise DataError(
             f"--batch_size {batch_size}: {split.path} has only {len(split.videos)} videos"
@@ -47,8 +53,8 @@ class TrainingLoader(ClipLoader):
     of a video keep the order of the annotations.
 
     Raises:
-        DataError: clips are missing, or fewer than one batch takes (here); a clip cannot be read
-            (when iterating).
+        DataError: clips are missing, fewer than one batch takes, or a batch is one video, whose
+            contrastive loss is 0 (here); a clip cannot be read (when iterating).
     """
 
     def __init__(
@@ -61,10 +67,10 @@ class TrainingLoader(ClipLoader):
         part: tuple[int, int] = (0, 1),
     ):
         check_batch_size(split, config.batch_size)
-        super().__init__(split.videos, clips, num_frames, size, config.num_thread_reader)
+        workers, batch_size = config.num_thread_reader, config.batch_size
+        super().__init__(split.videos, clips, num_frames, size, workers, batch_size)
         self.part = part
         self.max_words, self.seed = config.max_words, config.seed
-        self.batch_size = config.batch_size
         self.captions: list[list[str]] = [[] for _ in self.names]  # of each video
         for query, video in zip(split.queries, split.target.tolist(), strict=True):
             self.captions[video].append(query.desc)
@@ -73,6 +79,11 @@ class TrainingLoader(ClipLoader):
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         return len(self.names) // self.batch_size
+
+    @property
+    def left_out(self) -> int:
+        """Videos that an epoch does without, others every time: those of the last batch."""
+        return len(self.names) % self.batch_size
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Chooses the epoch of the next iteration, which starts at its batch ``first_batch``.
@@ -115,7 +126,8 @@ class EvaluationLoader(ClipLoader):
         config: LoaderConfig,
         part: tuple[int, int] = (0, 1),
     ):  # fmt: skip
-        super().__init__(videos, clips, num_frames, size, config.num_thread_reader)
+        workers, batch_size = config.num_thread_reader, config.batch_size_val
+        super().__init__(videos, clips, num_frames, size, workers, batch_size)
         keys = batches_of(len(videos), config)
         self.keys = keys[share(len(keys), *part)]
 

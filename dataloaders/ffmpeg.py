@@ -8,10 +8,12 @@ errors leave the file's name to the caller.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import math
 import os
 import re
-import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -63,23 +65,39 @@ CLOSING_WORDS = (
     *("Terminating thread", "Task finished", "Conversion failed", "Could not open encoder"),
     "file:",
 )
+# What is no fault of an input: no room for what is written, there or for temporary files.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# FFmpeg's own decoder of VP9 makes pictures of any bytes; the pixels of sound ones are the same.
+STRICTER_DECODERS = {"vp9": "libvpx-vp9"}
+# Words about what is read; those of outputs, filters and encoders are not, and the others are calm.
+DAMAGE = re.compile(
+    r"^(?!\[(?:null|framecrc|mp4|rawvideo|out#|vost#|vf#|libx264))"
+    r"(?:\[[^\[\]]*\] )*\[(?:error|fatal|warning\] .*[Cc]orrupt)",
+    re.MULTILINE,
+)
+FRAME = re.compile(r"decoder -> .*keyframe:(\d)")
+# Frames that a decoder may hold back: so many later ones can show what a message was about.
+REORDERED = 16
 DISCARDED = 0x4  # packet flag: decoded for the frames after it, but not shown (edit lists)
 
 
 @functools.cache
 def ffmpeg_program() -> str:
-    """Path of the ffmpeg to use: $FFMPEG, or the one on PATH, or the one imageio-ffmpeg brings.
+    """Path of the ffmpeg to use: $FFMPEG, or else the pinned one that imageio-ffmpeg brings.
 
-    Raises DataError if $FFMPEG is set but does not run, or if none of them does.
+    The one on PATH is not taken: versions differ in colours, rotation and durations.
+
+    Raises DataError if it does not run.
     """
     chosen = os.environ.get("FFMPEG")
-    for candidate in [chosen] if chosen else [shutil.which("ffmpeg"), get_ffmpeg_exe()]:
-        if candidate and _works(candidate):
-            return candidate
-    if chosen:
+    try:
+        program = chosen or get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise DataError(f"imageio-ffmpeg brings no ffmpeg ({error}): set $FFMPEG to one") from error
+    if not _works(program):
         lacking = "does not run or lacks the libx264 encoder"
-        raise DataError(f"$FFMPEG is {chosen!r}, which {lacking}: correct or unset it")
-    raise DataError("no ffmpeg that runs: install one, or set $FFMPEG to its path")
+        raise DataError(f"{'$FFMPEG is ' * bool(chosen)}{program!r}, which {lacking}: correct it")
+    return program
 
 
 def _works(program: str) -> bool:
@@ -134,7 +152,10 @@ def kill_running() -> None:
 
 
 def run_ffmpeg(
-    arguments: list[str], time_limit: float = DEFAULT_TIME_LIMIT, feed: Iterable[bytes] = ()
+    arguments: list[str],
+    time_limit: float = DEFAULT_TIME_LIMIT,
+    feed: Iterable[bytes] = (),
+    heard: re.Pattern | None = None,
 ) -> Completed:
     """Run ffmpeg to its end, or kill it at the time limit.
 
@@ -142,9 +163,11 @@ def run_ffmpeg(
         arguments: its arguments; those that every call needs are added.
         time_limit: seconds.
         feed: pieces for its standard input, written as ffmpeg takes them.
+        heard: keep only messages in which this is found.
 
     Raises:
         DataError: the time limit passed, or the process was killed.
+        OSError: there is no room for what it writes.
     """
     command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
     timed_out = threading.Event()
@@ -173,9 +196,15 @@ def run_ffmpeg(
             _running.discard(process)
         if timed_out.is_set():
             raise DataError(f"not done within {time_limit:g} s, and stopped")
+        messages = _read_back(errors, MAX_MESSAGES, heard)
+        for code in NO_ROOM:
+            told = status == 256 - code or (status > 0 and os.strerror(code) in messages)
+            if told or (status, code) == (-signal.SIGXFSZ, errno.EFBIG):
+                places = f"there, or in {tempfile.gettempdir()} for temporary files"
+                raise OSError(code, f"{os.strerror(code)} ({places})")
         if status < 0:
             raise DataError(f"ffmpeg was ended by signal {-status}")
-        return Completed(status, _read_back(output), _read_back(errors, MAX_MESSAGES))
+        return Completed(status, _read_back(output), messages)
 
 
 def _limit_memory(process: subprocess.Popen) -> None:
@@ -184,18 +213,30 @@ def _limit_memory(process: subprocess.Popen) -> None:
         prlimit(process.pid, RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
 
 
-def _read_back(file, limit: int = -1) -> str:
+def _read_back(file, limit: int = -1, heard: re.Pattern | None = None) -> str:
     file.seek(0)
-    return file.read(limit).decode(errors="replace")
+    if heard is None:
+        return file.read(limit).decode(errors="replace")
+    return "".join(filter(heard.search, (line.decode(errors="replace") for line in file)))
 
 
-def input_arguments(path: Path) -> list[str]:
+@functools.cache
+def _help() -> str:
+    return run_ffmpeg(["-h", "long"], 60).output + run_ffmpeg(["-decoders"], 60).output
+
+
+def input_arguments(path: Path, codec: str | None = None) -> list[str]:
     """Arguments that open a file for reading, whatever its name.
 
     One thread, because files are read side by side and every decoder thread holds frames of its own
     in memory.
+
+    Args:
+        codec: of its video stream, if that is known and what is read will be decoded.
     """
-    return ["-threads", "1", "-i", f"file:{path}"]
+    decoder = STRICTER_DECODERS.get(codec)
+    chosen = ["-c:v", decoder] if decoder and f" {decoder} " in _help() else []
+    return ["-threads", "1", *chosen, "-i", f"file:{path}"]
 
 
 @dataclass(frozen=True)
@@ -209,6 +250,9 @@ class Track:
             file's own clock, in the order of the file; NaN where the file does not say.
         container_seconds: the duration its header claims for the whole file, sound included.
         error: ffmpeg's most telling message, if anything went wrong on the way.
+        damaged: whether any message is about what was read.
+        file_seconds: where the last packet of all streams read ends; NaN if none tells its time.
+        codec: FFmpeg's name of it.
     """
 
     width: int
@@ -217,6 +261,9 @@ class Track:
     times: np.ndarray
     container_seconds: float | None
     error: str | None
+    damaged: bool = False
+    file_seconds: float = math.nan
+    codec: str | None = None
 
 
 def read_packets(
@@ -226,14 +273,14 @@ def read_packets(
 
     Args:
         limit: stop after so many packets; two suffice for size and rate, and cost only the header.
+            Without it sound and subtitles are read too, for `Track.file_seconds`.
 
     Raises:
         DataError: not a media file, no video stream, or the time limit passed.
     """
     copy = ["-c", "copy", "-copyinkf", *_first(limit), "-f", "framecrc", "pipe:1"]
-    done = run_ffmpeg(
-        ["-v", "level+info", *input_arguments(path), "-map", "0:V:0", *copy], time_limit
-    )
+    streams = ["-map", "0:V:0", *([] if limit else ["-map", "0:a?", "-map", "0:s?"])]
+    done = run_ffmpeg(["-v", "level+info", *input_arguments(path), *streams, *copy], time_limit)
     if done.status != 0:
         raise DataError(f"cannot be read: {done.reason}")
     return parse_track(done)
@@ -266,8 +313,7 @@ def listing_arguments(limit: int | None = None) -> list[str]:
 
 @functools.cache
 def _every_frame() -> list[str]:
-    known = run_ffmpeg(["-h", "long"], 60).output
-    return ["-fps_mode" if "-fps_mode" in known else "-vsync", "passthrough"]  # before ffmpeg 5.1
+    return ["-fps_mode" if "-fps_mode" in _help() else "-vsync", "passthrough"]  # before ffmpeg 5.1
 
 
 def decode_chosen(
@@ -311,16 +357,21 @@ def parse_track(done: Completed) -> Track:
 
     Raises DataError if it lists nothing, not even a header.
     """
-    header, rows = {}, []
+    header: dict[str, str] = {}
+    rows, file_seconds = [], [math.nan]
     for line in done.output.splitlines():
         if line.startswith("#"):
             name, _, value = line[1:].partition(": ")
             header[name] = value
         else:
             fields = line.split(",")
+            start, length = int(fields[2]), int(fields[3])
+            if start != NO_TIMESTAMP:
+                unit = Fraction(header[f"tb {fields[0]}"])
+                file_seconds.append(float((start + length) * unit))
             flags = next((f.strip() for f in fields[6:] if f.strip().startswith("F=")), "F=0x1")
-            if not int(flags[2:], 16) & DISCARDED:
-                rows.append((int(fields[2]), int(fields[3])))
+            if fields[0] == "0" and not int(flags[2:], 16) & DISCARDED:
+                rows.append((start, length))
     if "dimensions 0" not in header:
         raise DataError(f"no frame of it decodes: {done.reason}")
     unit = float(Fraction(header["tb 0"]))
@@ -329,7 +380,8 @@ def parse_track(done: Completed) -> Track:
     width, height = header["dimensions 0"].split("x")
     sample_aspect = Fraction(*map(int, header["sar 0"].split("/")))
     claimed = re.search(r"Duration: (\d+):(\d+):(\d+\.\d+)", done.messages)
-    seconds = np.dot([3600, 60, 1], [float(part) for part in claimed.groups()]) if claimed else None
+    parts = [float(part) for part in claimed.groups()] if claimed else []
+    seconds = float(np.dot([3600, 60, 1], parts)) if claimed else None
     return Track(
         width=int(width),
         height=int(height),
@@ -337,7 +389,45 @@ def parse_track(done: Completed) -> Track:
         times=np.stack([start, start + length * unit], axis=1),
         container_seconds=seconds,
         error=done.reason if "[error]" in done.messages else None,
+        damaged=bool(DAMAGE.search(done.messages)),
+        file_seconds=float(np.nanmax(file_seconds)) if len(file_seconds) > 1 else math.nan,
+        codec=header.get("codec_id 0"),
     )
+
+
+def count_damage(path: Path, codec: str | None, time_limit: float) -> tuple[int, int]:
+    """How many messages about damage decoding a file gives, and how many frames are touched by it.
+
+    Decoders conceal what they cannot read, and mark the frames where they do ("corrupt decoded
+    frame"). The frames after it are predicted from it, up to the next key frame that is whole. A
+    message without a marked frame (HEVC, AV1) counts for as many frames as a decoder holds back.
+    A packet with a gap before it says nothing by itself (transport streams may be strung together),
+    unless it is the last: the file was cut there.
+    """
+    arguments = ["-v", "repeat+level+info", "-debug_ts", "-max_error_rate", "1"]
+    arguments += [*input_arguments(path, codec), "-map", "0:V:0", "-f", "null", "-"]
+    heard = re.compile(f"{FRAME.pattern}|{DAMAGE.pattern}|demuxer -> ist_index")
+    lines = run_ffmpeg(arguments, time_limit, heard=heard).messages.splitlines()
+    key_frames = [found[1] == "1" for line in lines if (found := FRAME.search(line))]
+    held_back = 1 if all(key_frames) else REORDERED
+    messages = frames = left = packets = 0
+    doubtful: list[int] = []
+    carried = marked = False
+    for line in lines:
+        if found := FRAME.search(line):
+            carried = marked or (carried and found[1] == "0")
+            frames += carried or left > 0
+            marked, left = False, max(left - 1, 0)
+        elif "demuxer -> ist_index" in line:
+            packets += 1
+        elif re.search("[Pp]acket corrupt|corrupt input packet", line):
+            doubtful.append(packets)
+        elif packets:  # before that the streams were probed, those of sound as well
+            messages += 1
+            marked |= "corrupt decoded frame" in line
+            left = 0 if marked else held_back
+    cut = sum(0 < before >= packets - 2 for before in doubtful)
+    return messages + cut, frames
 
 
 def write_video(

@@ -6,13 +6,14 @@ same for a clip of any length. The format is described at `FrameStore`.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -22,9 +23,13 @@ import torch
 from PIL import Image
 
 from dataloaders import DataError
-from dataloaders.clips import ClipSource
+from dataloaders.clips import ClipSource, lookalikes
+from dataloaders.ffmpeg import decode_frames as decode_track
 from dataloaders.sampling import sampled_indices
-from dataloaders.video import load_every_frame
+from dataloaders.storage import if_supported, lock, open_hdf5, sync
+from dataloaders.video import DECODE_TIME_LIMIT, PREPARE, load_every_frame
+
+logger = logging.getLogger("propy.frame_store")
 
 FORMAT, VERSION = "propy frames", 1
 PACK = "make it with `.venv/bin/python -m scripts.data.pack_frames`"
@@ -76,6 +81,9 @@ def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedCli
     """
     stat = path.stat()
     frames = load_every_frame(path, size)
+    decoded = decode_track(path, DECODE_TIME_LIMIT)
+    if decoded.damaged:
+        raise DataError(f"{path}: decodes with errors ({decoded.error}): {PREPARE}")
     jpegs = [encode_frame(frame, quality) for frame in frames]
     clip = PackedClip(
         name=name,
@@ -155,10 +163,8 @@ class FrameStore(ClipSource):
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
 
     def _read_index(self, opened: BinaryIO) -> dict[str, PackedClip]:
-        import h5py
-
         try:
-            with h5py.File(opened, "r") as file:
+            with open_hdf5(opened) as file:
                 found = file.attrs.get("format"), int(file.attrs.get("version", 0))
                 if found != (FORMAT, VERSION):
                     raise DataError(
@@ -170,11 +176,14 @@ class FrameStore(ClipSource):
         except (OSError, KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[-200:]
             raise DataError(
-                f"{self.path}: no readable frame store ({reason}): remove it and {PACK}"
+                f"{self.path}: no readable frame store ({reason}): give another, or {PACK}"
             ) from error
 
     def missing(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if name not in self.clips]
+
+    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
+        return lookalikes(missing, self.clips)
 
     def missing_message(self, missing: Sequence[str], total: int) -> str:
         return (
@@ -269,8 +278,9 @@ def read_frames(file: BinaryIO, clip: PackedClip, frames: np.ndarray | None = No
     starts = (clip.first_byte + lengths.cumsum() - lengths)[frames].tolist()
     places = list(zip(lengths[frames].tolist(), starts, strict=True))
     if hasattr(os, "posix_fadvise"):  # not on every system
-        for length, start in places:
-            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+        with if_supported():
+            for length, start in places:
+                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
     jpegs = [os.pread(file.fileno(), length, start) for length, start in places]
     for frame, jpeg in zip(frames, jpegs, strict=True):
         if zlib.crc32(jpeg) != clip.checksums[frame]:
@@ -326,12 +336,14 @@ class FrameStoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # it tries again to write what found no room
+            self._file.close()
 
     def add(self, clip: PackedClip, jpegs: bytes) -> None:
         """Keep a clip; it replaces one of the same name."""
         arrays = {"lengths": clip.lengths.tolist(), "checksums": clip.checksums.tolist()}
-        self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
+        with self._writing():
+            self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
         clip = replace(clip, first_byte=self._file.tell() - len(jpegs))
         self.clips[clip.name] = self._added[clip.name] = clip
 
@@ -352,13 +364,25 @@ class FrameStoreWriter:
         if self._added:
             part = self.path.with_name(f".{self._packing.name}")
             try:
-                self._write_hdf5(part)
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())
-                part.replace(self.path)
+                with self._writing():
+                    self._write_hdf5(part)
+                    with part.open("rb") as file:
+                        sync(file.fileno())
+                    part.replace(self.path)
             finally:
                 part.unlink(missing_ok=True)
         self._packing.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # HDF5 has both
+            reason = " ".join(str(error).split())[-200:]
+            raise DataError(
+                f"{self.path}: cannot be written ({reason}): make room in {self.path.parent}, and"
+                f" run again; what is packed is kept, in {self._packing.name}"
+            ) from error
 
     def _write_hdf5(self, path: Path) -> None:
         import h5py
@@ -369,7 +393,7 @@ class FrameStoreWriter:
         first_byte = sizes.cumsum() - sizes
         text = h5py.string_dtype()
         types = {"name": text, "source": text, "psnr": "f8"}
-        with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        with open_hdf5(path, "w", libver=("v110", "v110")) as file:
             file.attrs.update(self._settings)
             jpeg = file.create_dataset("jpeg", (sizes.sum(),), "u1")
             for clip, start, size in zip(clips, first_byte, sizes, strict=True):
@@ -389,6 +413,13 @@ class FrameStoreWriter:
     def _read_packing(self) -> None:
         """What an earlier process added, without the clip over which it was killed."""
         length = self._file.seek(0, os.SEEK_END)
+        self._file.seek(0)
+        begin = json.dumps({"format": FORMAT})[:-1].encode()
+        if not begin.startswith(self._file.read(len(begin))):  # a whole one, or the file ends
+            raise DataError(
+                f"{self._packing}: is no unfinished frame store, which has that name: move it away,"
+                " or give another --frame_store"
+            )
         end = self._file.seek(0)
         try:
             while (line := self._file.readline()).endswith(b"\n"):
@@ -422,16 +453,17 @@ class FrameStoreWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def _lock(self) -> None:
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # did the one who had it finish, and remove this file?
-            free = os.path.samestat(os.fstat(self._file.fileno()), self._packing.stat())
-        except (BlockingIOError, FileNotFoundError):
-            free = False
-        if not free:
+        locked = lock(self._file.fileno())
+        if locked is None:
+            logger.warning("%s: its file system has no locks; pack it once at a time", self.path)
+        try:  # did the one who had it finish, and remove this file?
+            same = os.path.samestat(os.fstat(self._file.fileno()), self._packing.stat())
+        except FileNotFoundError:
+            same = False
+        if locked is False or not same:
             raise DataError(f"{self.path}: another process is packing it")
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from dataloaders import DataError
 from dataloaders.annotations import Video
@@ -22,6 +27,7 @@ from dataloaders.video import DECODE_TIME_LIMIT
 # gives up a clip after DECODE_TIME_LIMIT.
 WORKER_TIME_LIMIT = 2 * DECODE_TIME_LIMIT
 TIMED_OUT = "DataLoader timed out"  # begins the message of its error
+PREFETCH = 2  # batches that a worker reads ahead
 
 
 class ClipLoader:
@@ -29,6 +35,10 @@ class ClipLoader:
 
     The workers start with an iteration and end with it, so that those of training and of evaluation
     never wait side by side. That costs less than a second for eight of them.
+
+    What the workers read reaches this process through memory that they are forked with: neither
+    /dev/shm, 64 MB in a container, which is less than one batch, nor Unix sockets, which a long
+    TMPDIR has no room for. So nothing of that has to be set up where it runs.
 
     A clip that cannot be read raises its DataError. So does a worker that dies (killed, out of
     memory, crashed in a decoder) or hangs (storage that does not answer any more), with the names
@@ -45,7 +55,7 @@ class ClipLoader:
 
     def __init__(
         self, videos: Sequence[Video], clips: ClipSource, num_frames: int, size: int,
-        num_workers: int,
+        num_workers: int, batch_size: int,
     ):  # fmt: skip
         self.names = [video.vid_name for video in videos]
         self.clips = clips
@@ -53,8 +63,9 @@ class ClipLoader:
         self.num_frames = num_frames
         self.size = size
         self.num_workers = num_workers
+        self.batch_size = batch_size  # the largest
         # Shared with the workers: the video that each is reading, -1 for none.
-        self._being_read = torch.full((max(num_workers, 1),), -1).share_memory_()
+        self._being_read = _shared_memory(8 * max(num_workers, 1)).view(torch.int64).fill_(-1)
 
     def batch(self, key) -> dict:
         """Read the batch of a key, with ``frames``; in a worker."""
@@ -67,15 +78,16 @@ class ClipLoader:
         draws training frames, None takes evaluation frames."""
         worker = get_worker_info()
         slot = worker.id if worker else 0
-        frames = []
+        shape = len(videos), self.num_frames, 3, self.size, self.size
+        frames = worker.dataset.room(shape) if worker else torch.empty(shape, dtype=torch.uint8)
         try:
-            for video, generator in zip(videos, generators, strict=True):
+            for row, (video, generator) in enumerate(zip(videos, generators, strict=True)):
                 self._being_read[slot] = video
                 name = self.names[video]
-                frames.append(self.clips.load(name, self.num_frames, self.size, generator))
+                frames[row] = self.clips.load(name, self.num_frames, self.size, generator)
         finally:
             self._being_read[slot] = -1
-        return default_collate(frames)  # in a worker: straight into shared memory
+        return frames
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -88,12 +100,19 @@ class ClipLoader:
             return error
 
     def __iter__(self) -> Iterator[dict]:
-        """The workers start reading now, not when the first batch is asked for."""
+        """The workers start reading now, not when the first batch is asked for.
+
+        Raises:
+            DataError: they cannot start.
+        """
+        slots = self.num_workers and PREFETCH * self.num_workers + 1
         loader = DataLoader(
-            self,
+            reader := _Reader(self, slots),
             batch_size=None,  # an item is a batch
-            sampler=self.keys,
+            sampler=list(enumerate(self.keys)),
             num_workers=self.num_workers,
+            prefetch_factor=PREFETCH if self.num_workers else None,
+            collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
             timeout=WORKER_TIME_LIMIT if self.num_workers else 0,
             # DataLoader draws a seed for its workers that nothing here uses; drawn from a generator
@@ -101,12 +120,21 @@ class ClipLoader:
             generator=torch.Generator(),
         )
         with self.worker_errors(), _blocked_signals():
-            batches = iter(loader)
+            try:
+                if self.num_workers:
+                    multiprocessing.Lock()  # where DataLoader cannot have one it shows a traceback
+                batches = iter(loader)
+            except OSError as error:
+                raise DataError(
+                    f"{self.num_workers} loader workers cannot start ({error}): do /dev/shm (of a"
+                    " container: --shm-size, --ipc=host) and the limits on processes and memory"
+                    " allow them? num_thread_reader 0 needs none"
+                ) from error
             if workers := getattr(batches, "_workers", None):
                 # multiprocessing waits for all workers at exit, but runs such finalizers before,
                 # and none of them in processes that are forked meanwhile.
                 Finalize(batches, _kill, (workers,), exitpriority=0)
-            return self._checked(batches)
+            return self._checked(batches, reader)
 
     @contextlib.contextmanager
     def worker_errors(self) -> Iterator[None]:
@@ -127,13 +155,16 @@ class ClipLoader:
             if "DataLoader worker" in str(error):
                 raise DataError(
                     f"a loader worker died ({error}); {clips}. If memory ran out, lower"
-                    " num_thread_reader or the batch size; otherwise remove these files and"
-                    " prepare them again with `bash scripts/prepare.sh`"
+                    " num_thread_reader or the batch size; otherwise prepare these"
+                    " files again with `bash scripts/prepare.sh`"
                 ) from error
             raise
 
-    def _checked(self, batches: Iterator) -> Iterator[dict]:
+    def _checked(self, batches: Iterator, reader: _Reader) -> Iterator[dict]:
+        """Args: reader: of the batches; has to live as long as they are received."""
         while (batch := self._next(batches)) is not None:
+            if isinstance(batch, _Parcel):
+                batch = batch.open()
             if isinstance(batch, DataError):
                 command = self.clips.check_command
                 hint = f"; to find all clips that do not decode: `{command}`" if command else ""
@@ -155,6 +186,83 @@ class ClipLoader:
     def _clips_being_read(self) -> list[str]:
         videos = (video for video in self._being_read.tolist() if video >= 0)
         return [self.clips.label(self.names[video]) for video in videos]
+
+
+def _shared_memory(size: int) -> torch.Tensor:
+    """uint8 [size] that processes forked from now on share; only what is used takes memory.
+
+    Raises:
+        DataError: there is not so much.
+    """
+    try:
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    except OSError as error:
+        raise DataError(
+            f"no {size / 2**30:.1f} GiB of memory for what the loader workers read ahead"
+            f" ({error.strerror}): lower num_thread_reader or the batch size"
+        ) from error
+
+
+class _Reader:
+    """The batches of one iteration, as a data set: frames go through slots of shared memory.
+
+    A worker writes batch n into slot n modulo their number. DataLoader hands it out after so many
+    others have been received that the batch which was there before has been copied.
+
+    Args:
+        slots: 0 without workers.
+    """
+
+    def __init__(self, loader: ClipLoader, slots: int) -> None:
+        self.loader = loader
+        self.size = loader.batch_size * loader.num_frames * 3 * loader.size**2
+        self.memory = _shared_memory(slots * self.size).view(slots, self.size) if slots else None
+        _readers[id(self)] = self
+
+    def __getitem__(self, item: tuple) -> dict | DataError | _Parcel:
+        self.number, key = item
+        batch = self.loader[key]
+        if self.memory is None or isinstance(batch, DataError):
+            return batch
+        shape = batch.pop("frames").shape
+        # Arrays, since torch would send tensors through /dev/shm.
+        rest = {k: v.numpy() if torch.is_tensor(v) else v for k, v in batch.items()}
+        return _Parcel(id(self), self.number, shape, rest)
+
+    def room(self, shape: Sequence[int], number: int | None = None) -> torch.Tensor:
+        """Where the frames of a batch are; in a worker, of the one that it reads."""
+        number = self.number if number is None else number
+        return self.memory[number % len(self.memory), : math.prod(shape)].view(shape)
+
+
+_readers: WeakValueDictionary[int, _Reader] = WeakValueDictionary()  # by their ids
+
+
+@dataclass
+class _Parcel:
+    """What a worker sends of a batch: which it is, by that where its frames are, and the rest."""
+
+    reader: int
+    number: int
+    shape: torch.Size
+    rest: dict
+
+    def open(self, pin: bool = False) -> dict:
+        """The batch, copied out of the slot."""
+        shared = _readers[self.reader].room(self.shape, self.number)
+        frames = torch.empty(self.shape, dtype=torch.uint8, pin_memory=pin).copy_(shared)
+        rest = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+                for k, v in self.rest.items()}  # fmt: skip
+        return {"frames": frames} | rest
+
+    def pin_memory(self) -> dict:
+        """For DataLoader, whose thread opens it where there is a GPU to copy the frames to."""
+        return self.open(pin=True)
+
+
+def _as_it_is(batch: object) -> object:
+    """DataLoader would make tensors of arrays, and send them through /dev/shm."""
+    return batch
 
 
 @contextlib.contextmanager

@@ -30,7 +30,11 @@ def probe_all(
         fewer frames than 3 a second.
     """
     missing = clips.missing([video.vid_name for video in videos])
-    unusable = {name: f"{clips.label(name)}: missing" for name in missing}
+    alike = clips.lookalikes(missing)
+    unusable = {
+        name: f"{clips.label(name)}: missing{', ' + alike[name] if name in alike else ''}"
+        for name in missing
+    }
 
     def probe(video: Video) -> int | DataError | None:
         try:

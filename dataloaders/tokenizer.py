@@ -6,7 +6,7 @@ caption that contains them literally gives the ids 49406 and 49407.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,13 @@ def tokenize(captions: Sequence[str], max_words: int) -> torch.Tensor:
     encode = _bpe().encode
     rows = [[START_ID, *encode(caption)[: max_words - 2], END_ID] for caption in captions]
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+def count_cut(captions: Iterable[str], max_words: int) -> int:
+    """How many captions lose tokens in `tokenize`."""
+    room, encode = max_words - 2, _bpe().encode
+    long = (text for text in captions if len(text.encode()) > room)  # a token is a byte or more
+    return sum(len(encode(text)) > room for text in long)
 
 
 @cache

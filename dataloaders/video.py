@@ -32,7 +32,8 @@ NO_REPLACED_FRAMES = 1e-9
 # A seek takes about 1.6 ms at any frame size, as long as decoding this many pixels: small clips are
 # faster read whole.
 PIXELS_PER_SEEK = 140_000
-PREPARE = "remove it and prepare it again with `bash scripts/prepare.sh`"
+# A damaged clip is replaced then. What is no clip may be somebody's original, which stays.
+PREPARE = "prepare it again with `bash scripts/prepare.sh` (an original: into another folder)"
 
 T = TypeVar("T")
 _timed_out: set[Path] = set()  # each has left a thread behind in this process: once is enough

@@ -1,7 +1,7 @@
 """CLIP's image and text tower (Radford et al., 2021) under OpenAI's parameter names.
 
 Sizes are read off the weights, so ViT-B/32, B/16, L/14 and small models of the same format load
-alike, from OpenAI's TorchScript archives or from plain state dicts.
+alike; models.clip_weights reads them from every format.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modules import ModelError
 from modules.linear import linear
-from modules.transformer import LayerNorm, Transformer
+from modules.transformer import QUICK_GELU, LayerNorm, Transformer
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -75,14 +75,14 @@ class CLIPSizes:
 class VisionTransformer(nn.Module):
     """CLIP's image tower."""
 
-    def __init__(self, sizes: CLIPSizes) -> None:
+    def __init__(self, sizes: CLIPSizes, activation: str) -> None:
         super().__init__()
         width, patch = sizes.vision_width, sizes.patch_size
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(sizes.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, sizes.vision_layers)
+        self.transformer = Transformer(width, sizes.vision_layers, activation)
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, sizes.embed_dim))
 
@@ -106,14 +106,14 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Plain CLIP: both towers and the similarity's scale."""
+    """Plain CLIP: both towers, of one activation (see modules.transformer), and the scale."""
 
-    def __init__(self, sizes: CLIPSizes) -> None:
+    def __init__(self, sizes: CLIPSizes, activation: str = QUICK_GELU) -> None:
         super().__init__()
-        self.sizes = sizes
+        self.sizes, self.activation = sizes, activation
         self.fingerprint: str | None = None  # of its weights, once it was asked for
-        self.visual = VisionTransformer(sizes)
-        self.transformer = Transformer(sizes.text_width, sizes.text_layers)
+        self.visual = VisionTransformer(sizes, activation)
+        self.transformer = Transformer(sizes.text_width, sizes.text_layers, activation)
         self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.text_width)
         self.positional_embedding = nn.Parameter(
             torch.empty(sizes.context_length, sizes.text_width)

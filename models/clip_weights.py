@@ -1,10 +1,18 @@
-"""Every way in which CLIP's weights reach us: OpenAI's archives and plain state dicts."""
+"""Every way in which CLIP's weights reach us, and what they are for besides their tensors.
+
+Files are recognised by what is in them: OpenAI's TorchScript archives, what ``torch.save`` wrote,
+safetensors; tensors under OpenAI's names, which open_clip uses too, or under transformers'.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +20,17 @@ from torch import Tensor
 
 from models.clip import CLIP, CLIPSizes
 from modules import ModelError
-from modules.torch_files import check_sums, is_plain, load_tensors, sha256_of
+from modules.torch_files import (
+    check_sums,
+    is_plain,
+    is_safetensors,
+    load_safetensors,
+    load_tensors,
+    sha256_of,
+)
+from modules.transformer import GELU, HEAD_WIDTH, QUICK_GELU
 
-# Besides its parameters OpenAI's archive states three sizes.
-ARCHIVE_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
+logger = logging.getLogger("propy.clip_weights")
 
 # OpenAI's names of the models this program is meant for, and the files they are published as.
 WEIGHTS_FILES = {"ViT-B/32": "ViT-B-32.pt", "ViT-B/16": "ViT-B-16.pt", "ViT-L/14": "ViT-L-14.pt"}
@@ -27,23 +42,73 @@ PUBLISHED_ARCHIVES = {
     "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
 
+# What files hold besides parameters: sizes (OpenAI's archives), masks and positions (older files).
+NO_PARAMETERS = {"input_resolution", "context_length", "vocab_size", "attn_mask"} | {
+    f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")
+}
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # where training programs put the tensors
+
+# One tensor that every CLIP ViT has tells whose names they are, and what stands before all of them,
+# such as DistributedDataParallel's "module.".
+OPENAI_SIGN = "visual.conv1.weight"
+TRANSFORMERS_SIGN = "vision_model.embeddings.patch_embedding.weight"
+TRANSFORMERS_NAMES = {
+    "logit_scale": "logit_scale",
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    TRANSFORMERS_SIGN: OPENAI_SIGN,
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # so spelled
+    "vision_model.post_layernorm": "visual.ln_post",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    # of a layer:
+    "self_attn.q_proj": "attn.in_proj",
+    "self_attn.k_proj": "attn.in_proj",
+    "self_attn.v_proj": "attn.in_proj",
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+TRANSFORMERS_LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
+# Products there are x Wᵀ, OpenAI's of these two x W.
+TRANSPOSED = {"visual.proj", "text_projection"}
+
+
+@dataclass(frozen=True)
+class ClipWeights:
+    """What a weights file says.
+
+    Attributes:
+        state: tensors under OpenAI's names, float32.
+        activation: QUICK_GELU or GELU; None if neither the file nor its configuration says it.
+    """
+
+    state: dict[str, Tensor]
+    activation: str | None = None
+
 
 def weights_path(name: str, folder: Path | str) -> Path:
     """The file of a model by OpenAI's name, in a folder; anything else is a path itself."""
     return Path(folder) / WEIGHTS_FILES[name] if name in WEIGHTS_FILES else Path(name)
 
 
-def read_weights(path: Path | str, trust_archive: bool = False) -> dict[str, Tensor]:
-    """The tensors of a weights file, in float32.
+def read_weights(path: Path | str, trust_archive: bool = False) -> ClipWeights:
+    """The tensors of a weights file and what is known of them.
 
     Args:
-        path: OpenAI's TorchScript archive or a state dict saved with ``torch.save``.
+        path: an archive of OpenAI's, or tensors saved with ``torch.save`` or as safetensors.
         trust_archive: load a TorchScript archive that is none of OpenAI's too, which runs code
-            that is in it. Reading a state dict runs none.
+            that is in it. Reading tensors runs none.
 
     Raises:
-        ModelError: no such file, not a file of either kind, a damaged one, an archive that is not
-            trusted, or values that are not finite.
+        ModelError: no such file, not a file of any kind, a damaged one, an archive that is not
+            trusted, values that are not finite, or a configuration beside it that this program's
+            CLIP cannot follow.
     """
     path = Path(path)
     if not path.is_file():
@@ -51,39 +116,167 @@ def read_weights(path: Path | str, trust_archive: bool = False) -> dict[str, Ten
             f"{path}: no CLIP weights there. `bash scripts/download_clip.sh` fetches them"
         )
     is_archive = _is_torchscript(path)
-    if is_archive and not trust_archive:
-        _check_published(path)
+    published = is_archive and sha256_of(path) in PUBLISHED_ARCHIVES
+    if is_archive and not published and not trust_archive:
+        raise ModelError(
+            f"{path}: a TorchScript archive, but none of OpenAI's (its sha256 is "
+            f"{sha256_of(path)}). Loading one runs code that is in it: fetch OpenAI's with `bash "
+            "scripts/download_clip.sh`, or, if you trust this one, set TRUST_CLIP_ARCHIVE=1"
+        )
     try:
-        state = _read_archive(path) if is_archive else load_tensors(path)
+        if is_archive:
+            content = _read_archive(path)
+        else:
+            content = load_safetensors(path) if is_safetensors(path) else load_tensors(path)
     except ModelError as error:
         raise ModelError(f"{path}: {error}. If the download broke off, fetch it again") from error
-    if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ModelError(f"{path}: not a state dict, but a {type(state).__name__}")
-    state = {str(key): value for key, value in state.items() if key not in ARCHIVE_EXTRAS}
+    tensors = content
+    if isinstance(content, Mapping):
+        wrapped = (content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping))
+        tensors = next(wrapped, content)
+    if not isinstance(tensors, Mapping) or not all(torch.is_tensor(v) for v in tensors.values()):
+        raise ModelError(f"{path}: not a state dict, but a {type(tensors).__name__}")
+    state, prefix = _without_prefix(tensors)
     for key, value in state.items():
         if not is_plain(value):
-            raise ModelError(f"{path}: {key!r} is not a plain tensor of floats")
+            raise ModelError(f"{path}: {prefix + key!r} is not a plain tensor of floats")
         state[key] = value.float()
         if not state[key].isfinite().all():
-            raise ModelError(f"{path}: {key!r} has values that are not finite")
-    return state
+            raise ModelError(f"{path}: {prefix + key!r} has values that are not finite")
+    activation = QUICK_GELU if published else _configured_activation(path.parent, state)
+    return ClipWeights(openai_names(state), activation)
 
 
-def build_clip(weights: Path | str | Mapping[str, Tensor], trust_archive: bool = False) -> CLIP:
-    """A CLIP with all of the given weights, a file or its content, in evaluation mode.
+def build_clip(
+    weights: Path | str | Mapping[str, Tensor],
+    trust_archive: bool = False,
+    activation: str | None = None,
+) -> CLIP:
+    """A CLIP with all of the given weights, in evaluation mode.
+
+    Args:
+        weights: a file or its tensors.
+        trust_archive: see ``read_weights``.
+        activation: QUICK_GELU or GELU, which the weights were trained with; None takes what the
+            file or its configuration says, else QUICK_GELU with a warning.
 
     Raises:
-        ModelError: see `read_weights`; or keys or shapes are not those of one CLIP ViT.
+        ModelError: the file cannot be read, keys or shapes are not those of one CLIP ViT, or it is
+            known to have another activation.
     """
-    state, name = weights, "the state dict"
-    if not isinstance(weights, Mapping):
-        state, name = read_weights(weights, trust_archive), weights
+    if isinstance(weights, Mapping):
+        name, read = "the state dict", ClipWeights(openai_names(_without_prefix(weights)[0]))
+    else:
+        name, read = weights, read_weights(weights, trust_archive)
+    if activation not in (None, QUICK_GELU, GELU):
+        raise ModelError(f"no activation {activation!r}: there are {QUICK_GELU} and {GELU}")
+    if activation and read.activation not in (None, activation):
+        raise ModelError(f"{name}: its activation is {read.activation}, not {activation}")
+    if not (activation or read.activation):
+        logger.warning(
+            "%s: nothing says which activation these weights were trained with; quick_gelu is "
+            "taken, as in OpenAI's. Most of open_clip's have gelu: --clip_activation names it",
+            name,
+        )
+    activation = activation or read.activation or QUICK_GELU
     try:
-        clip = CLIP(CLIPSizes.of_state_dict(state))
-        clip.load_state_dict(state, strict=True)
+        clip = CLIP(CLIPSizes.of_state_dict(read.state), activation)
+        clip.load_state_dict(read.state, strict=True)
     except (ModelError, RuntimeError, ValueError) as error:
         raise ModelError(f"{name}: {error}") from error
     return clip.eval()
+
+
+def openai_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under OpenAI's names, those under transformers' renamed, transposed and joined.
+
+    Whatever has no place, or one that is taken, stays under its name, for loading to refuse it.
+    """
+    if TRANSFORMERS_SIGN not in state:
+        return dict(state)
+    places: dict[str, list[str]] = {}  # their names by ours
+    for name in state:
+        places.setdefault(_openai_name(name), []).append(name)
+    converted = {}
+    for name, sources in places.items():
+        tensors = [state[source] for source in sources]
+        letters = {source.split(".")[-2][0]: state[source] for source in sources if "." in source}
+        one_shape = len({tensor.shape for tensor in tensors}) == 1 and tensors[0].dim() > 0
+        if ".attn.in_proj_" not in name and len(sources) == 1:
+            transposed = name in TRANSPOSED and tensors[0].dim() == 2
+            converted[name] = tensors[0].T if transposed else tensors[0]
+        elif len(sources) == 3 and letters.keys() == set("qkv") and one_shape:
+            converted[name] = torch.cat([letters[letter] for letter in "qkv"])
+        else:
+            converted |= {source: state[source] for source in sources}
+    return converted
+
+
+def _openai_name(name: str) -> str:
+    """Of a tensor of transformers'; what is none of theirs keeps its name."""
+    if name in TRANSFORMERS_NAMES:
+        return TRANSFORMERS_NAMES[name]
+    module, _, end = name.rpartition(".")
+    layer = TRANSFORMERS_LAYER.fullmatch(module)
+    ours = TRANSFORMERS_NAMES.get(layer[3] if layer else module)
+    if ours is None or end not in ("weight", "bias"):
+        return name
+    ours += ("_" if ours == "attn.in_proj" else ".") + end
+    if not layer:
+        return ours
+    return f"{'visual.' if layer[1] == 'vision' else ''}transformer.resblocks.{layer[2]}.{ours}"
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The parameters without what stands before the name of every one of them, and that."""
+    sign = re.compile(rf"(.*\.)?({re.escape(OPENAI_SIGN)}|{re.escape(TRANSFORMERS_SIGN)})")
+    found = next(filter(None, map(sign.fullmatch, map(str, state))), None)
+    prefix = found[1] or "" if found else ""
+    stripped = {}
+    for key, value in state.items():
+        name = str(key).removeprefix(prefix)
+        if name not in NO_PARAMETERS:
+            stripped[name if name not in stripped else str(key)] = value
+    return stripped, prefix
+
+
+def _configured_activation(folder: Path, state: Mapping[str, Tensor]) -> str | None:
+    """What the configuration beside a file says, that of the format of its tensors.
+
+    Raises:
+        ModelError: it says what CLIP's towers here are not.
+    """
+    path = folder / ("config.json" if TRANSFORMERS_SIGN in state else "open_clip_config.json")
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+        if path.name == "config.json":
+            vision, text = config["vision_config"], config["text_config"]
+            activations = {part.get("hidden_act", QUICK_GELU) for part in (vision, text)}
+            widths = [
+                part.get("hidden_size", 64 * heads) / part.get("num_attention_heads", heads)
+                for part, heads in ((vision, 12), (text, 8))
+            ]
+        else:
+            config = config["model_cfg"]
+            activations = {QUICK_GELU if config.get("quick_gelu") else GELU}
+            text = config["text_cfg"]
+            widths = [
+                config["vision_cfg"].get("head_width", 64),
+                text.get("width", 512) / text.get("heads", 8),
+            ]
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        logger.warning("%s: not the configuration of a CLIP, so it says nothing here", path)
+        return None
+    if set(widths) != {HEAD_WIDTH}:
+        raise ModelError(f"{path}: {HEAD_WIDTH} channels a head are needed, these have {widths}")
+    if len(activations) != 1 or not activations <= {QUICK_GELU, GELU}:
+        raise ModelError(
+            f"{path}: its activation is {' and '.join(sorted(map(str, activations)))}; "
+            f"{QUICK_GELU} or {GELU} can be used"
+        )
+    return activations.pop()
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -103,13 +296,3 @@ def _read_archive(path: Path) -> Mapping[str, Tensor]:
             return torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:  # torch raises whatever it stumbles over
         raise ModelError("it is no TorchScript archive that torch can load") from error
-
-
-def _check_published(path: Path) -> None:
-    sha256 = sha256_of(path)
-    if sha256 not in PUBLISHED_ARCHIVES:
-        raise ModelError(
-            f"{path}: a TorchScript archive, but none of OpenAI's (its sha256 is {sha256}). "
-            "Loading one runs code that is in it: fetch OpenAI's with `bash "
-            "scripts/download_clip.sh`, or, if you trust this one, set TRUST_CLIP_ARCHIVE=1"
-        )

@@ -33,7 +33,7 @@ from modules.prompts import PyramidPrompts
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.readout import readout_of
 from modules.similarity import event_scores
-from modules.transformer import HEAD_WIDTH
+from modules.transformer import HEAD_WIDTH, QUICK_GELU
 
 # The logit scale (before exp) stays in this range while it is trained.
 MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.1, 4.6052
@@ -56,6 +56,7 @@ class ProPyConfig:
     readout: str = "max"  # of a video's score, see modules.readout
     max_words: int = 32  # tokens of a caption that training reads, start and end included
     clip_name: str = "ViT-B/32"  # OpenAI's name of the model, or the file of its weights
+    clip_activation: str = QUICK_GELU  # of CLIP's MLPs, or GELU; no tensor shows it
     clip_seconds: float | None = None  # mean length of the training videos, if it is known
 
 
@@ -74,7 +75,8 @@ class ProPy(nn.Module):
             again for the gradient: the same numbers, less memory, a third more work.
 
     Raises:
-        ModelError: more text than visual layers, a setting out of range, or no pyramid.
+        ModelError: more text than visual layers, a setting out of range, no pyramid, or another
+            activation than the backbone's.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class ProPy(nn.Module):
                 f"this CLIP has {sizes.text_layers} text layers, but only {sizes.vision_layers} "
                 "visual ones whose prompts they could take"
             )
+        if clip.activation != config.clip_activation:
+            raise ModelError(f"this CLIP has {clip.activation}, not {config.clip_activation}")
         if min(config.num_prompts, config.num_adapter_layers) < 0:
             raise ModelError("the numbers of visual prompts and adapter layers cannot be negative")
         adapters = min(config.num_adapter_layers, sizes.vision_layers)
@@ -249,16 +253,18 @@ def build_model(
     """ProPy with the published setting as defaults, new parameters drawn from torch's generator.
 
     Args:
-        clip_weights: OpenAI's file, a state dict's file, or a state dict.
+        clip_weights: a file or its state dict, see models.clip_weights.
         pyramid: a JSON file or its content (see ``PromptPyramid.from_config``).
         trust_archive: see ``models.clip_weights.read_weights``.
-        settings: the other fields of `ProPyConfig`.
+        settings: the other fields of `ProPyConfig`; without ``clip_activation`` it is what the
+            file or its neighbours say.
 
     Raises:
         ModelError: from the two files, or settings that do not fit them.
     """
+    clip = build_clip(clip_weights, trust_archive, settings.get("clip_activation"))
+    settings |= {"clip_activation": clip.activation}
     config = ProPyConfig(pyramid=PromptPyramid.from_config(pyramid).config, **settings)
-    clip = build_clip(clip_weights, trust_archive)
     try:
         return ProPy(clip, config, freeze_clip, checkpoint_activations)
     except ModelError as error:

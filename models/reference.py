@@ -35,7 +35,10 @@ def attention(block, queries: Tensor, others: Tensor, visible: Tensor | None) ->
 
 def mlp(block, x: Tensor) -> Tensor:
     hidden = F.linear(block.ln_2(x), block.mlp.c_fc.weight, block.mlp.c_fc.bias)
-    hidden = hidden * torch.sigmoid(1.702 * hidden)
+    if block.activation == "gelu":
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    else:
+        hidden = hidden * torch.sigmoid(1.702 * hidden)
     return x + F.linear(hidden, block.mlp.c_proj.weight, block.mlp.c_proj.bias)
 
 

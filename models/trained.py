@@ -23,6 +23,7 @@ from models.propy import NOT_COMPARED, ProPy, ProPyConfig
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.torch_files import is_plain, load_tensors
+from modules.transformer import QUICK_GELU
 
 logger = logging.getLogger("propy.trained")
 
@@ -63,7 +64,7 @@ def load_propy(
         config = _config_of(content)
         if clip_weights is None:
             clip_weights = weights_path(config.clip_name, WEIGHTS_FOLDER)
-    clip = build_clip(clip_weights, trust_archive)
+    clip = build_clip(clip_weights, trust_archive, config.clip_activation)
     with naming(checkpoint):
         model = ProPy(clip, config)
     load_weights(content, model, checkpoint)
@@ -118,8 +119,7 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     has_clip = bool(model.backbone_names() & set(state))
     with naming(path):
         weights = _check_tensors(state, model)
-        if ours:
-            _check_config(content, model)
+        _check_config(content, model)
         if ours and not has_clip and content["backbone"] != backbone_fingerprint(model.clip):
             raise ModelError(
                 "trained on other CLIP weights than the model's: give the same "
@@ -225,16 +225,20 @@ def _config_of(content: Mapping) -> ProPyConfig:
 
 
 def _check_config(content: Mapping, model: ProPy) -> None:
+    # Whatever does not say it was trained with QuickGELU: there was nothing else.
+    theirs = {"clip_activation": QUICK_GELU} | content.get("config", {})
+    ours = asdict(model.config)
+    different = [
+        f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
+        for name in theirs
+        if name not in NOT_COMPARED and theirs[name] != ours.get(name)
+    ]
+    if different:
+        raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
+    if is_from_authors(content):
+        return
     if "config" in content:
-        ours, theirs = asdict(model.config), content["config"]
         theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
-        different = [
-            f"{name} {value!r}, not {ours.get(name)!r}"
-            for name, value in theirs.items()
-            if name not in NOT_COMPARED and value != ours.get(name)
-        ]
-        if different:
-            raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
     else:
         theirs_pyramid = content["proposals"]
     proposals = model.pyramid.proposals

@@ -1,4 +1,4 @@
-"""Files that torch wrote, read without executing anything that is in them and checked for damage.
+"""Files of tensors, read without executing anything that is in them and checked for damage.
 
 torch itself compares no checksum, and explains a refusal with how to switch its protection off.
 """
@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -34,6 +35,26 @@ def load_tensors(path: Path) -> object:
         raise ModelError(f"it cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch raises whatever its readers stumble over
         raise ModelError("it is no file of tensors that torch can read, or was cut off") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """The format's first eight bytes are the length of a JSON object that follows."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, onto the CPU; the format has no checksums.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:  # its own error, and torch's of types that torch has not
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"it is a damaged safetensors file: {reason}") from error
 
 
 def check_sums(path: Path) -> None:

@@ -1,7 +1,8 @@
 """The pre-norm transformer block of CLIP, one definition for the image and the text tower.
 
 Parameter names and arithmetic follow OpenAI's release (Radford et al., 2021), so its weights load
-unchanged: LayerNorm in at least float32, QuickGELU, 64 channels per attention head.
+unchanged: LayerNorm in at least float32, 64 channels per attention head, and QuickGELU unless the
+weights were trained with GELU, as most of open_clip's were.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from modules.linear import Linear, linear
 
 HEAD_WIDTH = 64  # every CLIP model of OpenAI's has 64 channels per head
+QUICK_GELU, GELU = "quick_gelu", "gelu"  # transformers' names of the activations
 QUICK_GELU_SLOPE = 1.702
 
 
@@ -83,10 +85,16 @@ class SelfAttention(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x += attention(ln_1(x)); x += mlp(ln_2(x)), with OpenAI's parameter names."""
+    """x += attention(ln_1(x)); x += mlp(ln_2(x)), with OpenAI's parameter names.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: channels D, a multiple of 64.
+        activation: of the MLP, QUICK_GELU or GELU; no tensor tells which one weights are for.
+    """
+
+    def __init__(self, width: int, activation: str = QUICK_GELU) -> None:
         super().__init__()
+        self.activation = activation
         self.attn = SelfAttention(width)
         self.ln_1 = LayerNorm(width)
         self.mlp = nn.ModuleDict(
@@ -95,12 +103,14 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """x + mlp(ln_2(x)), [..., N, D]; between the two linear maps stands QuickGELU.
+        """x + mlp(ln_2(x)), [..., N, D]; between the two linear maps stands the activation.
 
         QuickGELU is h · σ(1.702 h) = silu(1.702 h) / 1.702, and silu has a fused backward. The two
         factors go where they cost no pass over the 4 D hidden channels, and no memory for one.
         """
         c_fc, c_proj = self.mlp["c_fc"], self.mlp["c_proj"]
+        if self.activation == GELU:
+            return x + c_proj(F.gelu(c_fc(self.ln_2(x))))
         normed = self.ln_2(x, factor=QUICK_GELU_SLOPE)
         hidden = linear(normed, c_fc.weight, c_fc.bias * QUICK_GELU_SLOPE)
         hidden = F.silu(hidden, inplace=not hidden.requires_grad)
@@ -118,9 +128,11 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; ProPy walks over ``resblocks`` itself."""
 
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, width: int, layers: int, activation: str = QUICK_GELU) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, activation) for _ in range(layers)
+        )
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
         for block in self.resblocks:

@@ -9,18 +9,17 @@ run's folder; pictures of attention from the folder of main.py --do_plot 1.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import OutputError, RunError
+from utils.command import Parser, run_command
 from utils.report.page import Run, write_page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     # fmt: off
     add("folder", type=Path, metavar="LOGDIR", help="folder of a run")
@@ -47,7 +46,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, OutputError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

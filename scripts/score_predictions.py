@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders import DataError
 from dataloaders.annotations import read_annotations
-from utils import OutputError, RunError
+from utils import RunError
+from utils.command import Parser, run_command
 from utils.evaluation.moment_metrics import WINDOW_RULES
 from utils.evaluation.moment_tables import (
     level_report,
@@ -28,8 +27,8 @@ from utils.missing_videos import missing_counts, reduced_size
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: metrics and exports of a predictions file."""
     # fmt: off
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.score_predictions", description=__doc__.split("\n")[0]
+    parser = Parser(
+        description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
     add("--predictions", type=Path, required=True, metavar="HDF5",
@@ -45,11 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--export", type=Path, metavar="FOLDER",
         help="also write TVR's and QVHighlights' submission formats into this folder")
     # fmt: on
-    args = parser.parse_args(argv)
-    try:
-        score(args)
-    except (DataError, OutputError, RunError) as error:
-        sys.exit(f"error: {error}")
+    score(parser.parse_args(argv))
 
 
 def score(args: argparse.Namespace) -> None:
@@ -77,4 +72,4 @@ def score(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

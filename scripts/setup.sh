@@ -20,7 +20,14 @@ installed && exit 0
 # two scripts started at once: the second waits here, then finds everything in place
 if command -v flock >/dev/null; then
   exec 9>.venv.lock
-  flock -n 9 || { echo "setup: waiting for another setup.sh to finish ..." >&2; flock 9; }
+  status=0
+  flock -n 9 || status=$?
+  if [ "$status" = 1 ]; then
+    echo "setup: waiting for another setup.sh to finish ..." >&2
+    flock 9
+  elif [ "$status" != 0 ]; then
+    echo "setup: this file system has no locks: start no second setup.sh meanwhile" >&2
+  fi
   installed && exit 0
 fi
 

@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
@@ -100,6 +100,7 @@ def serve() -> None:
     import main
     from dataloaders.tokenizer import tokenize
     from tests import faults
+    from utils.command import run_command
 
     tokenize(["its table"], 8)  # read once, not in every run
     faults.log_every_step()
@@ -107,7 +108,7 @@ def serve() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _end(_run(main.command_line, *json.loads(line)))
+            _end(_run(partial(run_command, main.command_line), *json.loads(line)))
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

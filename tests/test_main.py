@@ -48,6 +48,26 @@ def test_reading_more_or_less_than_in_training_is_said(run, trained, tmp_path) -
     assert f"{best} was trained with max_words 32" in told and "frames of a video 8" not in told
 
 
+def test_what_an_epoch_leaves_out_is_logged(run, trained) -> None:
+    assert "last batch is left out" not in (trained.logs / "log.txt").read_text()
+    told = run.works(*TRAIN, "--epochs", "1", "--batch_size", "3")
+    assert "an epoch is 1 steps of 3 videos" in told and "left out, 1 of the 4 videos" in told
+    assert "one step in all" in told, "at the first learning rate of the warm-up"
+
+
+def test_captions_that_are_cut_are_counted(run, trained) -> None:
+    known = "annos.jsonl: 0 of 8 captions are cut at --max_words 32"
+    assert known in (trained.logs / "log.txt").read_text()
+    told = run.works("--do_eval", "1", *resume(trained), "--max_words", "9")
+    assert "annos.jsonl: 1 of 8 captions are cut at --max_words 9" in told
+
+
+def test_a_batch_of_one_video_is_refused(run) -> None:
+    done = run.main(*TRAIN, "--batch_size", "1")
+    assert done.returncode == 2 and "--batch_size 1" in done.stderr
+    assert not list(run.logs.iterdir())
+
+
 def test_what_a_run_leaves(trained) -> None:
     files = {path.name for path in trained.logs.iterdir()}
     assert {"args.json", "log.txt", "log.jsonl", "ckpt.pth.tar", "ckpt.best.pth.tar"} <= files
@@ -74,6 +94,18 @@ def test_evaluating_the_best_checkpoint_gives_the_logged_number(run, trained) ->
     assert record["metrics"].keys() == {"cosine", "dot"}
     for name in ("R1", "R5", "R10", "R100", "SumR", "MedR", "MeanR"):
         assert record["metrics"]["cosine"][name] == best[name], name
+
+
+def test_the_activation_of_clip(run) -> None:
+    """Named, stored and compared; where nothing says it, what is taken is said."""
+    gelu = ("--clip_activation", "gelu")
+    assert "which activation" not in run.works(*TRAIN, *gelu, "--epochs", "1")
+    config = torch.load(run.logs / "ckpt.pth.tar", weights_only=True)["config"]
+    assert config["clip_activation"] == "gelu"
+    run.works("--do_eval", "1", *resume(run), *gelu)
+    told = run.stops("--do_eval", "1", *resume(run))
+    assert "trained with clip_activation 'gelu', not 'quick_gelu'" in told
+    assert "clip.pt: nothing says which activation" in (run.logs / "log.txt").read_text()
 
 
 def test_fine_tuning_clip(run) -> None:

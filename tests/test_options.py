@@ -43,9 +43,12 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
     parser.add_argument("--dummy", type=float, default=0.0)  # 2. the flag
     args = parser.parse_args(["--prvr_val_annos", "x", "--adapter_channels", "48", "--dummy", "2"])
     golden = GoldenModel.read("m3")
-    config = config_from(
-        WithDummy, args, pyramid=golden.config["pyramid"], readout="max", clip_seconds=None
-    )
+    decided = {
+        "readout": "max",
+        "clip_seconds": None,
+        "clip_activation": "quick_gelu",
+    }  # by main.py
+    config = config_from(WithDummy, args, pyramid=golden.config["pyramid"], **decided)
     assert (config.dummy, config.adapter_channels, config.num_prompts) == (2, 48, 4)
 
     def build(config: WithDummy) -> ProPy:

@@ -314,15 +314,24 @@ def test_training_faults_say_what_to_do(program, tmp_path, when, act: str, messa
     assert message in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("step", "skipped"), [(2, 1), (None, STEPS)])
-def test_steps_that_the_loss_scaler_skips_are_counted(program, tmp_path, step, skipped) -> None:
-    """And have no part in the means, which are null if there are no others: NaN is not JSON."""
-    amp = ("--precision", "amp", "--epochs", "1")
-    run(program, *flags(tmp_path, *amp), fault="overflow", step=step)
+AMP, NONE_WITHIN = ("--precision", "amp", "--epochs", "1"), ("--save_every_steps", "0")
+
+
+def test_steps_that_the_loss_scaler_skips_are_counted(program, tmp_path) -> None:
+    """And have no part in the means: NaN is not JSON."""
+    run(program, *flags(tmp_path, *AMP), fault="overflow", step=2)
     text = (tmp_path / "log.jsonl").read_text()
     line = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert (line["steps"], line["skipped_steps"]) == (STEPS, skipped)
-    assert [line[name] is None for name in ("loss", "grad_norm")] == [step is None] * 2
+    assert (line["steps"], line["skipped_steps"]) == (STEPS, 1)
+    assert line["loss"] > 0 and line["grad_norm"] > 0
+
+
+def test_an_epoch_without_a_step_is_an_error(program, tmp_path) -> None:
+    """There is no best checkpoint then: it would be an untrained model's."""
+    told = run(program, *flags(tmp_path, *AMP, *NONE_WITHIN), status=1, fault="overflow")
+    assert f"the loss scaler skipped all {STEPS} steps of the epoch" in told
+    assert "No checkpoint was written yet" in told and "Traceback" not in told
+    assert not list(tmp_path.glob("*.pth.tar")) and not (tmp_path / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize("when", [2, "evaluation"])

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from utils.command import Parser
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
 from utils.misc import usable_cores
 
@@ -46,6 +47,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --video_dir and --frame_store: where the clips are")
     if args.do_train and not args.prvr_train_annos:
         parser.error("--do_train 1 needs --prvr_train_annos")
+    if args.do_train and args.batch_size < 2:
+        parser.error(
+            "--batch_size 1: a video that is alone in its batch has none to be told from, so the "
+            "loss is 0 and nothing is trained; give at least 2. Less memory takes "
+            "--gradient_accumulation_steps"
+        )
     if args.load_embeddings and (args.do_train or args.do_plot or args.save_embeddings):
         parser.error("--load_embeddings is for --do_eval 1 alone: everything else needs the videos")
     if args.load_embeddings and args.resume == AUTO:
@@ -82,12 +89,6 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help} (default {str(action.default).removeprefix(f'{ROOT}/')})"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, not sixty of usage."""
-        self.exit(2, f"error: {message} (main.py --help explains the flags)\n")
-
-
 def number(kind: type, lowest: float, highest: float = math.inf) -> Callable[[str], float]:
     """A flag's type: a number of a kind, the bounds among what is allowed; NaN is not."""
 
@@ -109,7 +110,8 @@ def checkpoint(text: str) -> Path | str:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; `parse_args` checks how they combine."""
-    parser = _Parser(
+    parser = Parser(
+        prog="main.py",
         description="Train and evaluate ProPy for partially relevant video retrieval, and for "
         "weakly supervised moment retrieval from a corpus of videos.",
         epilog="[published: …] is the setting behind the paper's numbers. "
@@ -161,7 +163,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_clip_name", default="ViT-B/32", metavar="NAME|FILE",
         help="ViT-B/32, ViT-B/16 or ViT-L/14, fetched into CLIP_weights by "
-        "scripts/download_clip.sh, or a weights file in OpenAI's format [published: ViT-B/32]")
+        "scripts/download_clip.sh, or a weights file in OpenAI's, open_clip's or transformers' "
+        "format [published: ViT-B/32]")
+    add("--clip_activation", choices=["quick_gelu", "gelu"],
+        help="what CLIP's weights were trained with, for a file that does not say it: OpenAI's "
+        "have quick_gelu, most of open_clip's gelu (default: what is known of the file, else "
+        "quick_gelu, with a warning)")
     add("--freeze_clip", **switch, default=1,
         help="0 fine-tunes CLIP too, with lr·coef_lr [published: 1]")
     add("--pyr_config_path", type=Path, default=ROOT / "scripts/pyramids/cfg_32.json",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -14,10 +13,13 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dataloaders.storage import lock, sync
 from utils import OutputError, RunError
+from utils.command import USER_ERRORS
 
 PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 LOCK_NAME = ".lock"
+TRACES = {LOCK_NAME, "log.txt"}  # of any run
 
 logger = logging.getLogger("propy.files")
 
@@ -36,14 +38,14 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 def commit(part: Path, path: Path) -> None:
     """Give a finished file its name, once its bytes are on the disk; the name is there too then."""
     with part.open("rb+") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
     part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
+    with contextlib.suppress(OSError):  # many file systems cannot
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
             os.fsync(folder)
-    finally:
-        os.close(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -73,11 +75,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_outputs(files: Iterable[Path]) -> None:
-    """OutputError, before hours are spent, if a file cannot be written, or is a folder."""
+    """OutputError, before hours are spent, if a file cannot be written, by the calls that are made
+    later, or is a folder."""
     for path in files:
-        with writing(path), temporary_sibling(path):
+        with writing(path), temporary_sibling(path) as part, temporary_sibling(path) as target:
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            part.write_bytes(b"\n")
+            commit(part, target)
+            if path.suffix == ".jsonl" and path.exists():
+                path.open("ab+").close()
 
 
 def append_line(path: Path, line: str) -> None:
@@ -92,7 +99,31 @@ def append_line(path: Path, line: str) -> None:
             torn = file.read(1) != b"\n"
         file.write(b"\n" * torn + line.encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and those above it, unless it is there; what an error leaves empty goes again.
+
+    Empty is one with nothing but a lock and a log.txt, which says no more than the error.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except (*USER_ERRORS, KeyboardInterrupt):
+        with contextlib.suppress(OSError):
+            if made and {path.name for path in folder.iterdir()} <= TRACES:
+                for name in TRACES:
+                    (folder / name).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -103,11 +134,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another run has it, which the message names, or it cannot be written to.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(new_folder(folder))
         with writing(folder):
+            descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
             _lock(descriptor, folder)
         holder = f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n"
         with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
@@ -117,25 +148,18 @@ def locked_folder(folder: Path) -> Iterator[None]:
             logger.warning("%s: removed, a run was killed while it wrote this file", part)
             part.unlink(missing_ok=True)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    """A POSIX lock: unlike flock's it is the process's own, so a forked loader worker, which may
-    outlive a killed run by seconds, does not hold it. Within one process it excludes no one."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # which of them, POSIX leaves to the file system
+    locked = lock(descriptor)
+    if locked is None:
+        logger.warning("%s: its file system has no locks; start no second run there", folder)
+    elif not locked:
         holder = os.read(descriptor, 1000).decode(errors="replace").strip()
         raise OutputError(
             f"{folder}: another run is writing there: {holder or 'of unknown name'}. Wait for it, "
             "or give another --output_dir"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        logger.warning("%s: its file system has no locks; start no second run there", folder)
+        )
 
 
 def read_records(path: Path) -> list[dict]:

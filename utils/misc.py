@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import re
 import resource
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from utils import RunError
+
+logger = logging.getLogger("propy.misc")
 
 AUTOCAST_DTYPE = {"amp": torch.float16, "bf16": torch.bfloat16, "fp32": None}
 # The CPU's allocator and some CUDA libraries raise a plain RuntimeError.
@@ -89,15 +93,29 @@ def memory_advice(remedy: str) -> Iterator[None]:
         raise RunError(f"out of memory: {remedy} ({reason})") from error
 
 
+@cache
 def git_revision() -> str:
-    """Commit of the checkout this runs from, with -dirty if it was changed; "unknown" outside."""
+    """Commit of the checkout this runs from, with -dirty if it was changed.
+
+    "unknown" where git does not say, and why in a warning.
+    """
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=20,
+            env=os.environ | {"LC_ALL": "C"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error)
+    else:
+        if done.returncode == 0:
+            return done.stdout.strip()
+        reason = (done.stderr.strip() or f"git ended with {done.returncode}").splitlines()[0]
+        if "safe.directory" in done.stderr:  # another user's checkout
+            reason += f"; if you trust it: git config --global --add safe.directory {root}"
+    logger.warning("the revision of this program is unknown: %s", reason)
+    return "unknown"
 
 
 def usable_cores() -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from scripts.benchmark import loader, model, tails
 from scripts.benchmark.harness import Options, Stage, measure, ratio, relative_error, set_up, table
-from utils import RunError
+from utils.command import Parser, run_command
 
 FRAMES, TEXTS = "{videos} videos of {frames} frames", "{texts} texts of up to {words} tokens"
 CORPUS = "{texts} texts, {videos} videos"
@@ -52,8 +51,7 @@ GROUPS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.benchmark",
+    parser = Parser(
         description="Time every stage of the program, in turns with a plain reference that gives "
         "the same numbers, and print how many times faster it is.",
     )
@@ -125,7 +123,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except RunError as error:
-        sys.exit(f"error: {error}")
+    run_command(lambda: main(parse_args()))

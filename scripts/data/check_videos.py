@@ -14,6 +14,7 @@ import json
 import signal
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from dataloaders import DataError, listed
 from dataloaders.annotations import Video, corpus_videos, read_annotations
+from dataloaders.clips import MANIFEST, VideoFolder, compare
 from dataloaders.ffmpeg import (
     MAX_TIME_LIMIT,
     PREPARED_FPS,
@@ -30,10 +32,11 @@ from dataloaders.ffmpeg import (
     kill_running,
     read_packets,
 )
+from utils.command import Parser, run_command
 from utils.misc import usable_cores
 
 # What can be wrong with a video, in the order of the summary.
-PROBLEMS = ("missing", "unreadable", "size", "rate", "duration", "broken")
+PROBLEMS = ("missing", "unreadable", "changed", "size", "rate", "duration", "broken")
 
 
 def check_size(width: int, height: int, authors_scale: bool = False) -> bool:
@@ -45,13 +48,16 @@ def check_size(width: int, height: int, authors_scale: bool = False) -> bool:
     return min(width, height) == PREPARED_SHORT_SIDE
 
 
-def check_video(path: Path, duration: float, args: argparse.Namespace) -> dict[str, str]:
+def check_video(
+    path: Path, duration: float, args: argparse.Namespace, noted: Mapping | None = None
+) -> dict[str, str]:
     """Everything that is wrong with one clip: problem -> detail.
 
     Args:
         duration: seconds according to the annotations.
-        args: `tolerance` in seconds, `decode`, `authors_scale`, `time_limit`. Without `decode` only
-            the header and the first two packets are read.
+        args: `tolerance` in seconds, `decode`, `checksums`, `authors_scale`, `time_limit`. Without
+            `decode` only the header and the first two packets are read.
+        noted: what the manifest says of it.
     """
     if not path.is_file():
         return {"missing": "no such file"}
@@ -63,6 +69,10 @@ def check_video(path: Path, duration: float, args: argparse.Namespace) -> dict[s
     if len(track.times) == 0:
         return {"unreadable": "its video stream is empty"}
     found = {}
+    try:
+        compare(path, noted, args.checksums)
+    except DataError as error:
+        found["changed"] = str(error)
     if not check_size(track.width, track.height, args.authors_scale):
         found["size"] = f"{track.width}x{track.height}"
     # Of two packets only the lengths say something: they are stored in the order of decoding.
@@ -78,21 +88,21 @@ def check_video(path: Path, duration: float, args: argparse.Namespace) -> dict[s
         frames = round(seconds * PREPARED_FPS)
         said = f"the annotations say {duration:g} s"
         found["duration"] = f"{frames} frames are {seconds:.2f} s, {said}"
-    if decoded is not None and (decoded.error or len(decoded.times) < len(track.times)):
+    if decoded is not None and (decoded.damaged or len(decoded.times) < len(track.times)):
         counts = f"{len(decoded.times)} of {len(track.times)} frames decode"
         found["broken"] = f"{counts}: {decoded.error}"
     return found
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--video_dir", type=Path, required=True, help="folder of prepared clips")
     add("--annotations", type=Path, nargs="+", required=True, metavar="FILE",
         help="annotation files that need them")  # fmt: skip
     add("--decode", action="store_true", help="decode every frame, too (about 0.1 s a clip)")
+    add("--checksums", action="store_true",
+        help="compare all bytes with what was prepared, not only their number")  # fmt: skip
     add("--tolerance", type=float, default=1.0, metavar="SECONDS",
         help="difference between a clip and its annotated duration that is let pass, beyond half "
         "a frame interval (default: %(default)s)")  # fmt: skip
@@ -119,13 +129,15 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         queries = [query for file in args.annotations for query in read_annotations(file)]
+        clips = VideoFolder(args.video_dir)
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
     videos = corpus_videos(queries)
 
     def check(video: Video) -> list[dict]:
-        found = check_video(args.video_dir / f"{video.vid_name}.mp4", video.duration, args)
+        name = video.vid_name
+        found = check_video(clips.path(name), video.duration, args, clips.noted.get(name))
         return [{"vid_name": video.vid_name, "problem": p, "detail": d} for p, d in found.items()]
 
     problems: list[dict] = []
@@ -155,12 +167,14 @@ def main(arguments: list[str] | None = None) -> int:
     bad = len({problem["vid_name"] for problem in problems})
     kinds = "".join(f", {counts[kind]} {kind}" for kind in PROBLEMS if counts[kind])
     print(f"{checked} videos checked, {bad} with problems{kinds}")
+    unknown = sum(v.vid_name not in clips.noted for v in videos)
+    if unknown:
+        print(f"{unknown} of them are not in a {MANIFEST}: there is nothing to compare them with")
     if checked < len(videos):
         print(f"interrupted: this is of the first {checked} of {len(videos)} videos only")
     return status or int(bool(problems))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())
+    run_command(main)

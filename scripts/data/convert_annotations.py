@@ -14,11 +14,12 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dataloaders import DataError
-from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.annotations import TIME_TOLERANCE, corpus_videos, read_annotations
+from utils.command import Parser, run_command
 from utils.evaluation.published import SPLIT_SIZES
 from utils.files import commit, temporary_sibling
 
@@ -26,7 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def activitynet_records(file: Path) -> Iterator[dict]:
-    """ActivityNet Captions: ``{video: {"duration", "timestamps": [[s, e], …], "sentences"}}``."""
+    """ActivityNet Captions: ``{video: {"duration", "timestamps": [[s, e], …], "sentences"}}``.
+
+    The second annotator's ids, of val_2.json, differ from the first's, to stand in one file.
+    """
+    annotator = "enc2" if file.name == "val_2.json" else "enc"
     videos = _load_json(file, file.read_bytes())
     for name, video in videos.items():
         try:
@@ -40,7 +45,7 @@ def activitynet_records(file: Path) -> Iterator[dict]:
         for number, (window, sentence) in enumerate(pairs):
             yield {
                 "vid_name": name,
-                "desc_id": f"{name}#enc#{number}",
+                "desc_id": f"{name}#{annotator}#{number}",
                 "desc": sentence,
                 "duration": duration,
                 "ts": window,
@@ -141,27 +146,33 @@ def _pick(place: str, source: dict, **names: str) -> dict:
     return {ours: source[theirs] for ours, theirs in names.items()}
 
 
-# The original files, and the standard numbers of videos and queries. The paper's splits are the
-# original releases whole.
-SPLITS: dict[str, dict[str, tuple[str, tuple[int, int]]]] = {
+# The original files of each split, and its standard numbers of videos and queries where they are
+# known. The paper's splits are the original releases whole.
+SPLITS: dict[str, dict[str, tuple[tuple[str, ...], tuple[int, int] | None]]] = {
     "activitynet": {
-        "train": ("train.json", SPLIT_SIZES["activitynet"]["train"]),
-        "val": ("val_1.json", SPLIT_SIZES["activitynet"]["val"]),
+        "train": (("train.json",), SPLIT_SIZES["activitynet"]["train"]),
+        "val": (("val_1.json",), SPLIT_SIZES["activitynet"]["val"]),
+        "val_2": (("val_2.json",), None),
+        "val_1_2": (("val_1.json", "val_2.json"), None),
     },
     "charades": {
-        "train": ("charades_sta_train.txt", SPLIT_SIZES["charades"]["train"]),
-        "test": ("charades_sta_test.txt", SPLIT_SIZES["charades"]["val"]),
+        "train": (("charades_sta_train.txt",), SPLIT_SIZES["charades"]["train"]),
+        "test": (("charades_sta_test.txt",), SPLIT_SIZES["charades"]["val"]),
     },
     "qvhighlights": {
-        "train": ("highlight_train_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["train"]),
-        "val": ("highlight_val_release.jsonl", SPLIT_SIZES["qvhighlights_val"]["val"]),
-        "test": ("highlight_test_release.jsonl", SPLIT_SIZES["qvhighlights_test"]["val"]),
+        "train": (("highlight_train_release.jsonl",), SPLIT_SIZES["qvhighlights_val"]["train"]),
+        "val": (("highlight_val_release.jsonl",), SPLIT_SIZES["qvhighlights_val"]["val"]),
+        "test": (("highlight_test_release.jsonl",), SPLIT_SIZES["qvhighlights_test"]["val"]),
     },
     "tvr": {
-        "train": ("tvr_train_release.jsonl", SPLIT_SIZES["tvr"]["train"]),
-        "val": ("tvr_val_release.jsonl", SPLIT_SIZES["tvr"]["val"]),
+        "train": (("tvr_train_release.jsonl",), SPLIT_SIZES["tvr"]["train"]),
+        "val": (("tvr_val_release.jsonl",), SPLIT_SIZES["tvr"]["val"]),
     },
 }
+# Of the two annotators of ActivityNet the second, whom the paper does not use: need not be there.
+OPTIONAL = {"val_2.json"}
+# The same queries, published later with their windows: takes the first one's place if it is there.
+BETTER = {"highlight_test_release.jsonl": "highlight_test_with_gt.jsonl"}
 READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
     "activitynet": activitynet_records,
     "charades": charades_records,
@@ -180,60 +191,79 @@ def order_windows(record: dict) -> tuple[int, int]:
     reversed_windows = [window for window in windows if window[1] < window[0]]
     for window in reversed_windows:
         window.reverse()
-    return len(reversed_windows), sum(window[1] > record["duration"] for window in windows)
+    limit = record["duration"] + TIME_TOLERANCE
+    return len(reversed_windows), sum(window[1] > limit for window in windows)
 
 
-def convert(source: Path, output: Path, reader: Callable[[Path], Iterator[dict]]) -> dict:
+def convert(
+    sources: Sequence[Path], output: Path, reader: Callable[[Path], Iterator[dict]]
+) -> dict:
     """Convert one split; `output` appears only when it is complete and can be read.
 
+    A video has the duration that the first source with it says.
+
     Returns the numbers of queries and videos, of windows reversed and reaching beyond the duration,
-    and the sha256 of `output`.
+    of videos with two durations, and the sha256 of `output`.
 
     Raises:
         DataError: the source is not what it should be; names the place.
     """
     counts = Counter(reversed=0, beyond=0)
     lines = []
-    for record in reader(source):
-        try:
-            swapped, beyond = order_windows(record)
-        except (LookupError, TypeError, AttributeError) as error:
-            shown = f"query {record['desc_id']}: windows {record.get('ts')!r}"
-            raise DataError(f"{source}: {shown}: not [start, end] in seconds") from error
-        counts.update(reversed=swapped, beyond=beyond)
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    durations: dict[str, float] = {}
+    other_durations = set()
+    for source in sources:
+        known = dict(durations)  # of the sources before it
+        for record in reader(source):
+            name, duration = record["vid_name"], record["duration"]
+            try:
+                if name in known:
+                    record["duration"] = known[name]
+                    if abs(duration - known[name]) > TIME_TOLERANCE:
+                        other_durations.add(name)
+                swapped, beyond = order_windows(record)
+            except (LookupError, TypeError, AttributeError) as error:
+                shown = f"query {record['desc_id']}: windows {record.get('ts')!r}"
+                raise DataError(f"{source}: {shown}: not [start, end] in seconds") from error
+            durations[name] = record["duration"]
+            counts.update(reversed=swapped, beyond=beyond)
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     content = "".join(lines).encode()
     output.parent.mkdir(parents=True, exist_ok=True)
     with temporary_sibling(output) as part:
         part.write_bytes(content)
         try:
-            queries = read_annotations(part)
+            queries = read_annotations(part, output)
         except DataError as error:
-            raise DataError(f"{source}: {str(error).replace(str(part), 'line')}") from error
+            shown = " and ".join(map(str, sources))
+            raise DataError(f"{shown}: {str(error).replace(str(output), 'line')}") from error
         commit(part, output)
     videos, sha256 = len(corpus_videos(queries)), hashlib.sha256(content).hexdigest()
+    counts["other_durations"] = len(other_durations)
     return {"videos": videos, "queries": len(queries), "sha256": sha256, **counts}
 
 
-def describe(result: dict, published: tuple[int, int]) -> str:
+def describe(result: dict, published: tuple[int, int] | None) -> str:
     """What came out of a split, for the terminal."""
     text = f"{result['queries']} queries, {result['videos']} videos"
     if (result["videos"], result["queries"]) == published:
         text += ", as published"
-    else:
+    elif published:
         text += f"\n  WARNING: the published split has {published[1]} and {published[0]}"
     if result["reversed"]:
         text += f"\n  {result['reversed']} windows ended before they started: put in order"
     if result["beyond"]:
         text += f"\n  {result['beyond']} windows reach beyond the duration: left as they are"
+    if result["other_durations"]:
+        text += (
+            f"\n  {result['other_durations']} videos have two durations: the first file's is taken"
+        )
     return f"{text}\n  sha256 {result['sha256']}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all splits found and converted, 1 one could not be, 2 wrong use."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=SPLITS, help="which data set")
     parser.add_argument("source", type=Path, help="folder that holds its original files")
     parser.add_argument("--output_dir", type=Path, metavar="DIR",
@@ -243,13 +273,20 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{args.source}: no such folder")
     output_dir = args.output_dir or ROOT / "annotations" / args.dataset
     failed = False
-    for name, (file, published) in SPLITS[args.dataset].items():
-        source, output = args.source / file, output_dir / f"{name}.jsonl"
+    for name, (files, published) in SPLITS[args.dataset].items():
+        sources, output = [args.source / file for file in files], output_dir / f"{name}.jsonl"
+        for index, file in enumerate(files):
+            if file in BETTER and (args.source / BETTER[file]).is_file():
+                sources[index] = args.source / BETTER[file]
+        absent = [source for source in sources if not source.is_file()]
+        if any(source.name in OPTIONAL for source in absent):
+            continue
         try:
-            if not source.is_file():
-                raise DataError(f"no {source}: see annotations/README.md for its source")
-            result = convert(source, output, READERS[args.dataset])
-            print(f"{output}: {describe(result, published)}")
+            if absent:
+                raise DataError(f"no {absent[0]}: see annotations/README.md for its source")
+            result = convert(sources, output, READERS[args.dataset])
+            made_of = " and ".join(source.name for source in sources)
+            print(f"{output}: {describe(result, published)}\n  made of {made_of}")
         except (DataError, OSError) as error:
             print(f"{args.dataset} {name}: {error}", file=sys.stderr)
             failed = True
@@ -257,4 +294,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -6,7 +6,10 @@ player shows in the third of a second after k/3 s.
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,13 +19,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dataloaders import DataError
+from dataloaders.clips import MANIFEST
 from dataloaders.ffmpeg import (
     DEFAULT_TIME_LIMIT,
     H264_ARGUMENTS,
+    NO_ROOM,
     PREPARED_FPS,
     PREPARED_SHORT_SIDE,
     Completed,
     Track,
+    count_damage,
     decode_frames,
     input_arguments,
     listing_arguments,
@@ -31,7 +37,7 @@ from dataloaders.ffmpeg import (
     read_packets,
     run_ffmpeg,
 )
-from utils.files import commit, temporary_sibling
+from utils.files import append_line, atomic_write
 
 FRAME_SUFFIXES = {".jpg", ".jpeg"}
 MAX_SIDE = 16384  # what H.264 can hold
@@ -52,29 +58,54 @@ class Settings:
         authors_scale: the size the authors' command gives portrait videos.
         min_decoded: share of a video that must decode for it to be kept.
         time_limit: seconds for each of the calls of ffmpeg that a video takes.
+        strict: keep only what has nothing wrong with it.
     """
 
     authors_scale: bool = False
     min_decoded: float = 0.5
     time_limit: float = DEFAULT_TIME_LIMIT
+    strict: bool = False
 
 
 def prepare(source: Path, output: Path, settings: Settings) -> dict:
     """Prepare one input of either kind; `output` appears only when it is complete and verified.
 
+    The manifest beside it has its line first: whenever a run is killed, a clip that is there
+    without its line, or with another than its own, is one that was there before.
+
     Returns:
-        The fields of its line in the report. ``status`` is done, partial or failed; the latter two
-        have a ``reason``, the former two ``frames, width, height, seconds`` (of the source) and
-        ``decoded`` (the share of it that decodes).
+        The fields of its line in the report. ``status`` is done, partial, damaged, short or failed,
+        all but the first with a ``reason``. All but the last have ``frames, width, height``, those
+        of the source in ``seconds`` and the share of it that decodes in ``decoded``, the clip's
+        ``bytes`` and ``crc32`` and, where something is wrong with the source, ``damaged`` (how many
+        messages, and how many seconds of frames show it) and ``short`` (lengths that disagree).
+
+    Raises:
+        OutputError: the clip cannot be written.
     """
     convert = convert_frames if source.is_dir() else convert_video
     try:
-        with temporary_sibling(output) as part:
-            result = convert(source, part, settings)
-            commit(part, output)
-    except (DataError, OSError) as error:
+        with atomic_write(output) as part:
+            try:
+                result = convert(source, part, settings)
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise
+                raise DataError(f"cannot be read: {error.strerror or error}") from error
+            result |= file_facts(part)
+            append_line(output.with_name(MANIFEST), manifest_line(output, result))
+    except DataError as error:
         return {"status": "failed", "reason": str(error)}
     return result
+
+
+def file_facts(clip: Path) -> dict[str, int]:
+    data = clip.read_bytes()
+    return {"bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+def manifest_line(clip: Path, result: dict) -> str:
+    return json.dumps({"vid_name": clip.stem, **result})
 
 
 def prepared_size(
@@ -121,10 +152,9 @@ def video_clock(packets: Track) -> tuple[float, float | None]:
 
 
 def decoded_share(packets: Track, frames: np.ndarray, seconds: float | None) -> float:
-    """Share of the video that decodes, between 0 and 1.
+    """Share of what the container holds that decodes, between 0 and 1.
 
     Args:
-        packets: what the container holds.
         frames: float64 [n], times of the decoded frames, from the start of the video.
         seconds: duration of what the container holds, None if it tells no times.
     """
@@ -135,11 +165,21 @@ def decoded_share(packets: Track, frames: np.ndarray, seconds: float | None) -> 
     frames = np.concatenate([[-np.inf], np.sort(frames), [np.inf]])
     after = np.searchsorted(frames, middles)
     distance = np.minimum(middles - frames[after - 1], frames[after] - middles)
-    share = float(np.mean(distance <= LOST_AFTER))
-    claimed = packets.container_seconds or 0.0
-    if claimed - seconds > CLOCK_TOLERANCE:  # the file ends before its header says
-        share *= seconds / claimed
-    return share
+    return float(np.mean(distance <= LOST_AFTER))
+
+
+def header_lengths(source: Path, packets: Track, seconds: float) -> tuple[float, float]:
+    """The length that the header tells, and that of what it tells it of, both in seconds.
+
+    An AVI's is that of its pictures, read here: FFmpeg corrects it by the size of a cut file. Of
+    other containers it is that of the longest stream, so sound may outlast the pictures.
+    """
+    with source.open("rb") as file:
+        start = file.read(52)
+    if start[:4] == b"RIFF" and start[24:28] == b"avih":
+        interval, frames = (int.from_bytes(start[i : i + 4], "little") for i in (32, 48))
+        return interval * frames / 1e6, seconds
+    return packets.container_seconds or math.nan, float(np.fmax(packets.file_seconds, seconds))
 
 
 def convert_video(source: Path, output: Path, settings: Settings) -> dict:
@@ -147,6 +187,7 @@ def convert_video(source: Path, output: Path, settings: Settings) -> dict:
 
     Raises:
         DataError: it cannot be prepared.
+        OSError: there is no room.
     """
     packets = read_packets(source, settings.time_limit)
     if len(packets.times) == 0:
@@ -157,16 +198,39 @@ def convert_video(source: Path, output: Path, settings: Settings) -> dict:
     arguments = [
         # The filters meet a change of resolution themselves: what follows is scaled to the same
         # size. Starting them again, as is the default, would start the clock again as well.
-        *("-reinit_filter", "0", "-itsoffset", f"{-start:.6f}", *input_arguments(source)),
+        *("-reinit_filter", "0", "-itsoffset", f"{-start:.6f}"),
+        *input_arguments(source, packets.codec),
         *("-map", "0:V:0", *encode_arguments(size, seconds)),
     ]
     done = _run([*arguments, f"file:{output}", *listing_arguments()], settings)
     decoded = parse_track(done)
+    if not len(decoded.times):
+        raise DataError(f"no frame of it decodes: {decoded.error or packets.error}")
+    end = float(decoded.times[:, 1].max())
+    length = end if seconds is None else seconds
     share = decoded_share(packets, decoded.times[:, 0], seconds)
-    words = decoded.error or packets.error or "the file ends before its header says"
-    reason = f"only {share:.0%} of it decodes: {words}" if share < WARN_BELOW else None
-    ends = [decoded.times[:, 1].max(), *([] if seconds is None else [seconds])]
-    return _verified(output, size, ends, share, reason, settings)
+    claimed, there = header_lengths(source, packets, length)
+    if claimed - there > CLOCK_TOLERANCE:  # the file ends before its header says
+        share *= there / claimed
+    wrong: dict[str, str] = {}
+    found: dict[str, dict] = {}
+    if share < WARN_BELOW:
+        words = decoded.error or packets.error or "the file ends before its header says"
+        wrong["partial"] = f"only {share:.0%} of it decodes: {words}"
+    if decoded.damaged or packets.damaged:
+        messages, frames = count_damage(source, packets.codec, settings.time_limit)
+        lost = max(0, len(packets.times) - len(decoded.times))
+        touched = min(1.0, (frames + lost) / len(packets.times)) * length
+        if messages:
+            found["damaged"] = {"messages": messages, "seconds": round(float(touched), 2)}
+            wrong["damaged"] = f"{messages} decoding errors, seen in {touched:.1f} s of its frames"
+    lengths = {"header": claimed, "packets": there, "frames": end}
+    if max(claimed - there, length - end) > CLOCK_TOLERANCE:
+        found["short"] = {k: round(v, 2) for k, v in lengths.items() if not math.isnan(v)}
+        told = ", ".join(f"{k} {v} s" for k, v in found["short"].items())
+        wrong["short"] = f"its lengths disagree: {told}"
+    ends = [end, *([] if seconds is None else [seconds])]
+    return _verified(output, size, ends, share, wrong, settings) | found
 
 
 def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
@@ -184,13 +248,16 @@ def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
     arguments = raw_input_arguments(frames.width, frames.height, PREPARED_FPS)
     _run([*arguments, *encode_arguments(size, seconds), f"file:{output}"], settings, frames)
     broken = frames.broken
-    reason = f"{len(broken)} of {len(files)} frames are broken: {broken[:3]}" if broken else None
+    reason = f"{len(broken)} of {len(files)} frames are broken: {broken[:3]}"
+    wrong = {"partial": reason} if broken else {}
     share = 1 - len(broken) / len(files)
-    return _verified(output, size, [seconds], share, reason, settings)
+    return _verified(output, size, [seconds], share, wrong, settings)
 
 
 def _run(arguments: list[str], settings: Settings, feed: Iterable[bytes] = ()) -> Completed:
-    done = run_ffmpeg(["-v", "level+error", "-y", *arguments], settings.time_limit, feed)
+    # However little decodes: what is enough is decided here.
+    settled = ["-v", "level+warning", "-y", "-max_error_rate", "1"]
+    done = run_ffmpeg([*settled, *arguments], settings.time_limit, feed)
     if done.status != 0:
         raise DataError(f"cannot be converted: {done.reason}")
     return done
@@ -203,8 +270,14 @@ def encode_arguments(size: tuple[int, int], seconds: float | None) -> list[str]:
     short = seconds is not None and seconds * PREPARED_FPS < 0.5
     rate = f"fps={PREPARED_FPS}:start_time=0" + (":eof_action=pass" if short else "")
     arguments = ["-filter_threads", "1"]
-    arguments += ["-vf", f"{rate},scale={size[0]}:{size[1]}:out_range=tv,setsar=1"]
+    # One matrix and range for all clips: what readers assume that ignore tags. The scaler goes from
+    # another matrix by way of RGB of 8 bits, which is too coarse without the flags.
+    scale = f"scale={size[0]}:{size[1]}:flags=bicubic+accurate_rnd+full_chroma_int"
+    colours = "out_color_matrix=bt601:out_range=tv,format=yuv420p"
+    tags = "setparams=range=tv:colorspace=smpte170m:color_primaries=unknown:color_trc=unknown"
+    arguments += ["-vf", f"{rate},{scale}:{colours},setsar=1,{tags}"]
     arguments += ["-map_metadata", "-1", *H264_ARGUMENTS]
+    arguments += ["-colorspace", "smpte170m", "-color_range", "tv"]
     if seconds is not None:
         # Some versions hold the last frame for as long as the gap before it.
         arguments += ["-frames:v", str(max(1, int(seconds * PREPARED_FPS + 0.5)))]
@@ -216,7 +289,7 @@ def _verified(
     size: tuple[int, int],
     ends: list[float],
     share: float,
-    reason: str | None,
+    wrong: dict[str, str],
     settings: Settings,
 ) -> dict:
     """The line of the report for what was written, once that decodes as it should.
@@ -226,21 +299,27 @@ def _verified(
         ends: seconds at which the video may end: with its last decoded frame, or where the
             container ends it.
         share: of the source that decodes, between 0 and 1.
-        reason: what is wrong with the source, if it is worth saying.
+        wrong: what is wrong with the source, by status, the worst first.
 
     Raises:
         DataError: too little decodes, or the number of frames is off by more than half an interval.
     """
+    reason = "; ".join(wrong.values())
     if share < settings.min_decoded:
         raise DataError(f"{reason or 'not all decodes'} (get it again, or see --min_decoded)")
-    count = len(decode_frames(written, settings.time_limit).times)
+    if wrong and settings.strict:
+        raise DataError(f"{reason} (refused, as --strict asks)")
+    track = decode_frames(written, settings.time_limit)
+    count = len(track.times)
     if count == 0:
         raise DataError("not one frame was written: it is too short, or tells no times")
+    if track.damaged:
+        raise DataError(f"what was written does not decode ({track.error}): is the disk sound?")
     off = min(abs(count - end * PREPARED_FPS) for end in ends)
     if off > 0.5 + 0.05 and count > 1:  # times are rounded on their way
         wanted = " or ".join(f"{end:.2f}" for end in ends)
         raise DataError(f"{count} frames were written for {wanted} s at {PREPARED_FPS} fps")
-    result = {"status": "partial" if reason else "done", "frames": count, "width": size[0]}
+    result = {"status": next(iter(wrong), "done"), "frames": count, "width": size[0]}
     result |= {"height": size[1], "seconds": round(float(ends[-1]), 3), "decoded": round(share, 4)}
     return result | ({"reason": reason} if reason else {})
 

@@ -17,17 +17,19 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
 
 from dataloaders import DataError
 from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.clips import VideoFolder, compare
 from dataloaders.ffmpeg import PREPARED_SHORT_SIDE
 from dataloaders.frame_store import (
     DEFAULT_QUALITY,
@@ -37,13 +39,18 @@ from dataloaders.frame_store import (
     pack_clip,
 )
 from dataloaders.video import PREPARE
+from utils.command import Parser, run_command
 from utils.misc import usable_cores
 
 Packed = tuple[PackedClip, bytes]
 
 
 def pack_side_by_side(
-    files: Sequence[tuple[str, Path]], size: int, quality: int, workers: int
+    files: Sequence[tuple[str, Path]],
+    size: int,
+    quality: int,
+    workers: int,
+    noted: Mapping[str, Mapping] = MappingProxyType({}),
 ) -> Iterator[tuple[str, Packed | DataError]]:
     """Packs clips in worker processes; name and result of each, in the order given.
 
@@ -55,20 +62,27 @@ def pack_side_by_side(
         with _pool(workers) as pool, contextlib.suppress(BrokenProcessPool):
             while waiting or running:
                 while waiting and len(running) < 2 * workers:  # bounds what waits in memory
-                    running.append((waiting[0], pool.submit(_pack, *waiting[0], size, quality)))
-                    waiting.popleft()
+                    name, path = waiting[0]
+                    job = pool.submit(_pack, name, path, size, quality, noted.get(name))
+                    running.append((waiting.popleft(), job))
                 result = running[0][1].result()
                 yield running.popleft()[0][0], result
         for (name, path), _ in running:  # one of these it was
             with _pool(1) as pool:
                 try:
-                    result = pool.submit(_pack, name, path, size, quality).result()
+                    result = pool.submit(_pack, name, path, size, quality, noted.get(name)).result()
                 except BrokenProcessPool:
                     result = DataError(f"{path}: its decoder crashed: {PREPARE}")
             yield name, result
 
 
-def _pack(name: str, path: Path, size: int, quality: int) -> Packed | DataError:
+def _pack(
+    name: str, path: Path, size: int, quality: int, noted: Mapping | None
+) -> Packed | DataError:
+    try:
+        compare(path, noted, checksum=True)
+    except DataError as error:
+        return DataError(f"{path}: {error}: {PREPARE}")
     try:
         return pack_clip(name, path, size, quality)
     except DataError as error:
@@ -112,12 +126,20 @@ def find_clips(
 
 
 def pack(
-    store: Path, files: Sequence[tuple[str, Path]], size: int, quality: int, workers: int
+    store: Path,
+    files: Sequence[tuple[str, Path]],
+    size: int,
+    quality: int,
+    workers: int,
+    noted: Mapping[str, Mapping],
 ) -> list[str]:
     """Pack what is not packed yet, under a progress bar; returns the failures, a message each.
 
+    Args:
+        noted: what clips have to be, see `read_manifest`.
+
     Raises:
-        DataError: the store, or what there is of it, cannot be continued with.
+        DataError: the store, or what there is of it, cannot be continued with, or there is no room.
     """
     failures = []
     with FrameStoreWriter(store, size, quality) as writer:
@@ -125,7 +147,7 @@ def pack(
         todo = [f for f in files if f[0] not in known or not known[f[0]].same_source(f[1])]
         if todo:
             print(f"{len(todo)} clips to pack, {len(files) - len(todo)} are packed", flush=True)
-        results = pack_side_by_side(todo, size, quality, workers)
+        results = pack_side_by_side(todo, size, quality, workers, noted)
         with contextlib.closing(results):
             for _, result in tqdm(results, total=len(todo), unit="clip", dynamic_ncols=True):
                 if isinstance(result, DataError):
@@ -160,9 +182,7 @@ def summarise(store: FrameStore) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--video_dir", type=Path, required=True, help="folder of prepared clips")
     add("--frame_store", type=Path, required=True, metavar="FILE", help="the store to make")
@@ -195,7 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
         files, missing = find_clips(args.video_dir, args.annotations)
         failures = []
         if files:
-            failures = pack(args.frame_store, files, args.size, args.quality, args.workers)
+            noted = VideoFolder(args.video_dir).noted
+            failures = pack(args.frame_store, files, args.size, args.quality, args.workers, noted)
         if args.frame_store.is_file():
             summarise(FrameStore(args.frame_store))
     except (DataError, OSError) as error:
@@ -214,6 +235,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())
+    run_command(main)

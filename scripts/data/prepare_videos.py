@@ -2,7 +2,8 @@
 
 Run it through scripts/prepare.sh. A clip appears only when it is complete and verified, so a run
 may be interrupted at any time and the next one does what is missing. Clips that are there already
-are kept if their headers show nothing wrong, and made again if these are damaged.
+are kept if their bytes have the checksum that manifest.jsonl notes, or if they decode without an
+error where it has no line of them (which gives them one), and made again if not.
 """
 
 from __future__ import annotations
@@ -24,12 +25,26 @@ from tqdm import tqdm
 
 from dataloaders import DataError, listed
 from dataloaders.annotations import corpus_videos, read_annotations
-from dataloaders.ffmpeg import DEFAULT_TIME_LIMIT, MAX_TIME_LIMIT, PREPARED_SHORT_SIDE, kill_running
+from dataloaders.clips import MANIFEST, VideoFolder, compare
+from dataloaders.ffmpeg import (
+    DEFAULT_TIME_LIMIT,
+    MAX_TIME_LIMIT,
+    PREPARED_SHORT_SIDE,
+    decode_frames,
+    kill_running,
+)
 from dataloaders.mp4 import read_header
-from dataloaders.video import probe_clip
-from scripts.data.convert_video import FRAME_SUFFIXES, WARN_BELOW, Settings, prepare
+from scripts.data.convert_video import (
+    FRAME_SUFFIXES,
+    WARN_BELOW,
+    Settings,
+    file_facts,
+    manifest_line,
+    prepare,
+)
 from utils import OutputError
-from utils.files import PARTIAL_PREFIX, atomic_write
+from utils.command import Parser, run_command
+from utils.files import PARTIAL_PREFIX, append_line, atomic_write
 from utils.misc import usable_cores
 
 REPORT_NAME = "prepare_report.jsonl"
@@ -91,14 +106,15 @@ def prepare_all(
 ) -> Iterator[dict]:
     """Prepare what is missing or damaged, side by side; yields the report's line of each input."""
     jobs: dict[Future, tuple[str, Path]] = {}
+    clips = VideoFolder(output_dir)
     with ThreadPoolExecutor(workers) as pool:
         try:
             for name, (source, *others) in inputs.items():
                 for other in others:
-                    reason = f"has the same name as {source}: rename or remove one of them"
+                    reason = f"has the same name as {source}: rename one of them"
                     yield _line(name, other, {"status": "failed", "reason": reason})
-                output = output_dir / f"{name}.mp4"
-                jobs[pool.submit(prepare_if_needed, source, output, settings)] = name, source
+                job = pool.submit(prepare_if_needed, name, source, clips, settings)
+                jobs[job] = name, source
             for job in as_completed(jobs):
                 yield _line(*jobs[job], job.result())
         finally:  # at an interrupt nothing new starts, and what is under way is ended
@@ -112,22 +128,23 @@ def _line(name: str, source: Path, result: dict) -> dict:
     return {"vid_name": name, "input": str(source), **result}
 
 
-def prepare_if_needed(source: Path, output: Path, settings: Settings) -> dict:
-    """Prepare one input, unless a clip with a sound header is there.
+def prepare_if_needed(name: str, source: Path, clips: VideoFolder, settings: Settings) -> dict:
+    """Prepare one input, unless a sound clip is there.
 
     Only what is damaged is replaced: a sound video of another size may be somebody's original.
     """
     reason = None
+    output = clips.path(name)
     try:
         header = read_header(output)
         size = {"width": header.width, "height": header.height}
         if PREPARED_SHORT_SIDE in size.values():
-            return {"status": "kept", "frames": header.num_frames, **size}
-        reason = f"has {header.width}x{header.height} pixels, so it is no prepared clip: remove it"
+            return keep(name, clips, settings) | size
+        reason = f"has {header.width}x{header.height} pixels, so it is no prepared clip: rename it"
     except FileNotFoundError:
         pass
     except OSError as error:
-        reason = f"{error.strerror}: remove or rename it"
+        reason = f"{error.strerror}: rename it"
     except DataError as error:
         if output.samefile(source):
             reason = f"{error}; it is input and output at once"
@@ -138,6 +155,30 @@ def prepare_if_needed(source: Path, output: Path, settings: Settings) -> dict:
     return {"status": "failed", "reason": f"{output}: {reason}, or give another --output_dir"}
 
 
+def keep(name: str, clips: VideoFolder, settings: Settings) -> dict:
+    """The report's line of a clip that was there; what was wrong with its input is said again.
+
+    Raises:
+        DataError: it is damaged.
+        OutputError: the manifest cannot be written.
+    """
+    path = clips.path(name)
+    if result := clips.noted.get(name):
+        compare(path, result, checksum=True)
+    else:
+        track = decode_frames(path, settings.time_limit)
+        if track.damaged:
+            raise DataError(f"it does not decode ({track.error})")
+        result = {"status": "done", "frames": len(track.times), **file_facts(path)}
+        append_line(path.with_name(MANIFEST), manifest_line(path, result))
+    if result.get("status") == "done":
+        return result | {"status": "kept"}
+    if settings.strict:
+        reason = f"{path}: made of a damaged input: {result.get('reason')}: --strict: remove it"
+        return {"status": "failed", "reason": reason}
+    return result
+
+
 def compare_with_annotations(needed: set[str], output_dir: Path, made: set[str]) -> list[dict]:
     """Report lines for videos that are needed and missing, and for clips that no annotation needs.
 
@@ -145,11 +186,13 @@ def compare_with_annotations(needed: set[str], output_dir: Path, made: set[str])
         made: names of clips that need no probing any more. Other clips that cannot be used are as
             good as missing.
     """
+    clips = VideoFolder(output_dir)
     present = {path.stem for path in output_dir.glob("*.mp4")}
     lines = [{"vid_name": name, "status": "missing"} for name in sorted(needed - present)]
     for name in sorted((needed & present) - made):
         try:
-            probe_clip(output_dir / f"{name}.mp4", PREPARED_SHORT_SIDE)
+            clips.probe(name, PREPARED_SHORT_SIDE)
+            clips.compare(name, checksum=True)
         except DataError as error:
             lines.append({"vid_name": name, "status": "missing", "reason": str(error)})
     return lines + [{"vid_name": name, "status": "unused"} for name in sorted(present - needed)]
@@ -165,7 +208,7 @@ def remove_leftovers(output_dir: Path, time_limit: float) -> None:
 
 def summarise(lines: list[dict], ignored: list[Path]) -> None:
     """Print the counts and some lines of everything that is not as it should be."""
-    for status in ("partial", "failed", "missing", "unused"):
+    for status in ("partial", "damaged", "short", "failed", "missing", "unused"):
         found = [line for line in lines if line["status"] == status]
         names = [[status, line.get("input", line["vid_name"])] for line in found]
         reasons = [[line["reason"]] if "reason" in line else [] for line in found]
@@ -180,9 +223,7 @@ def summarise(lines: list[dict], ignored: list[Path]) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--inputs", nargs="+", type=Path, required=True, metavar="PATH",
         help="video files, and folders to search for videos and for folders of JPEG frames at 3 "
@@ -199,6 +240,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--min_decoded", type=float, default=0.5,
         help="share of a damaged video that must decode for it to be kept; what is kept with less "
         f"than {WARN_BELOW} is listed as partial")  # fmt: skip
+    add(
+        "--strict",
+        action="store_true",
+        help="refuse inputs that are damaged or shorter than they say",
+    )
     add("--time_limit", type=float, default=DEFAULT_TIME_LIMIT,
         help="seconds after which a video is given up")  # fmt: skip
     args = parser.parse_args(arguments)
@@ -213,7 +259,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all there, 1 something failed or is missing, 2 wrong use, 130 interrupted."""
+    """Exit status: 0 all there, 1 something is missing, damaged or could not be made or written, 2
+    wrong use, 130 interrupted."""
     args = parse_arguments(arguments)
     try:
         queries = [query for file in args.annotations for query in read_annotations(file)]
@@ -224,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    settings = Settings(args.authors_scale, args.min_decoded, args.time_limit)
+    settings = Settings(args.authors_scale, args.min_decoded, args.time_limit, args.strict)
     results = prepare_all(inputs, args.output_dir, settings, args.workers)
     lines: list[dict] = []
     status = 0
@@ -236,6 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
         print("interrupted: what is done is kept, and the next run does the rest")
+    except OutputError as error:
+        status = 1
+        print(f"stopped: {error}. What is done is kept, and the next run does the rest")
     if args.annotations:
         made = {line["vid_name"] for line in lines if line["status"] != "failed"}
         lines += compare_with_annotations(needed, args.output_dir, made)
@@ -248,10 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OutputError as error:
         print(error, file=sys.stderr)
         status = status or 1
-    return status or int(any(line["status"] in ("failed", "missing") for line in lines))
+    return status or int(any(line["status"] not in ("done", "kept", "unused") for line in lines))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    sys.exit(main())
+    run_command(main)

@@ -39,6 +39,7 @@ from scripts.demo.world import (
     write_annotations,
     write_clips,
 )
+from utils.command import Parser, run_command
 from utils.evaluation.embed import embed_texts, embed_videos
 from utils.evaluation.ranking import video_scores
 from utils.evaluation.retrieval_metrics import retrieval_metrics
@@ -188,6 +189,7 @@ def run_main(folder: Path, run: Path, args: argparse.Namespace) -> None:
         "frame_store": folder / "frames.h5",
         "output_dir": run,
         "pretrained_clip_name": folder / "clip.pt",
+        "clip_activation": "quick_gelu",
         "adapter_channels": ADAPTER_CHANNELS,
         "seed": args.seed,
     }
@@ -308,7 +310,7 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
     parser.add_argument("--train_videos", type=int, default=600,
         help=f"even, at least {BATCH} (default 600)")  # fmt: skip
@@ -327,4 +329,4 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,13 +6,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils import OutputError, RunError
+from utils.command import Parser, run_command
 from utils.files import atomic_write, writing
 from utils.pictures.draw import caption_fonts
 from utils.report.curves import draw_curves
@@ -20,7 +18,7 @@ from utils.report.run_log import datatype, read_args, read_epochs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="LOGDIR", help="folders of runs")
     add(
@@ -43,7 +41,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RunError, OutputError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import main as propy
-from modules import ModelError
 from utils import RunError
+from utils.command import Parser, run_command
 from utils.training.checkpoint import BEST, read_checkpoint
 
 # Of a run: what its pictures depend on.
 FLAGS = (
     "datatype", "prvr_val_annos", "video_dir", "frame_store", "allow_missing", "max_words",
-    "pretrained_clip_name", "pyr_config_path", "Nvp", "num_adapter_layers", "adapter_channels",
-    "temp_kernel_sz", "batch_size_val", "seed", "event_scores", "plot_dir",
+    "pretrained_clip_name", "clip_activation", "pyr_config_path", "Nvp", "num_adapter_layers",
+    "adapter_channels", "temp_kernel_sz", "batch_size_val", "seed", "event_scores", "plot_dir",
 )  # fmt: skip
 VARIABLES = (
     *FLAGS, "num_thread_reader", "plot_limit", "plot_layer", "plot_head", "plot_style",
@@ -61,16 +61,12 @@ def flags_of(run: Path, given: Sequence[str] = ()) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run, or a checkpoint of it")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="further flags of main.py")
     args = parser.parse_args(argv)
-    try:
-        flags = flags_of(args.run, args.flags)
-    except (ModelError, RunError) as error:
-        sys.exit(f"error: {error}")
-    propy.command_line(flags)
+    propy.command_line(flags_of(args.run, args.flags))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -55,8 +55,9 @@ def test_harmless_forms_are_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("vid_name", "0123456"), ("vid_name", "-Qow $(rm) it's_210.0_360.0"),
-     ("desc", "日本語 \u2028 line\nbreak"), ("desc", "word " * 1900), ("desc_id", 0),
-     ("duration", 150), ("ts", [0, 0]), ("ts", [10, 45]), ("type", None)],
+     ("vid_name", "Wait... what.. (part 1)"), ("vid_name", "...and more"),
+     ("desc", "日本語 \u2028 line\nbreak\ttab\r\x85"), ("desc", "word " * 1900), ("desc_id", 0),
+     ("duration", 150), ("ts", [10, 45]), ("type", None)],
 )  # fmt: skip
 def test_unusual_but_right(tmp_path, field, value):
     (query,) = read_annotations(write(tmp_path, line(**{field: value})))
@@ -66,13 +67,14 @@ def test_unusual_but_right(tmp_path, field, value):
 
 # "..." stands for a field that is absent.
 WRONG = {
-    "vid_name": [..., 12, "", " ", "../v1", "..", "/etc/passwd", "a/b", "a\0b", "a\nb", "é" * 126],
-    "desc_id": [..., None, "", True, 1.5, ["q"]],
-    "desc": [..., None, ["a dog"], "", " \t", "a" * 100_000],
+    "vid_name": [..., 12, "", " ", "../v1", "..", ".", "/etc/passwd", "a/b", "a\0b", "a\nb",
+                 "a\x7fb", "é" * 126],
+    "desc_id": [..., None, "", True, 1.5, ["q"], "a\0", "a\nb", "\x1b[31m"],
+    "desc": [..., None, ["a dog"], "", " \t", "a" * 100_000, "a \0 dog", "a \x07 dog", "\x1b[1m"],
     "duration": [..., "30.5", None, True, 0, -3, float("nan"), float("inf"), 10**400],
     "ts": [["1", "2"], "1-2", [1], [1, 2, 3], [[1, 2], [3]], [[1, 2], 3], [1, [2, 3]], [-1, 2],
            [1, float("nan")], [1, True], {"start": 1}],
-    "type": [3],
+    "type": [3, "v\0"],
 }  # fmt: skip
 
 
@@ -117,13 +119,71 @@ def test_an_id_may_be_used_once(tmp_path):
     assert "line 1" in problem
 
 
-def test_reversed_windows_are_kept_and_listed(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("ts", "reason"),
+    [
+        ([8, 7], "ends before it starts"),
+        ([3, 3], "has no length"),
+        ([30.5, 40], "lies after the end"),
+        ([[1, 2], [31, 32]], "lies after the end"),
+        ([30.4, 40], None),
+        ([0, 1e-9], None),
+    ],
+)
+def test_windows_that_nothing_can_hit_are_kept_and_listed(tmp_path, caplog, ts, reason):
     # ActivityNet Captions and Charades-STA have some in their training files.
-    path = write(tmp_path, line(), line(desc_id=2, ts=[8, 7]))
+    path = write(tmp_path, line(), line(desc_id=2, ts=ts))
+    windows = ts if isinstance(ts[0], list) else [ts]
     with caplog.at_level(logging.WARNING):
-        assert read_annotations(path)[1].windows == ((8.0, 7.0),)
-    assert "1 of 2 queries" in caplog.text
-    assert f"{path}:2" in caplog.text
+        assert read_annotations(path)[1].windows == tuple(map(tuple, windows))
+    if reason is None:
+        assert not caplog.text
+    else:
+        assert f"1 of 2 queries have a window that {reason}" in caplog.text
+        assert f"{path}:2" in caplog.text
+
+
+@pytest.mark.parametrize(("other", "what"), [(30.5009, ""), (30.6, "warned"), (31.5, "warned"),
+                                             (31.6, "refused"), (305, "refused")])  # fmt: skip
+def test_two_durations_of_a_video(tmp_path, caplog, other: float, what: str):
+    good = [line(), line(desc_id=2, vid_name="v2", duration=99)]
+    path = write(tmp_path, *good, line(desc_id=3, duration=other))
+    if what == "refused":
+        (problem,) = problems(path)
+        assert problem.startswith(f"{path}:3: duration: ") and "on line 1" in problem
+    else:
+        assert corpus_videos(read_annotations(path))[0].duration == 30.5
+        assert ("1 of 3 queries" in caplog.text and f"{path}:3" in caplog.text) == bool(what)
+
+
+RELEASES = {
+    "activitynet": [
+        b'{"v_a": {"duration": 5.5, "timestamps": [[0, 1]], "sentences": ["a"]}}',
+        b'{\n  "v_a": {\n    "timestamps": [],\n "sentences": [], "duration": 5}}',
+    ],
+    "charades": [b"3MSZA 24.3 30.4##person turn a light on.\n", b"id,subject,length\nAB1,x,3\n"],
+    "qvhighlights": [
+        b'{"qid": 7, "query": "A girl.", "duration": 150, "vid": "N_0", "saliency_scores": []}\n',
+        b'\xef\xbb\xbf{"vid": "N_0", "query": "A girl.", "qid": 7}',
+    ],
+}
+
+
+@pytest.mark.parametrize("dataset", RELEASES)
+def test_an_original_file_is_recognised(tmp_path, dataset):
+    for content in RELEASES[dataset]:
+        path = write(tmp_path, content)
+        (problem,) = problems(path)
+        command = f"-m scripts.data.convert_annotations {dataset} {tmp_path}"
+        assert problem.startswith(str(path)) and problem.endswith(command)
+
+
+def test_tvrs_test_file_is_recognised(tmp_path):
+    path = write(tmp_path, *[f'{{"desc": "Monica.", "desc_id": {i}}}' for i in range(3)])
+    (problem,) = problems(path)
+    assert "names no videos" in problem
+    # not one of our own lines that lacks something
+    assert ":1: vid_name: missing" in problems(write(tmp_path, line(vid_name=...)))[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
@@ -152,12 +212,13 @@ JSON = st.recursive(
 
 NAMES = st.text(
     st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=40
-).filter(lambda text: text.strip() and ".." not in text)
+).filter(lambda text: text.strip() and text not in (".", ".."))
+PLAIN = st.characters(exclude_categories=["Cs", "Cc"])
 SECONDS = st.floats(0, 1e6)
 QUERIES = st.builds(
     Query,
-    desc_id=st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.integers(),
-    desc=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip),
+    desc_id=st.text(PLAIN, min_size=1) | st.integers(),
+    desc=st.text(PLAIN | st.sampled_from("\t\n\r"), min_size=1).filter(str.strip),
     vid_name=NAMES,
     duration=st.floats(0.01, 1e6),
     windows=st.none() | st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=3).map(tuple),
@@ -167,7 +228,12 @@ QUERIES = st.builds(
 
 @settings(max_examples=60)
 @given(
-    queries=st.lists(QUERIES, min_size=1, max_size=5, unique_by=lambda query: str(query.desc_id)),
+    queries=st.lists(
+        QUERIES,
+        min_size=1,
+        max_size=5,
+        unique_by=(lambda query: str(query.desc_id), lambda query: query.vid_name),
+    ),
     separator=st.sampled_from(["\n", "\r\n", "\n\n", " \n"]),
     mark=st.sampled_from(["", "\ufeff"]),
     escape=st.booleans(),

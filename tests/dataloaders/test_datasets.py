@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -191,10 +192,20 @@ def test_missing_files_are_listed_before_anything_is_read(video_dir):
     assert first.startswith(f"{video_dir}: 25 of 26 video files are missing: ")
     assert "bash scripts/prepare.sh" in first
     assert listed == [*(f"gone{i}" for i in range(20)), "and 5 more"]
-    with pytest.raises(DataError, match="1 of 1 video files are missing"):
-        make_training_loader(video_dir, [Query("q", "text", "gone", 1.0, None)], batch_size=1)
+    gone = [Query(name, "text", name, 1.0, None) for name in ("gone0", "gone1")]
+    with pytest.raises(DataError, match="2 of 2 video files are missing"):
+        make_training_loader(video_dir, gone, batch_size=2)
     with pytest.raises(DataError, match="no such video folder"):
         make_evaluation_loader(video_dir / "gone", videos)
+
+
+def test_a_batch_of_one_video_is_refused(video_dir):
+    """Its contrastive loss is 0, whatever the video."""
+    with pytest.raises(DataError, match="--batch_size 1: "):
+        make_training_loader(video_dir, batch_size=1)
+    with pytest.raises(DataError, match="only 1 videos"):
+        make_training_loader(video_dir, make_queries()[:1], batch_size=2)
+    assert make_training_loader(video_dir, batch_size=4).left_out == len(LENGTHS) % 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -293,6 +304,61 @@ def test_a_program_keeps_its_own_children(video_dir, tmp_path, work):
 def test_a_worker_that_continues_to_read_is_waited_for(video_dir, before_decoding, monkeypatch):
     """For a batch that takes many times as long as one clip may."""
     before_decoding(lambda _: time.sleep(0.2))
+    tokenize(["its table"], 8)  # the worker is forked with it; reading it takes longer
     monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 0.5)
     loader = make_training_loader(video_dir, num_workers=1, batch_size=11)
     assert [len(batch["vid_names"]) for batch in loader] == [11]
+
+
+SMALL_MACHINE = """
+import sys, torch
+from dataloaders.annotations import Video
+from dataloaders.datasets import EvaluationLoader, LoaderConfig
+
+class Clips:
+    check_command = None
+    def check(self, names, size): pass
+    def load(self, name, num_frames, size, generator):
+        return torch.full((num_frames, 3, size, size), int(name), dtype=torch.uint8)
+
+videos = [Video(str(i), 1.0) for i in range(40)]
+config = LoaderConfig(batch_size_val=4, num_thread_reader=2)
+batches = list(EvaluationLoader(videos, Clips(), 8, 64, config))
+frames = torch.cat([batch["frames"] for batch in batches])
+assert frames.shape == (40, 8, 3, 64, 64), frames.shape
+assert (frames == torch.arange(40)[:, None, None, None, None]).all()
+assert torch.cat([batch["indices"] for batch in batches]).tolist() == list(range(40))
+"""
+
+
+def test_workers_need_no_room_in_dev_shm_and_no_short_tmpdir(tmp_path):
+    """One batch is 384 KiB, /dev/shm 64 KiB; TMPDIR is longer than the name of a socket may be."""
+    folder = tmp_path / ("x" * 150)
+    folder.mkdir()
+    mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"']
+    may_mount = not subprocess.run([*mount, "-", "true"], capture_output=True).returncode
+    command = [*([*mount, "-"] if may_mount else []), sys.executable, "-c", SMALL_MACHINE]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_batches_are_not_written_over(video_dir):
+    """Each is the consumer's own, however many more are read meanwhile."""
+    videos = 4 * corpus_videos(make_queries())
+    expected = list(make_evaluation_loader(video_dir, videos))
+    batches = []
+    for batch in make_evaluation_loader(video_dir, videos, num_workers=2):
+        batches.append(batch)
+        time.sleep(0.02)  # the workers read ahead
+    assert all(map(same, batches, expected))
+
+
+def test_workers_that_cannot_start_say_what_they_need(video_dir, monkeypatch):
+    def no_semaphores(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.synchronize._multiprocessing.SemLock", no_semaphores)
+    loader = make_evaluation_loader(video_dir, corpus_videos(make_queries()), num_workers=1)
+    with pytest.raises(DataError, match=r"/dev/shm.*--shm-size.*--ipc=host.*num_thread_reader 0"):
+        iter(loader)

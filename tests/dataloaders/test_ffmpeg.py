@@ -52,14 +52,6 @@ def test_a_written_clip_decodes_to_its_frames(tmp_path):
     assert list(clip.get_key_indices()) == list(range(10))
 
 
-def test_colours_keep_their_channels(tmp_path):
-    frames = np.zeros((3, 64, 96, 3), np.uint8)
-    frames[..., 0] = 200
-    write_video(tmp_path / "a.mp4", frames)
-    mean = decord.VideoReader(str(tmp_path / "a.mp4"))[1].asnumpy().mean(axis=(0, 1))
-    assert np.abs(mean - [200, 0, 0]).max() < 12
-
-
 def test_an_iterable_gives_the_same_file_as_an_array(tmp_path):
     frames = ramp(5)
     write_video(tmp_path / "array.mp4", frames)
@@ -103,29 +95,11 @@ def test_reading_tells_size_times_and_duration(tmp_path):
     assert len(read_packets(tmp_path / "a.mp4", limit=2).times) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"just text, no video\n" * 50, bytes(5000)])
-def test_what_is_no_video_is_refused_with_a_reason(tmp_path, content):
-    (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot be read: .+"):
-        read_packets(tmp_path / "a.mp4")
-
-
 def test_the_time_limit_ends_the_process():
     start = time.monotonic()
     with pytest.raises(DataError, match=r"not done within 0\.3 s"):
         run_ffmpeg(ENDLESS, time_limit=0.3)
     assert time.monotonic() - start < 5
-    assert no_child_is_left()
-
-
-def test_the_time_limit_holds_while_feeding():
-    def endless():
-        while True:
-            yield bytes(64 * 64 * 3)
-
-    arguments = [*ffmpeg.raw_input_arguments(64, 64, 3), "-f", "null", "-"]
-    with pytest.raises(DataError, match="not done within"):
-        run_ffmpeg(arguments, time_limit=0.3, feed=endless())
     assert no_child_is_left()
 
 
@@ -163,26 +137,21 @@ def fresh_program():
     ffmpeg_program.cache_clear()
 
 
-def test_the_users_ffmpeg_is_taken(tmp_path, monkeypatch, fresh_program):
+def test_the_pinned_ffmpeg_runs_unless_another_is_named(tmp_path, monkeypatch, fresh_program):
     monkeypatch.delenv("FFMPEG", raising=False)
-    real = ffmpeg_program()
+    pinned = ffmpeg_program()
+    assert pinned == ffmpeg.get_ffmpeg_exe()
+    for name in ("path", "named"):
+        program = tmp_path / name / "ffmpeg"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec "{pinned}" "$@"\n')
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"), prepend=os.pathsep)
+    for named, expected in (("", pinned), (str(tmp_path / "named" / "ffmpeg"), None)):
+        ffmpeg_program.cache_clear()
+        monkeypatch.setenv("FFMPEG", named)
+        assert ffmpeg_program() == (expected or named)
     ffmpeg_program.cache_clear()
-    mine = tmp_path / "ffmpeg"
-    mine.write_text(f'#!/bin/sh\nexec "{real}" "$@"\n')
-    mine.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert ffmpeg_program() == str(mine)
-
-
-def test_a_broken_ffmpeg_on_the_path_is_passed_over(tmp_path, monkeypatch, fresh_program):
-    monkeypatch.delenv("FFMPEG", raising=False)
-    (tmp_path / "ffmpeg").write_text("#!/bin/sh\nexit 127\n")
-    (tmp_path / "ffmpeg").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert ffmpeg_program() == ffmpeg.get_ffmpeg_exe()
-
-
-def test_a_broken_ffmpeg_that_was_asked_for_is_an_error(tmp_path, monkeypatch, fresh_program):
     monkeypatch.setenv("FFMPEG", str(tmp_path / "absent"))
-    with pytest.raises(DataError, match=r"absent.*unset it"):
+    with pytest.raises(DataError, match=r"FFMPEG.*absent"):
         ffmpeg_program()

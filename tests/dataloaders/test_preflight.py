@@ -12,12 +12,13 @@ import pytest
 
 from dataloaders import DataError, video
 from dataloaders.annotations import Query, Split, Video
-from dataloaders.clips import VideoFolder
+from dataloaders.clips import VideoFolder, lookalikes
 from dataloaders.ffmpeg import run_ffmpeg, write_video
 from dataloaders.preflight import probe_all
 from scripts import report, score_predictions
 from tests.corpus import TinyRun, make_run
 from tests.fuzz import mutations
+from utils import RunError
 from utils.missing_videos import MissingVideos
 
 SIZE, FRAMES = 64, 4
@@ -58,6 +59,38 @@ def test_probing_finds_what_headers_show(tmp_path, clip):
     assert "80×32 pixels" in unusable["small"]
     with pytest.raises(DataError, match="no such video folder"):
         probe(tmp_path / "nowhere", "good")
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+CONFUSED = [
+    ("x", "x.MP4", "rename it to 'x.mp4'"),
+    ("x", "x.mkv", "scripts/prepare.sh"),
+    ("x", "X.mp4", "rename it to 'x.mp4'"),
+    ("x", "x.mp4.mp4", "rename it to 'x.mp4'"),
+    ("x.mp4", "x.mp4", "vid_name without the ending"),
+    ("x.mkv", "x.mp4", "vid_name without the ending"),
+    (NFC, f"{NFD}.mp4", "Unicode normal form"),
+    (NFD, f"{NFC}.mp4", "Unicode normal form"),
+    ("x", "y.mp4", None),
+]
+
+
+@pytest.mark.parametrize(("vid_name", "file", "remedy"), CONFUSED)
+def test_a_name_that_is_easily_confused_is_named(tmp_path, vid_name, file, remedy):
+    (tmp_path / file).write_bytes(b"")
+    unusable, _ = probe(tmp_path, vid_name)
+    with pytest.raises(DataError) as raised:
+        VideoFolder(tmp_path).check([vid_name], SIZE)
+    for message in (unusable[vid_name], str(raised.value).splitlines()[1]):
+        assert (repr(file) in message) == (remedy is not None)
+        assert remedy is None or remedy in message
+
+
+def test_so_is_a_clip_of_a_frame_store():
+    found = lookalikes(["x.mp4", "X", "z", NFC], ["x", "y", NFD])
+    assert found.keys() == {"x.mp4", "X", NFC}
+    assert "without the ending" in found["x.mp4"] and "write vid_name so" in found["X"]
+    assert "Unicode" in found[NFC]
 
 
 @pytest.mark.parametrize(("seconds", "doubt"), [(8, False), (5, False), (15, False), (80, True)])
@@ -175,7 +208,7 @@ def test_what_is_kept_of_a_reduced_split_can_be_used(damaged, tmp_path, capsys):
 
     words = ["--predictions", str(damaged.logs / "predictions.h5")]
     words += ["--annotations", str(damaged.corpus / "annos.jsonl")]
-    with pytest.raises(SystemExit, match="go without what the predictions lack: --allow_missing"):
+    with pytest.raises(RunError, match="go without what the predictions lack: --allow_missing"):
         score_predictions.main(words)
     score_predictions.main([*words, "--allow_missing"])
     printed = capsys.readouterr().out

@@ -8,7 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 
-from dataloaders.tokenizer import tokenize
+from dataloaders.tokenizer import count_cut, tokenize
 
 
 @pytest.mark.parametrize("max_words", [20, 32, 64, 77])
@@ -54,3 +54,10 @@ def test_no_room_or_no_captions_is_an_error():
 @pytest.mark.timeout(20)
 def test_the_longest_caption_an_annotation_may_have_is_quick():
     assert tokenize(["a" * 10_000], 32).shape == (1, 32)
+
+
+def test_captions_that_are_cut_are_counted():
+    captions = ["a dog", "a " * 29 + "b", "a " * 30, "a " * 31, "x" * 400, "&amp;" * 30]
+    lengths = [int((tokenize([text], 1000) != 0).sum()) for text in captions]
+    for max_words in (3, 4, 32, 33, 100):
+        assert count_cut(captions, max_words) == sum(length > max_words for length in lengths)

@@ -19,6 +19,7 @@ from models import build_model
 from models.clip import CLIP, CLIPSizes
 from models.clip_weights import PUBLISHED_ARCHIVES, build_clip, read_weights, weights_path
 from modules import ModelError
+from modules.transformer import GELU, QUICK_GELU
 from tests.golden_model import GOLDEN, make_weights
 
 CAPTIONS = ["a man opens the door", "two dogs", "she pours 2 cups of water into the pot"]
@@ -32,7 +33,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return {"plain": Path(plain), "archive": Path(archive)}
 
 
-def reference(state: dict, sizes: CLIPSizes) -> torch.nn.Module:
+def reference(state: dict, sizes: CLIPSizes, activation: str) -> torch.nn.Module:
     """open_clip's model of those sizes, with the same weights."""
     vision = {
         "layers": sizes.vision_layers, "width": sizes.vision_width,
@@ -42,14 +43,15 @@ def reference(state: dict, sizes: CLIPSizes) -> torch.nn.Module:
         "context_length": sizes.context_length, "vocab_size": sizes.vocab_size,
         "width": sizes.text_width, "heads": sizes.text_width // 64, "layers": sizes.text_layers,
     }  # fmt: skip
-    model = open_clip.CLIP(sizes.embed_dim, vision, text, quick_gelu=True)
+    model = open_clip.CLIP(sizes.embed_dim, vision, text, quick_gelu=activation == QUICK_GELU)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"attn_mask"}
     return model.eval()
 
 
 def compare(clip: CLIP, state: dict) -> None:
-    theirs, side = reference(state, clip.sizes), clip.sizes.input_resolution
+    theirs = reference(state, clip.sizes, clip.activation)
+    side = clip.sizes.input_resolution
     images, token_ids = torch.randn(2, 3, side, side), tokenize(CAPTIONS, 32)
     padded = torch.nn.functional.pad(token_ids, (0, 77 - token_ids.shape[1]))
     near = {"rtol": 1e-4, "atol": 1e-5}
@@ -66,11 +68,17 @@ def test_features_equal_open_clips(files, kind: str) -> None:
         state = make_weights.torch_state(make_weights.make("vitb32", 1))
         compare(build_clip(state), state)
     else:
-        compare(build_clip(files[kind], trust_archive=True), read_weights(files["plain"]))
+        compare(build_clip(files[kind], trust_archive=True), read_weights(files["plain"]).state)
+
+
+@pytest.mark.parametrize("activation", [QUICK_GELU, GELU])
+def test_both_activations_are_open_clips(activation: str) -> None:
+    state = make_weights.torch_state(make_weights.make("tiny", 1))
+    compare(build_clip(state, activation=activation), state)
 
 
 def test_archive_and_state_dict_hold_the_same(files) -> None:
-    plain, archive = read_weights(files["plain"]), read_weights(files["archive"], True)
+    plain, archive = (read_weights(files[kind], True).state for kind in ("plain", "archive"))
     assert plain.keys() == archive.keys()
     assert all(torch.equal(plain[key], archive[key]) for key in plain)
     assert {value.dtype for value in archive.values()} == {torch.float32}
@@ -167,7 +175,17 @@ class _Server(http.server.SimpleHTTPRequestHandler):
         path = Path(self.translate_path(self.path))
         body = path.read_bytes() if path.is_file() else b""
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
-        status = 404 if not body else 416 if start >= len(body) else 206 if start else 200
+        if self.server.status < 0:
+            return
+        status = (
+            (self.server.status or 404)
+            if not body
+            else 416
+            if start >= len(body)
+            else 206
+            if start
+            else 200
+        )
         self.server.answers.append(f"{status} from {start}")
         self.send_response(status)
         self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -195,11 +213,16 @@ def download(tmp_path):
     served.write_bytes(content)
     handler = functools.partial(_Server, directory=str(tmp_path / "served"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.answers = []
+    server.answers, server.status = [], 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
 
-    def run(part: bytes | None = None) -> subprocess.CompletedProcess:
+    def run(
+        part: bytes | None = None, status: int = 0, url: str = url
+    ) -> subprocess.CompletedProcess:
+        if status:
+            served.unlink()
+            server.status = status
         if part is not None:
             (folder / "ViT-B-32.pt.part").write_bytes(part)
         return subprocess.run(
@@ -231,12 +254,31 @@ def test_a_wrong_part_that_cannot_be_resumed_is_replaced(download, longer) -> No
     assert (download.folder / "ViT-B-32.pt").read_bytes() == download.content
 
 
-def test_a_part_outlives_a_server_that_fails(download) -> None:
-    download.served.unlink()
-    done = download(download.content[:12345])
-    assert done.returncode == 1 and "broke off; run the same command to resume" in done.stderr
+SOURCES = ("base_url=", "timm/vit_base_patch32_clip_224.openai", "openai/clip-vit-base-patch32")
+
+
+@pytest.mark.parametrize(
+    ("status", "elsewhere"), [(404, True), (403, True), (410, True), (503, False), (429, False)]
+)
+def test_a_part_outlives_a_server_that_fails(download, status: int, elsewhere: bool) -> None:
+    """Where the file is gone for good, other sources are named."""
+    done = download(download.content[:12345], status)
+    assert done.returncode == 1 and f"HTTP {status}" in done.stderr
+    assert "broke off" not in done.stderr
+    assert [source in done.stderr for source in SOURCES] == 3 * [elsewhere]
     (part,) = download.folder.iterdir()
     assert part.read_bytes() == download.content[:12345]
+
+
+def test_a_server_that_is_not_there_is_said(download) -> None:
+    done = download(url="http://127.0.0.1:9")
+    assert done.returncode == 1 and "cannot be reached" in done.stderr
+    assert all(source in done.stderr for source in SOURCES)
+
+
+def test_a_download_that_breaks_off_is_resumed_by_the_same_command(download) -> None:
+    done = download(status=-1)  # the connection ends within the answer
+    assert done.returncode == 1 and "broke off; run the same command to resume" in done.stderr
 
 
 def test_a_wrong_download_is_not_put_in_place(download) -> None:

@@ -43,9 +43,12 @@ def random_batch(model, videos: int = 3, seed: int = 1) -> dict:
     "pyramid",
     [PYRAMID, {"Nf": 8, "offset": [1, 1, 0]}, {"Nf": 4, "H": [[4, 1]]}, {"Nf": 1, "H": [[1, 1]]}],
 )
-@pytest.mark.parametrize("adapters", [0, 2, 3])
-def test_equals_plain_definition(pyramid, adapters: int) -> None:
-    model = random_model(pyramid=pyramid, num_adapter_layers=adapters)
+@pytest.mark.parametrize(
+    ("adapters", "activation"),
+    [(0, "quick_gelu"), (2, "quick_gelu"), (3, "quick_gelu"), (3, "gelu")],
+)
+def test_equals_plain_definition(pyramid, adapters: int, activation: str) -> None:
+    model = random_model(pyramid=pyramid, num_adapter_layers=adapters, clip_activation=activation)
     batch = random_batch(model)
     events, attention = model.encode_video(batch["frames"], return_attention=True)
     texts = model.encode_text(batch["token_ids"])

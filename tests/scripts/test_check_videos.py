@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dataloaders import DataError
+from dataloaders.clips import VideoFolder
 from dataloaders.ffmpeg import write_video
 from scripts.data import check_videos
 from scripts.data.check_videos import check_size, main
@@ -70,6 +73,25 @@ def test_headers_show_most_faults(folder, tmp_path):
 
 def test_decoding_also_shows_damage(folder, tmp_path):
     assert faults(folder, tmp_path, ALL, "--decode") == HEADER_FAULTS | {"damaged": {"broken"}}
+
+
+def test_the_manifest_shows_other_sizes_and_with_checksums_other_bytes(folder, tmp_path, capsys):
+    names, lines = ["good", "portrait", "fast"], []
+    for name in names[:2]:
+        data = (folder / f"{name}.mp4").read_bytes()
+        facts = {"bytes": len(data) - (name == "good"), "crc32": 1 + zlib.crc32(data), "frames": 9}
+        lines.append(json.dumps({"vid_name": name} | facts))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    try:
+        found = faults(folder, tmp_path, names)
+        assert found == {"good": {"changed"}, "fast": {"rate"}}
+        assert "1 of them are not in a manifest.jsonl" in capsys.readouterr().out
+        assert faults(folder, tmp_path, names, "--checksums")["portrait"] == {"changed"}
+        with pytest.raises(DataError, match=r"good\.mp4: it is not as it was prepared: bytes"):
+            VideoFolder(folder).probe("good", 224)
+        assert VideoFolder(folder).probe("portrait", 224) == 9
+    finally:
+        (folder / "manifest.jsonl").unlink()
 
 
 def test_a_healthy_folder_passes(folder, tmp_path, capsys):

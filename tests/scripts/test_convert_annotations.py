@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dataloaders.annotations import VAL, Split
 from scripts.data.convert_annotations import SPLITS, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +19,7 @@ ACTIVITYNET = {
         "timestamps": [[0.28, 60], [54.32, 13.79]],
         "sentences": ["A weight  lifting tutorial. ", " Zweite Übung\u2028."],
     },
-    "v_a": {"duration": 10, "timestamps": [[0, 10]], "sentences": ["Same words."]},
+    "v_a": {"duration": 10, "timestamps": [[0, 10.0004]], "sentences": ["Same words."]},
 }
 CHARADES = """469E8 24.3 30.4##person turn a light on.
 00607 9.0 1.5##a ## sign.
@@ -69,7 +70,7 @@ def test_activitynet(tmp_path):
             {"vid_name": "v_b", "desc_id": "v_b#enc#1", "desc": " Zweite Übung\u2028.",
              "duration": 55.15, "ts": [13.79, 54.32]},
             {"vid_name": "v_a", "desc_id": "v_a#enc#0", "desc": "Same words.", "duration": 10,
-             "ts": [0, 10]},
+             "ts": [0, 10.0004]},
         ]
     }  # fmt: skip
 
@@ -99,6 +100,40 @@ def test_qvhighlights(tmp_path):
     }  # fmt: skip
 
 
+def test_both_annotators_of_activitynet(tmp_path, capsys):
+    """In files of their own and in one; the durations are the first file's."""
+    source = sources(tmp_path / "in")
+    second = {
+        "v_a": {"duration": 10.4, "timestamps": [[2, 10.3]], "sentences": ["Other words."]},
+        "v_c": {"duration": 7, "timestamps": [[1, 2]], "sentences": ["Only here."]},
+    }
+    (source / "val_2.json").write_text(json.dumps(second))
+    made = convert("activitynet", source, tmp_path / "out")
+    assert made.keys() == {"val.jsonl", "val_2.jsonl", "val_1_2.jsonl"}
+    assert [record["duration"] for record in made["val_2.jsonl"]] == [10.4, 7]
+    first, both = made["val.jsonl"], made["val_1_2.jsonl"]
+    assert both[:3] == first
+    assert both[3:] == [
+        {"vid_name": "v_a", "desc_id": "v_a#enc2#0", "desc": "Other words.", "duration": 10,
+         "ts": [2, 10.3]},
+        {"vid_name": "v_c", "desc_id": "v_c#enc2#0", "desc": "Only here.", "duration": 7,
+         "ts": [1, 2]},
+    ]  # fmt: skip
+    split = Split.read(tmp_path / "out" / "val_1_2.jsonl", VAL)
+    assert (len(split.videos), len(split.queries)) == (3, 5)
+    assert "1 videos have two durations" in capsys.readouterr().out
+
+
+def test_qvhighlights_test_split_with_times(tmp_path):
+    source = sources(tmp_path / "in")
+    for name, lines in (("test_release", QVHIGHLIGHTS[1:]), ("test_with_gt", QVHIGHLIGHTS)):
+        (source / f"highlight_{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = convert("qvhighlights", source, tmp_path / "out")
+    assert made["test.jsonl"] == made["val.jsonl"] and made["test.jsonl"][0]["ts"]
+    (source / "highlight_test_with_gt.jsonl").unlink()
+    assert len(convert("qvhighlights", source, tmp_path / "out")["test.jsonl"]) == 1
+
+
 def test_tvr_stays_as_it_is(tmp_path):
     assert convert("tvr", sources(tmp_path / "in"), tmp_path / "out") == {"val.jsonl": TVR}
 
@@ -110,7 +145,7 @@ def test_what_is_unusual_is_counted_and_said(tmp_path, capsys):
     assert "3 queries, 2 videos" in printed.out
     assert "WARNING: the published split has 17505 and 4917" in printed.out
     assert "1 windows ended before they started: put in order" in printed.out
-    assert "1 windows reach beyond the duration: left as they are" in printed.out
+    assert "1 windows reach beyond the duration: left as they are" in printed.out, "not by 0.4 ms"
     assert "train.json" in printed.err  # the split that is not there
 
 

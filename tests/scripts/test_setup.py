@@ -78,3 +78,13 @@ def test_it_installs_once_even_when_two_start_together(checkout: Path) -> None:
     (checkout / "requirements.txt").write_text("another==2\n")
     assert start(checkout).wait(timeout=30) == 0
     assert len(installs(checkout)) == 3
+
+
+def test_where_there_are_no_locks_it_installs_all_the_same(checkout: Path) -> None:
+    add_python(checkout, "python3.11")
+    (checkout.parent / "bin/flock").unlink()
+    add_python(checkout, "flock", "#!/usr/bin/env bash\nexit 71\n")
+    process = start(checkout)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 0 and "no locks" in message
+    assert len(installs(checkout)) == 1

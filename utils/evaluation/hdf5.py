@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dataloaders.storage import open_hdf5
 from utils import RunError
 from utils.files import atomic_write
 
@@ -60,13 +61,11 @@ def read_hdf5(path: Path, name: str, layout: Layout, remedy: str) -> dict[str, A
         RunError: no such file, not of the format `name`, or a field is missing or does not fit;
             ends in the remedy.
     """
-    import h5py
-
     if not path.is_file():
         raise RunError(f"{path}: no such file: {remedy}")
     sizes: dict[str, int] = {}
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             if str(file.attrs.get("format")) != name:
                 raise ValueError(f"not a file of {name!r}")
             return {field: _read(file, field, layout[field], sizes) for field in layout}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataloaders.storage import if_supported, open_hdf5
 from utils.evaluation.hdf5 import PACKED
 from utils.files import atomic_write, commit, temporary_sibling, writing
 
@@ -51,8 +52,6 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
     Raises:
         OutputError: a file cannot be written.
     """
-    import h5py
-
     path = folder / ATTENTION
     first_of_video: dict[str, str] = {}
     hits: list[tuple[str | int, str]] = []
@@ -72,7 +71,7 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
         with writing(path):
             # HDF5 crashes on a full disk: room for what it writes next is taken beforehand
             if hasattr(os, "posix_fallocate"):  # absent on macOS
-                with part.open("rb+") as raw:
+                with part.open("rb+") as raw, if_supported():
                     size = attention.nbytes + METADATA
                     os.posix_fallocate(raw.fileno(), file.id.get_filesize(), size)
             if first != key:
@@ -87,10 +86,10 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
     with ExitStack() as stack:
         with writing(path):
             part = stack.enter_context(temporary_sibling(path))
-            file = stack.enter_context(h5py.File(part, "w"))
+            file = stack.enter_context(open_hdf5(part, "w"))
             file.attrs.update(attributes)
         image = io.BytesIO()  # a few numbers a query
-        scores_file = stack.enter_context(h5py.File(image, "w"))
+        scores_file = stack.enter_context(open_hdf5(image, "w"))
         yield add
         scores_file.close()
         with writing(path):
@@ -107,7 +106,5 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
 
 def read_attention(folder: Path, desc_id: str | int, name: str = ATTENTION) -> np.ndarray:
     """[L, N_e, keys] of a query, or with `SCORES` its [N_e]. KeyError: it was not plotted."""
-    import h5py
-
-    with h5py.File(folder / name) as file:
+    with open_hdf5(folder / name) as file:
         return file[query_name(desc_id)][()]

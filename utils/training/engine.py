@@ -21,6 +21,7 @@ from utils.training.progress import EpochSums
 logger = logging.getLogger("propy.engine")
 
 LOG_EVERY = 50  # steps
+SKIPPED_TO_WARN = 5  # steps of an epoch, all of them; finding a scale takes the first few
 # From 65536 the scaler halves its scale with every step that it skips; no sound training gets here.
 SMALLEST_LOSS_SCALE = 2.0**-20
 
@@ -149,7 +150,8 @@ def train_one_epoch(
         after_step: called when a step is complete and added; may end the epoch by an exception.
 
     Raises:
-        RunError: a loss that is not finite, with the step's number.
+        RunError: a loss that is not finite, with the step's number; or the loss scaler skipped
+            every step.
     """
     model.train()
     started = time.perf_counter()
@@ -173,6 +175,13 @@ def train_one_epoch(
                 raise RunError(f"step {step + 1}: {error}") from None
             done = time.perf_counter()
             sums.add(result.loss, result.grad_norm, result.skipped, loaded - started, done - loaded)
+            if sums.skipped_steps == sums.steps == SKIPPED_TO_WARN:
+                logger.warning(
+                    "the loss scaler has skipped all %d steps of this epoch so far: loss or "
+                    "gradient are not finite in float16, and nothing is trained. If it goes on: "
+                    "--precision bf16 or fp32, or a lower --lr",
+                    sums.steps,
+                )
             shown = {
                 "loss": f"{result.loss:.3f}",
                 "lr": f"{rate:.1e}",
@@ -185,3 +194,9 @@ def train_one_epoch(
                 logger.info("step %d  %s", step + 1, "  ".join(map(" ".join, shown.items())))
             after_step(result)
             started = time.perf_counter()
+    if sums.skipped_steps == sums.steps:
+        raise RunError(
+            f"the loss scaler skipped all {sums.steps} steps of the epoch, since loss or gradient "
+            "were not finite in float16: nothing was trained. Use --precision bf16 or fp32, or a "
+            "lower --lr"
+        )

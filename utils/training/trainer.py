@@ -121,6 +121,7 @@ class Trainer:
         self.model, self.loader, self.evaluator = model, loader, evaluator
         self.latest, self.best = folder / LATEST, folder / BEST
         self.config, self.device, self.resumed_from = config, device, resume
+        self._say_what_an_epoch_is()
         self.optimizer = build_optimizer(model, config.lr, config.coef_lr, config.wd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp")
         self.progress = self._resume(resume, flags, facts) if resume else Progress()
@@ -133,6 +134,22 @@ class Trainer:
         agree = partial(largest, device=device) if world_size() > 1 else None
         self.signals = DeferredSignals(agree)
         self._last_good = resume
+
+    def _say_what_an_epoch_is(self) -> None:
+        loader, steps = self.loader, len(self.loader)
+        text = f"an epoch is {steps} steps of {loader.batch_size} videos"
+        if loader.left_out:
+            text += (
+                f"; its incomplete last batch is left out, {loader.left_out} of the "
+                f"{len(loader.names):,} videos, other ones every time"
+            )
+        logger.info("%s", text)
+        if steps * self.config.epochs == 1:
+            logger.warning(
+                "one step in all: its learning rate is the warm-up's first, %.0e, so next to "
+                "nothing is trained; raise --epochs or lower --batch_size",
+                learning_rate(0, 1, self.config.lr),
+            )
 
     def _resume(self, path: Path, flags: dict, facts: dict) -> Progress:
         """Where the run stopped, with everything put back to that point."""

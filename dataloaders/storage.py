@@ -1,0 +1,62 @@
+"""Files on any file system: NFS, Lustre, CIFS and FUSE lack locks, fsync and more, in many ways.
+
+What only makes writing safer is forgone there. HDF5 is opened without locks of its own anywhere:
+its files appear whole here and never change afterwards. (A set HDF5_USE_FILE_LOCKING overrules it.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import h5py
+
+UNSUPPORTED = {
+    errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL,
+    524,  # ENOTSUPP of the Linux kernel, which has no name outside
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def if_supported() -> Iterator[None]:
+    """What the file system does not offer is left out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def sync(descriptor: int) -> None:
+    """See an open file's bytes on the disk. OSError: they cannot be written."""
+    with if_supported():
+        os.fsync(descriptor)
+
+
+def lock(descriptor: int) -> bool | None:
+    """Take a POSIX lock; False: another process has it, None: the file system has no locks.
+
+    Unlike flock's it is the process's own, so a forked loader worker, which may outlive a killed
+    run by seconds, does not hold it. Within one process it excludes no one.
+    """
+    try:
+        with if_supported():
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):  # which, POSIX leaves open
+            raise
+        return False
+    return None
+
+
+def open_hdf5(file: Any, mode: str = "r", **settings: Any) -> h5py.File:
+    """A path, or an open file. OSError: it cannot be opened, or is no HDF5 file."""
+    import h5py
+
+    return h5py.File(file, mode, locking=False, **settings)
