@@ -71,6 +71,7 @@ def golden_steps(folder: Path, name: str) -> None:
     """Losses and gradient norms of the twelve steps that the authors' program took."""
     golden = GoldenModel.read(name)
     model = golden.build()
+    folder.mkdir(exist_ok=True)
     load_checkpoint(golden.write_authors_checkpoint(folder / f"authors{rank()}.pth.tar"), model)
     model.double()
     settings = golden.config["train"]
@@ -94,12 +95,25 @@ def golden_steps(folder: Path, name: str) -> None:
 
 def save(folder: Path, tensors: dict[str, Tensor], every_rank: bool = False) -> None:
     if every_rank or is_main():
+        folder.mkdir(exist_ok=True)
         torch.save(tensors, folder / f"{world_size()}-{rank()}.pt")
 
 
+WORKS = {
+    **{
+        f"gradients-{micro_batches}-{freeze_clip}": (gradients, "m3", micro_batches, freeze_clip)
+        for micro_batches in (1, 2)
+        for freeze_clip in (1, 0)
+    },
+    **{f"steps-{precision}": (steps, precision) for precision in ("fp32", "bf16", "amp")},
+    "inf": (steps, "amp", 1),
+    "golden": (golden_steps, "m3"),
+}
+
 if __name__ == "__main__":
-    work, folder, *arguments = sys.argv[1:]
+    base, *chosen = sys.argv[1:]
     torch.set_num_threads(1)
     with process_group("gloo", torch.device("cpu")):
-        numbers = [int(a) if a.lstrip("-").isdigit() else a for a in arguments]
-        globals()[work](Path(folder), *numbers)
+        for name in chosen or WORKS:
+            work, *arguments = WORKS[name]
+            work(Path(base) / name, *arguments)

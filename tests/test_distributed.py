@@ -31,52 +31,66 @@ def torchrun(processes: int, *command: str) -> list[str]:
     ]  # fmt: skip
 
 
-def program(processes: int, folder: Path, work: str, *arguments: object) -> list[dict]:
-    """What each process of tests/distributed_program.py saved, the main one first."""
-    words = [str(ROOT / "tests/distributed_program.py"), work, str(folder), *map(str, arguments)]
+def compute(processes: int, folder: Path, *chosen: str) -> None:
+    """What tests/distributed_program.py computes, once for all tests that read it."""
+    words = [str(ROOT / "tests/distributed_program.py"), str(folder), *chosen]
     command = [sys.executable, *words] if processes == 1 else torchrun(processes, *words)
     done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, cwd=ROOT
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    files = sorted(folder.glob(f"{processes}-*.pt"))
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("computed")
+    compute(1, folder)
+    compute(2, folder)
+    compute(3, folder, *GRADIENTS)
+    return folder
+
+
+GRADIENTS = [f"gradients-{micro}-{freeze}" for micro in (1, 2) for freeze in (1, 0)]
+
+
+def saved(folder: Path, work: str, processes: int) -> list[dict]:
+    """What each process saved of a work, the main one first."""
+    files = sorted((folder / work).glob(f"{processes}-*.pt"))
     return [torch.load(file, weights_only=True) for file in files]
 
 
-@pytest.mark.parametrize("freeze_clip", [1, 0])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_loss_and_gradients_are_those_of_one_process(tmp_path, micro_batches, freeze_clip) -> None:
-    """With captions in no way even among the processes."""
-    arguments = ("gradients", "m3", micro_batches, freeze_clip)
-    (alone,) = program(1, tmp_path, *arguments)
+@pytest.mark.parametrize("work", GRADIENTS)
+def test_loss_and_gradients_are_those_of_one_process(computed, work) -> None:
+    """With captions in no way even among the processes; in micro-batches; with CLIP trained."""
+    (alone,) = saved(computed, work, 1)
     for processes in (2, 3):
-        (together,) = program(processes, tmp_path, *arguments)
+        (together,) = saved(computed, work, processes)
         assert together.keys() == alone.keys()
         for name, value in alone.items():
             torch.testing.assert_close(together[name], value, rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "amp"])
-def test_all_processes_take_the_same_steps(tmp_path, precision) -> None:
-    (alone,) = program(1, tmp_path, "steps", precision)
-    first, second = program(2, tmp_path, "steps", precision)
+def test_all_processes_take_the_same_steps(computed, precision) -> None:
+    (alone,) = saved(computed, f"steps-{precision}", 1)
+    first, second = saved(computed, f"steps-{precision}", 2)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
         near = {"fp32": 1e-4}.get(precision, 5e-3)
         torch.testing.assert_close(value, alone[name], rtol=0, atol=near, msg=name)
 
 
-def test_an_inf_in_one_process_is_skipped_by_all(tmp_path) -> None:
-    results = program(2, tmp_path, "steps", "amp", 1)
+def test_an_inf_in_one_process_is_skipped_by_all(computed) -> None:
+    results = saved(computed, "inf", 2)
     for found in results:
         assert found["skipped"].tolist() == [False, False, True, False]
         assert found["scale"] == 8.0
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
 
 
-def test_the_golden_trajectory(tmp_path) -> None:
+def test_the_golden_trajectory(computed) -> None:
     golden = GoldenModel.read("m3")
-    for found in program(2, tmp_path, "golden_steps", "m3"):
+    for found in saved(computed, "golden", 2):
         losses, norms = found["steps"].unbind(1)
         assert losses.numpy() == pytest.approx(golden["traj_loss_f64"], abs=1e-9)
         assert norms.numpy() == pytest.approx(golden["traj_grad_norm_f64"], rel=1e-9)
@@ -110,16 +124,18 @@ def machines():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_two_machines(tmp_path, machines) -> None:
+@pytest.mark.slow
+def test_two_machines(tmp_path, computed, machines) -> None:
     """As far as the network is concerned: torchrun's own flags, one process on each."""
     commands, ends = machines
-    arguments = ("gradients", str(tmp_path), "m3", "1", "1")
-    (alone,) = program(1, tmp_path, arguments[0], *arguments[2:])
+    work = "gradients-1-1"
+    (alone,) = saved(computed, work, 1)
     started = [
         subprocess.Popen(
             [*command, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
              "--node_rank", str(n), "--nproc_per_node", "1", "--master_addr", "10.77.0.1",
-             "--master_port", "29517", str(ROOT / "tests/distributed_program.py"), *arguments],
+             "--master_port", "29517", str(ROOT / "tests/distributed_program.py"),
+             str(tmp_path), work],
             env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": end}, cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
@@ -128,12 +144,13 @@ def test_two_machines(tmp_path, machines) -> None:
     for process in started:
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-    together = torch.load(tmp_path / "2-0.pt", weights_only=True)
+    (together, *_) = saved(tmp_path, work, 2)
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=0, atol=1e-12, msg=name)
 
 
 # ---------------------------------------------------------------------------- the whole program
+# Every process imports torch anew, which takes minutes in all: -m slow.
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +184,7 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
     best = str(corpus.logs / "ckpt.best.pth.tar")
     flags = (
@@ -193,6 +211,7 @@ def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
             assert torch.equal(value, same) if torch.is_tensor(value) else value == same, name
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_number_of_processes(corpus, tmp_path) -> None:
     run(corpus, 1, tmp_path / "whole", *TRAIN, "--epochs", "3")
     for processes, epochs in ((2, 1), (1, 2), (3, 3)):
@@ -205,6 +224,7 @@ def test_a_run_continues_on_another_number_of_processes(corpus, tmp_path) -> Non
     assert losses(tmp_path / "parts")[0] == pytest.approx(losses(tmp_path / "whole")[0], rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_ends_ends_the_run_which_resumes(corpus, tmp_path, number) -> None:
     flags = (*TRAIN, "--epochs", "60", "--save_every_steps", "1", "--resume", "auto")
@@ -228,10 +248,11 @@ def test_a_process_that_ends_ends_the_run_which_resumes(corpus, tmp_path, number
     assert len(losses(tmp_path)) >= done + 1
 
 
+@pytest.mark.slow
 def test_more_processes_than_videos_in_a_batch_are_refused(corpus, tmp_path) -> None:
-    command = torchrun(2, *words(corpus, tmp_path, *TRAIN, "--batch_size", "1"))
+    command = torchrun(3, *words(corpus, tmp_path, *TRAIN, "--batch_size", "2"))
     done = subprocess.run(
         command, cwd=corpus.corpus, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    assert "2 processes for --batch_size 1: use fewer" in done.stdout + done.stderr
+    assert "3 processes for --batch_size 2: use fewer" in done.stdout + done.stderr
