@@ -157,15 +157,15 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     return noted
 
 
-def compare(path: Path, noted: Mapping | None, checksum: bool = False) -> bool:
-    """Whether a clip could be compared with what a manifest notes of it, if anything: its size, and
-    with `checksum` the CRC-32 of its bytes, which all have to be read for that.
+def compare(path: Path, noted: Mapping | None, checksum: bool = False) -> None:
+    """Compare a clip with what a manifest notes of it, if anything: its size, and with `checksum`
+    the CRC-32 of its bytes, which all have to be read for that.
 
     Raises:
         DataError: it differs, or cannot be read; the message leaves its name to the caller.
     """
     if noted is None:
-        return False
+        return
     try:
         facts = {"bytes": path.stat().st_size}
         facts |= {"crc32": zlib.crc32(path.read_bytes())} if checksum else {}
@@ -174,7 +174,6 @@ def compare(path: Path, noted: Mapping | None, checksum: bool = False) -> bool:
     for kind, fact in facts.items():
         if fact != noted[kind]:
             raise DataError(f"it is not as it was prepared: {kind} {fact}, not {noted[kind]}")
-    return True
 
 
 class VideoFolder(ClipSource):
@@ -226,11 +225,11 @@ class VideoFolder(ClipSource):
         self.compare(name)
         return frames
 
-    def compare(self, name: str, checksum: bool = False) -> bool:
+    def compare(self, name: str, checksum: bool = False) -> None:
         """As `compare`, of a clip by its name."""
         path = self.path(name)
         try:
-            return compare(path, self.noted.get(name), checksum)
+            compare(path, self.noted.get(name), checksum)
         except DataError as error:
             raise DataError(f"{path}: {error}: {PREPARE}") from error
 

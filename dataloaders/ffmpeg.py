@@ -198,7 +198,8 @@ def run_ffmpeg(
             raise DataError(f"not done within {time_limit:g} s, and stopped")
         messages = _read_back(errors, MAX_MESSAGES, heard)
         for code in NO_ROOM:
-            told = status == 256 - code or (status > 0 and os.strerror(code) in messages)
+            told = status > 0 and os.strerror(code) in messages
+            told |= status == 256 - code and not messages  # no room for these either
             if told or (status, code) == (-signal.SIGXFSZ, errno.EFBIG):
                 places = f"there, or in {tempfile.gettempdir()} for temporary files"
                 raise OSError(code, f"{os.strerror(code)} ({places})")

@@ -171,14 +171,15 @@ def decoded_share(packets: Track, frames: np.ndarray, seconds: float | None) -> 
 def header_lengths(source: Path, packets: Track, seconds: float) -> tuple[float, float]:
     """The length that the header tells, and that of what it tells it of, both in seconds.
 
-    An AVI's is that of its pictures, read here: FFmpeg corrects it by the size of a cut file. Of
-    other containers it is that of the longest stream, so sound may outlast the pictures.
+    An AVI's is that of its pictures, read here: FFmpeg corrects it by the size of a cut file. It
+    counts frames; the shorter of two readings stands: intervals may be wrong, frames left out.
+    Of other containers it is that of the longest stream, so sound may outlast the pictures.
     """
     with source.open("rb") as file:
         start = file.read(52)
     if start[:4] == b"RIFF" and start[24:28] == b"avih":
         interval, frames = (int.from_bytes(start[i : i + 4], "little") for i in (32, 48))
-        return interval * frames / 1e6, seconds
+        return min(interval * frames / 1e6, frames * seconds / len(packets.times)), seconds
     return packets.container_seconds or math.nan, float(np.fmax(packets.file_seconds, seconds))
 
 
@@ -225,7 +226,7 @@ def convert_video(source: Path, output: Path, settings: Settings) -> dict:
             found["damaged"] = {"messages": messages, "seconds": round(float(touched), 2)}
             wrong["damaged"] = f"{messages} decoding errors, seen in {touched:.1f} s of its frames"
     lengths = {"header": claimed, "packets": there, "frames": end}
-    if max(claimed - there, length - end) > CLOCK_TOLERANCE:
+    if np.fmax(claimed - there, length - end) > CLOCK_TOLERANCE:
         found["short"] = {k: round(v, 2) for k, v in lengths.items() if not math.isnan(v)}
         told = ", ".join(f"{k} {v} s" for k, v in found["short"].items())
         wrong["short"] = f"its lengths disagree: {told}"

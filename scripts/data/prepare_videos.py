@@ -171,7 +171,7 @@ def keep(name: str, clips: VideoFolder, settings: Settings) -> dict:
             raise DataError(f"it does not decode ({track.error})")
         result = {"status": "done", "frames": len(track.times), **file_facts(path)}
         append_line(path.with_name(MANIFEST), manifest_line(path, result))
-    if result.get("status") == "done":
+    if result.get("status", "done") == "done":
         return result | {"status": "kept"}
     if settings.strict:
         reason = f"{path}: made of a damaged input: {result.get('reason')}: --strict: remove it"
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = 130
         print("interrupted: what is done is kept, and the next run does the rest")
-    except OutputError as error:
+    except (OutputError, DataError) as error:
         status = 1
         print(f"stopped: {error}. What is done is kept, and the next run does the rest")
     if args.annotations:
