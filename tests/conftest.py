@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ def pytest_runtest_protocol(item: pytest.Item):
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = tf32
         torch.use_deterministic_algorithms(deterministic)
+        # A loader worker that was killed, and is a zombie still, would be held against the next.
+        multiprocessing.active_children()
 
 
 @pytest.fixture(scope="session")

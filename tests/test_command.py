@@ -23,6 +23,7 @@ COMMANDS = [
     "main", "scripts.report", "scripts.score_predictions", "scripts.plot.plot_curves",
     "scripts.plot.plot_run", "scripts.data.check_videos", "scripts.data.convert_annotations",
     "scripts.data.pack_frames", "scripts.data.prepare_videos", "scripts.benchmark.__main__",
+    "scripts.benchmark.ranks",
     "scripts.demo.run",
 ]  # fmt: skip
 

@@ -21,6 +21,7 @@ from models import ProPy, ProPyConfig
 from models.clip import CLIP
 from scripts.benchmark.model import SIZES
 from utils import distributed
+from utils.command import Parser, run_command
 from utils.distributed import is_main, own_share, process_group, world_size
 from utils.misc import choose_device, disable_tf32, peak_memory_gib
 from utils.training.engine import train_step
@@ -28,7 +29,7 @@ from utils.training.optim import build_optimizer
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", choices=list(SIZES), default="b32", help="CLIP's size (default b32)")
     add("--videos", type=int, default=24, help="of the global batch (default 24)")
@@ -39,7 +40,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> None:
+def main() -> None:
+    args = parse_args()
     disable_tf32()
     device = choose_device()
     if device.type == "cpu":
@@ -111,4 +113,4 @@ def synchronize(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_command(main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dataloaders.annotations import VAL, Query, Split
+from dataloaders.datasets import LoaderConfig
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.ranking import predict_moments, rank_videos
@@ -58,6 +60,8 @@ def test_each_is_encoded_once_and_texts_while_clips_are_decoded():
     ]
     evaluator = CorpusEvaluator.__new__(CorpusEvaluator)  # whose loader is the recorder
     evaluator.loader, evaluator.texts = recorder, texts
+    evaluator.split, evaluator.loading = SimpleNamespace(videos=range(6)), LoaderConfig()
+    evaluator.proposals = torch.zeros(4, 2)
     embeddings = evaluator.embed(recorder, torch.device("cpu"))
     assert recorder.calls == [
         "start workers", "encode text", "encode text",
