@@ -162,14 +162,19 @@ class ClipLoader:
 
     def _checked(self, batches: Iterator, reader: _Reader) -> Iterator[dict]:
         """Args: reader: of the batches; has to live as long as they are received."""
-        while (batch := self._next(batches)) is not None:
-            if isinstance(batch, _Parcel):
-                batch = batch.open()
-            if isinstance(batch, DataError):
-                command = self.clips.check_command
-                hint = f"; to find all clips that do not decode: `{command}`" if command else ""
-                raise DataError(f"{batch}{hint}")
-            yield batch
+        try:
+            while (batch := self._next(batches)) is not None:
+                if isinstance(batch, _Parcel):
+                    batch = batch.open()
+                if isinstance(batch, DataError):
+                    command = self.clips.check_command
+                    hint = f"; to find all clips that do not decode: `{command}`" if command else ""
+                    raise DataError(f"{batch}{hint}")
+                yield batch
+        finally:  # now: later torch would raise of a dead worker wherever the program is then
+            if hasattr(batches, "_workers"):
+                batches._shutdown_workers()
+                _kill(batches._workers)
 
     def _next(self, batches: Iterator) -> dict | DataError | None:
         """What is next, None at the end; waits for as long as the workers continue to read."""
