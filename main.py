@@ -96,12 +96,8 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
             *(split.path, f"{cut:,}", f"{len(split.queries):,}", args.max_words),
         )
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
-    missing = None
-    if is_main():
-        missing = require_videos(
-            splits, clips, model.input_resolution, args.output_dir, bool(args.allow_missing)
-        )
-    missing = from_main(missing)
+    size, allow = model.input_resolution, bool(args.allow_missing)
+    missing = from_main(lambda: require_videos(splits, clips, size, args.output_dir, allow))
     val, *train_split = (missing.remaining(split) for split in splits)
     loading, config = config_from(LoaderConfig, args), config_from(EvalConfig, args)
     evaluator = CorpusEvaluator(val, clips, model, loading, config, missing)
@@ -118,8 +114,8 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     best = args.resume
     if args.do_train:
         best = train(args, model, evaluator, *train_split, clips, device)
-        if size := missing.summary(TRAIN):
-            logger.warning("trained %s", size)
+        if summary := missing.summary(TRAIN):
+            logger.warning("trained %s", summary)
     if not (args.do_eval or args.do_plot):
         return
     epoch = load_checkpoint(best, model).epoch
@@ -195,16 +191,14 @@ def train(
     """All epochs, each with its evaluation and checkpoint; returns the best checkpoint's path."""
     if world_size() > args.batch_size:
         raise RunError(f"{world_size()} processes for --batch_size {args.batch_size}: use fewer")
-    resume = from_main(checkpoint_to_resume(args.resume, args.output_dir))
+    resume = from_main(lambda: checkpoint_to_resume(args.resume, args.output_dir))
     if args.load_from_pretrained and not resume:
         load_checkpoint(args.load_from_pretrained, model)
         logger.info("starting from the weights of %s", args.load_from_pretrained)
     flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     num_frames, config = model.pyramid.num_frames, config_from(TrainConfig, args)
-    part = rank(), world_size()
-    loader = TrainingLoader(
-        split, clips, num_frames, model.input_resolution, evaluator.loading, part
-    )
+    size, share = model.input_resolution, (rank(), world_size())
+    loader = TrainingLoader(split, clips, num_frames, size, evaluator.loading, share)
     facts = run_facts(split, evaluator.split, config.precision, num_frames, clips.kind)
     trainer = Trainer(
         model, loader, evaluator, args.output_dir, config,
@@ -229,7 +223,7 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
     if args.allow_missing:
         absent = {video.vid_name for video in split.videos} - set(saved.vid_names)
         reasons = dict.fromkeys(sorted(absent), f"{args.load_embeddings}: made without it")
-    missing = MissingVideos(args.output_dir, [(split, reasons)])
+    missing = from_main(lambda: MissingVideos(args.output_dir, [(split, reasons)]))
     split = missing.remaining(split)
     proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
     try:

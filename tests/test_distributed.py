@@ -212,16 +212,38 @@ def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_continues_on_another_number_of_processes(corpus, tmp_path) -> None:
-    run(corpus, 1, tmp_path / "whole", *TRAIN, "--epochs", "3")
-    for processes, epochs in ((2, 1), (1, 2), (3, 3)):
-        run(
-            corpus, processes, tmp_path / "parts", *TRAIN, "--resume", "auto",
-            "--epochs", str(epochs),
-        )  # fmt: skip
-    assert len(losses(tmp_path / "parts")) == 3
-    # the schedule of the first epochs is shorter, so only the first loss is that of the whole
-    assert losses(tmp_path / "parts")[0] == pytest.approx(losses(tmp_path / "whole")[0], rel=0.2)
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_run_continues_on_another_number_of_processes(corpus, tmp_path, before: int) -> None:
+    run(corpus, before, tmp_path / "before", *TRAIN, "--epochs", "1")
+    found = []
+    for processes in (1, 2, 3):
+        output = tmp_path / str(processes)
+        shutil.copytree(tmp_path / "before", output)
+        run(corpus, processes, output, *TRAIN, "--resume", "auto", "--epochs", "2")
+        found.append(losses(output))
+    assert [len(epochs) for epochs in found] == [2, 2, 2]
+    for epochs in found[1:]:
+        assert epochs == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_saved_embeddings_and_missing_videos(corpus, tmp_path) -> None:
+    """Every process goes without the videos that the main one lists."""
+    queries = (corpus.corpus / "annos.jsonl").read_text().splitlines()
+    absent = json.loads(queries[0]) | {"vid_name": "absent", "desc_id": "absent"}
+    (tmp_path / "more.jsonl").write_text("\n".join([*queries, json.dumps(absent)]))
+    more = ("--prvr_val_annos", str(tmp_path / "more.jsonl"), "--allow_missing", "1")
+    evaluate = ("--do_eval", "1", "--resume", str(corpus.logs / "ckpt.best.pth.tar"))
+    file, rows = str(tmp_path / "e.h5"), []
+    run(corpus, 2, tmp_path / "made", *evaluate, *more, "--save_embeddings", file)
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        run(corpus, processes, output, *evaluate, *more, "--load_embeddings", file)
+        (record,) = map(json.loads, (output / "eval.jsonl").read_text().splitlines())
+        assert record["val_videos_left_out"] == 1
+        (line,) = (output / "missing_videos.jsonl").read_text().splitlines()
+        rows.append((record["metrics"], line))
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.slow

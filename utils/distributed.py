@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from dataloaders.sampling import share
 from utils import RunError
-
-TIMEOUT = timedelta(minutes=float(os.environ.get("PROPY_TIMEOUT_MINUTES", 10)))
 
 T = TypeVar("T")
 
@@ -36,7 +34,7 @@ def world_size() -> int:
 
 def is_main() -> bool:
     """Whether this process is the one that writes, logs and draws progress bars."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 @contextlib.contextmanager
@@ -47,14 +45,19 @@ def process_group(backend: str | None, device: torch.device) -> Iterator[None]:
         backend: nccl or gloo; by default nccl for GPUs and gloo for CPUs.
 
     Raises:
-        RunError: a collective operation failed, as when another process ended or hangs.
+        RunError: a collective operation failed, as when another process ended or hangs; or
+            PROPY_TIMEOUT_MINUTES, for which the others are waited for, is no time.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group(
-        backend or ("nccl" if device.type == "cuda" else "gloo"), timeout=TIMEOUT
-    )
+    minutes = os.environ.get("PROPY_TIMEOUT_MINUTES", "10")
+    try:
+        timeout = timedelta(minutes=float(minutes))
+    except (OverflowError, ValueError):
+        raise RunError(f"PROPY_TIMEOUT_MINUTES is no number of minutes: {minutes!r}") from None
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, timeout=timeout)
     try:
         yield
     except RuntimeError as error:
@@ -154,8 +157,9 @@ def largest(value: int, device: torch.device) -> int:
     return int(number)
 
 
-def from_main(value: T) -> T:
-    """The main process's value in all of them."""
+def from_main(compute: Callable[[], T]) -> T:
+    """What the main process computes, which alone does, in all of them."""
+    value = compute() if is_main() else None
     if world_size() == 1:
         return value
     values = [value]
@@ -170,5 +174,5 @@ def barrier() -> None:
 
 
 def _is_of_another_process(error: RuntimeError) -> bool:
-    words = ("gloo", "nccl", "connection", "broken pipe", "timed out", "rank")
-    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+    libraries = ("gloo", "nccl")  # whose errors may be plain ones, with their names in the text
+    return isinstance(error, dist.DistError) or any(x in str(error).lower() for x in libraries)

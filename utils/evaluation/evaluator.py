@@ -64,12 +64,17 @@ class Evaluator:
         config: what is evaluated, and how.
         missing: what the split is without, for tables and records.
         readout: of a video's score, the model's.
+
+    Raises:
+        RunError: there are more processes than queries.
     """
 
     def __init__(
         self, split: Split, proposals: Tensor, config: EvalConfig,
         missing: MissingVideos | None = None, readout: Readout = best_event,
     ) -> None:  # fmt: skip
+        if world_size() > len(split.queries):
+            raise RunError(f"{world_size()} processes for {len(split.queries)} queries: use fewer")
         self.split, self.proposals, self.config = split, proposals, config
         self.missing, self.readout = missing, readout
         self.evaluate_vcmr = config.subtask_type == VCMR
@@ -167,8 +172,6 @@ class CorpusEvaluator(Evaluator):
         config: EvalConfig, missing: MissingVideos | None = None,
     ) -> None:  # fmt: skip
         super().__init__(split, model.pyramid.proposals, config, missing, model.readout)
-        if world_size() > len(split.queries):
-            raise RunError(f"{world_size()} processes for {len(split.queries)} queries: use fewer")
         self.clips, self.loading = clips, loading
         self.num_frames, self.size = model.pyramid.num_frames, model.input_resolution
         self.texts = evaluation_text_batches(split.queries, loading.max_words, TEXT_BATCH)

@@ -185,7 +185,7 @@ class Trainer:
         with contextlib.closing(self.epoch_log), self.signals, self._last_good_in_errors():
             if is_main():
                 self._finish_interrupted_epoch()
-            best = from_main((progress.best_score, progress.best_epoch))
+            best = from_main(lambda: (progress.best_score, progress.best_epoch))
             progress.best_score, progress.best_epoch = best
             while progress.epoch < epochs:
                 self.signals.check()
