@@ -21,7 +21,7 @@ from scripts import report
 from tests.corpus import CAPTIONS, ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
-from utils.report.page import Run, curves, result_tables, write_page
+from utils.report.page import Run, curves, facts, result_tables, write_page
 from utils.report.queries import Thumbnails, best_and_worst, query_card, retrieved
 
 CHROMIUM = next(
@@ -227,6 +227,12 @@ def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
 
 
 # ---------------------------------------------------------------- parts
+
+
+def test_the_head_says_how_it_was_trained(tiny_run) -> None:
+    shown = facts(Run.read(tiny_run.logs))
+    assert {name for name, value in shown.items() if not value} == {"evaluated"}, "all were there"
+    assert shown["precision"] == "fp32" and shown["epochs"] == len(tiny_run.lines("log.jsonl"))
 
 
 def some_predictions() -> tuple[torch.Tensor, MomentPredictions]:

@@ -301,7 +301,7 @@ def facts(run: Run) -> dict[str, object]:
         "best epoch": run.records[0].get("epoch") if run.epochs else None,
         "evaluated": "; ".join(dict.fromkeys(filter(None, map(reduced_size, run.records)))),
         "trained parameters": f"{trained / 1e6:.2f} M" if run_log.is_number(trained) else None,
-        "precision": run.args.get("used_precision"),
+        "precision": run.args.get("precision"),
         "seed": run.args.get("seed"),
         "revision": str(run.args.get("git", ""))[:12],
     }
