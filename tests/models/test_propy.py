@@ -140,6 +140,15 @@ def test_mixed_precision_stays_close(precision: str) -> None:
     assert losses[1] != losses[0], "autocast did nothing"
 
 
+def test_only_new_parameters_train_on_a_frozen_clip() -> None:
+    model = random_model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(model, 1e-2, 1.0, 0.2)
+    train_step(model, random_batch(model), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == before.keys() - model.backbone_names() - model.unreachable_parameters()
+
+
 def test_initial_values() -> None:
     torch.manual_seed(0)
     model = build_model(GoldenModel.read("m3").clip_state(), PYRAMID, adapter_channels=32)
