@@ -24,7 +24,7 @@ from PIL import Image
 
 from dataloaders import DataError
 from dataloaders.clips import ClipSource, lookalikes
-from dataloaders.ffmpeg import decode_frames as decode_track
+from dataloaders.ffmpeg import decode_frames
 from dataloaders.sampling import sampled_indices
 from dataloaders.storage import if_supported, lock, open_hdf5, sync
 from dataloaders.video import DECODE_TIME_LIMIT, PREPARE, load_every_frame
@@ -81,7 +81,7 @@ def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedCli
     """
     stat = path.stat()
     frames = load_every_frame(path, size)
-    decoded = decode_track(path, DECODE_TIME_LIMIT)
+    decoded = decode_frames(path, DECODE_TIME_LIMIT)
     if decoded.damaged:
         raise DataError(f"{path}: decodes with errors ({decoded.error}): {PREPARE}")
     jpegs = [encode_frame(frame, quality) for frame in frames]
@@ -89,7 +89,7 @@ def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedCli
         name=name,
         lengths=np.array([len(jpeg) for jpeg in jpegs], np.uint32),
         checksums=np.array([zlib.crc32(jpeg) for jpeg in jpegs], np.uint32),
-        psnr=psnr(frames, decode_frames(jpegs)),
+        psnr=psnr(frames, decode_jpegs(jpegs)),
         source=path.name,
         source_bytes=stat.st_size,
         source_mtime_ns=stat.st_mtime_ns,
@@ -105,7 +105,7 @@ def encode_frame(frame: torch.Tensor, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def decode_frames(jpegs: Sequence[bytes]) -> torch.Tensor:
+def decode_jpegs(jpegs: Sequence[bytes]) -> torch.Tensor:
     """JPEGs as uint8 [n, 3, S, S] RGB."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -217,7 +217,7 @@ class FrameStore(ClipSource):
         chosen = sampled_indices(self.probe(name, size), num_frames, generator)
         needed, positions = np.unique(chosen, return_inverse=True)
         try:
-            frames = decode_frames(self.jpegs(name, needed))
+            frames = decode_jpegs(self.jpegs(name, needed))
         except RuntimeError as error:
             raise DataError(f"{self.label(name)}: cannot be decoded ({error}): {PACK}") from error
         if frames.shape[1:] != (3, size, size):

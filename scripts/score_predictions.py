@@ -27,9 +27,7 @@ from utils.missing_videos import missing_counts, reduced_size
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: metrics and exports of a predictions file."""
     # fmt: off
-    parser = Parser(
-        description=__doc__.split("\n")[0]
-    )
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--predictions", type=Path, required=True, metavar="HDF5",
         help="what main.py --subtask_type VCMR --save_predictions 1 wrote")

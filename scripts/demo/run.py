@@ -53,7 +53,6 @@ CLIP_SIZES = CLIPSizes(
     embed_dim=64, vision_width=64, vision_layers=3, patch_size=16, grid=SIZE // 16,
     text_width=64, text_layers=3, context_length=77, vocab_size=49408,
 )  # fmt: skip
-PYRAMID = ROOT / "scripts/pyramids/cfg_32.json"
 ADAPTER_CHANNELS = 64
 PICTURE_FOLDER = ROOT / "VIS" / "demo"
 PICTURES, PICTURE_BATCH = 16_000, 128

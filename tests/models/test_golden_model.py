@@ -15,6 +15,7 @@ from tests.golden_model import SMALL, GoldenModel, authors_view, checksums, inpu
 from utils.training.checkpoint import load_checkpoint
 from utils.training.engine import train_step
 from utils.training.optim import build_optimizer, learning_rate, set_learning_rate
+from utils.training.progress import Progress
 
 
 @pytest.fixture(scope="module", params=[*SMALL, "small224"])
@@ -26,7 +27,7 @@ def load(name: str, folder, dtype: torch.dtype = torch.float64):
     golden = GoldenModel.read(name)
     model = golden.build()
     path = golden.write_authors_checkpoint(folder / f"{name}.pth.tar")
-    assert load_checkpoint(path, model).from_authors
+    assert load_checkpoint(path, model) == Progress(epoch=10)
     return golden, model.to(dtype).eval()
 
 

@@ -49,7 +49,7 @@ def save_checkpoint(
     except ModelError as error:
         raise RunError(f"{path}: not written: {error}") from None
     content |= asdict(progress)
-    del content["has_optimizer"], content["from_authors"]
+    del content["has_optimizer"]
     content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     content["rng"] = rng_state()
     with atomic_write(path) as part, part.open("wb") as file:
@@ -107,7 +107,7 @@ def load_checkpoint(
 
 def _progress(content: dict) -> Progress:
     if is_from_authors(content):
-        return Progress(epoch=int(content.get("epoch", 0)), from_authors=True)
+        return Progress(epoch=int(content.get("epoch", 0)))
     own = {name: content[name] for name in asdict(Progress()) if name in content}
     sums = EpochSums(**own.pop("sums"))
     progress = Progress(**own, sums=sums, has_optimizer="optimizer" in content)

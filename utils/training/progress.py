@@ -72,4 +72,3 @@ class Progress:
     last_record: dict | None = None  # of log.jsonl, for the last epoch done
     facts: dict = field(default_factory=dict)  # of the run besides its flags
     has_optimizer: bool = False  # whether training can be resumed from it
-    from_authors: bool = False
