@@ -28,7 +28,7 @@ from dataloaders.annotations import TRAIN, VAL, Split
 from dataloaders.clips import VideoFolder
 from dataloaders.frame_store import FrameStore
 from dataloaders.storage import lock
-from models.clip_weights import PUBLISHED_ARCHIVES, WEIGHTS_FILES, weights_path
+from models.clip_weights import PUBLISHED_ARCHIVES, WEIGHTS_FILES, build_clip, weights_path
 from modules.torch_files import sha256_of
 from scripts import report
 from scripts.data import check_videos, pack_frames
@@ -278,8 +278,12 @@ def frame_store(row: Row) -> Iterator[dict]:
         print("none is asked for (frame_store=FILE)")
         return
     if not isinstance(find_clips(row), FrameStore):
+        trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
+        path = find_weights(row.settings.pretrained_clip_name)["file"]
+        clip = build_clip(path, trust, row.settings.clip_activation)
         files = [row.settings.prvr_val_annos, row.settings.prvr_train_annos]
         flags = ["--video_dir", row.video_dir, "--frame_store", store, "--annotations", *files]
+        flags += ["--size", clip.sizes.input_resolution]
         status = pack_frames.main([str(flag) for flag in flags])
         if status == 128 + signal.SIGINT:
             raise KeyboardInterrupt
@@ -289,6 +293,8 @@ def frame_store(row: Row) -> Iterator[dict]:
 
 
 def zero_shot(row: Row) -> Iterator[dict]:
+    if not hasattr(row.settings, "zero_shot"):
+        return
     scoring = ZERO_SHOT[row.task]
     variables = {"subtask_type": row.task, "zero_shot": scoring}
     yield evaluate(row, "zero-shot", row.folder / f"{row.name}_zero_shot_{scoring}", variables)
@@ -445,9 +451,12 @@ def reproduce(row: Row) -> None:
     row.folder.mkdir(parents=True, exist_ok=True)
     for number, (name, step) in enumerate(STEPS.items(), start=1):
         print(f"[{number}/{len(STEPS)}] {row.name}: {name}", flush=True)
-        found = []
+        earlier, found = load(row).get(row.name, {}).get(name, []), []
         for item in step(row):
             found.append(item)
+            if earlier[: len(found)] != found:
+                save(row, name, found)
+        if earlier != found:
             save(row, name, found)
     print(f"results: {row.results}")
 
