@@ -177,7 +177,8 @@ def run_program(command: Sequence[str], **variables: object) -> None:
 def find_weights(name: str) -> dict:
     """CLIP's file and its sha256. RunError: it is not there, or not the published one."""
     path = weights_path(name, ROOT / "CLIP_weights")
-    fetch = f"`bash scripts/download_clip.sh {name}`" if name in WEIGHTS_FILES else "copy it there"
+    by_name = path != Path(name)
+    fetch = f"`bash scripts/download_clip.sh {name}`" if by_name else "copy it there"
     if not path.is_file():
         raise RunError(f"{path}: no CLIP weights there: {fetch}")
     found = {"file": str(path), "sha256": sha256_of(path)}
@@ -238,7 +239,8 @@ def finished(row: Row, folder: Path) -> bool:
 
 def weights(row: Row) -> Iterator[dict]:
     name = row.settings.pretrained_clip_name
-    if name in WEIGHTS_FILES and not weights_path(name, ROOT / "CLIP_weights").is_file():
+    path = weights_path(name, ROOT / "CLIP_weights")
+    if path != Path(name) and not path.is_file():
         run_program(["bash", "scripts/download_clip.sh", name])
     yield find_weights(name)
 
