@@ -28,11 +28,7 @@ from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.readout import best_event
 from modules.similarity import event_scores, unit
 
-TITLES = {  # of a scoring, in tables
-    "mean": "zero-shot CLIP, mean frame",
-    "best": "zero-shot CLIP, best frame",
-    "events": "zero-shot CLIP, best event",
-}
+SCORINGS = ("mean", "best", "events")
 
 
 class SingleFrames(PromptPyramid):
@@ -50,8 +46,8 @@ class SingleFrames(PromptPyramid):
 
 def events_of(scoring: str, pyramid: PromptPyramid) -> PromptPyramid:
     """The events of a scoring on a pyramid's frames. ModelError: there is no such scoring."""
-    if scoring not in TITLES:
-        raise ModelError(f"zero-shot scoring {scoring!r} is none of {', '.join(TITLES)}")
+    if scoring not in SCORINGS:
+        raise ModelError(f"zero-shot scoring {scoring!r} is none of {', '.join(SCORINGS)}")
     if scoring == "events":
         return pyramid
     frames = pyramid.num_frames
@@ -70,21 +66,23 @@ class ZeroShot(nn.Module):
     Args:
         clip: used as it is; whether it is trained and its mode stay.
         config: gives the pyramid; of the rest only what describes CLIP and texts has a meaning.
-        scoring: one of `TITLES`.
+        scoring: one of `SCORINGS`.
 
     Attributes:
         pyramid: the scoring's events, see `events_of`.
+        num_heads: of attention that could be drawn; events here attend to nothing.
 
     Raises:
         ModelError: no such scoring, or no pyramid.
     """
 
     readout = staticmethod(best_event)
+    num_heads = 0
 
     def __init__(self, clip: CLIP, config: ProPyConfig, scoring: str = "events") -> None:
         super().__init__()
         self.pyramid = events_of(scoring, PromptPyramid.from_config(config.pyramid))
-        self.clip, self.config, self.scoring, self.title = clip, config, scoring, TITLES[scoring]
+        self.clip, self.config, self.scoring = clip, config, scoring
         for name, value in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -144,7 +142,7 @@ def load_zero_shot(
 
     Args:
         clip_weights: file or content, or OpenAI's name of a model, looked for in ``CLIP_weights``.
-        scoring: one of `TITLES`.
+        scoring: one of `SCORINGS`.
         pyramid: see ``PromptPyramid.from_config``; "mean" and "best" take its number of frames.
         clip_activation, trust_archive: see ``models.clip_weights.build_clip``.
 

@@ -163,7 +163,8 @@ def words(corpus, output: Path, *flags: str) -> list[str]:
         str(ROOT / "main.py"), "--prvr_val_annos", "annos.jsonl", "--video_dir", "videos",
         "--output_dir", str(output), "--pretrained_clip_name", "clip.pt",
         "--pyr_config_path", "pyramid.json", "--adapter_channels", "16", "--batch_size", "3",
-        "--batch_size_val", "1", "--num_thread_reader", "0", "--lr", "2e-3", *flags,
+        "--batch_size_val", "1", "--num_thread_reader", "0", "--lr", "2e-3",
+        "--log_zero_shot", "0", *flags,
     ]  # fmt: skip
 
 

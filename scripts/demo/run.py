@@ -31,7 +31,7 @@ from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
 from models import load_propy
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
-from models.zero_shot import TITLES, ZeroShot, events_of, span_means
+from models.zero_shot import ZeroShot, events_of, span_means
 from scripts.demo.world import (
     Clip,
     draw_clips,
@@ -44,6 +44,7 @@ from utils.command import Parser, run_command
 from utils.evaluation.embed import embed_texts, embed_videos
 from utils.evaluation.ranking import video_scores
 from utils.evaluation.retrieval_metrics import retrieval_metrics
+from utils.evaluation.rows import ZERO_SHOT
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.misc import usable_cores
 from utils.training.optim import learning_rate, set_learning_rate
@@ -248,8 +249,8 @@ def all_scores(
     alone = ZeroShot(model.clip, model.config, "best")
     frames, sentences = embed(alone, seen), embed_texts(alone, texts, cpu)
     return {
-        TITLES["mean"]: video_scores(sentences, span_means(frames, events_of("mean", pyramid))),
-        TITLES["best"]: video_scores(sentences, frames),
+        ZERO_SHOT["mean"]: video_scores(sentences, span_means(frames, events_of("mean", pyramid))),
+        ZERO_SHOT["best"]: video_scores(sentences, frames),
         "the same on clear videos": video_scores(sentences, embed(alone, clear)),
         "ProPy": video_scores(embed_texts(model, texts, cpu), embed(model, seen)),
     }

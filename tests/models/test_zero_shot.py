@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dataloaders.tokenizer import tokenize
 from models import ProPyConfig
 from models.clip_weights import build_clip
-from models.zero_shot import TITLES, ZeroShot, load_zero_shot
+from models.zero_shot import SCORINGS, ZeroShot, load_zero_shot
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from tests.golden_model import make_weights
@@ -59,7 +59,7 @@ def theirs(state: dict, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def test_scores_of_every_scoring(state, frames) -> None:
     seen, said = theirs(state, frames)
     spans = PromptPyramid.from_config(PYRAMID).spans.tolist()
-    for scoring in TITLES:
+    for scoring in SCORINGS:
         model = load_zero_shot(state, scoring, PYRAMID, clip_activation="quick_gelu")
         with torch.no_grad():
             events = model.encode_video(frames)
@@ -80,7 +80,7 @@ def test_scores_of_every_scoring(state, frames) -> None:
 
 
 def test_moments_of_every_scoring(state) -> None:
-    events = {name: load_zero_shot(state, name, PYRAMID, "quick_gelu").pyramid for name in TITLES}
+    events = {name: load_zero_shot(state, name, PYRAMID, "quick_gelu").pyramid for name in SCORINGS}
     assert events["mean"].proposals.tolist() == [[0, 1]]
     assert events["events"].proposals.equal(PromptPyramid.from_config(PYRAMID).proposals)
     best = events["best"]
