@@ -39,7 +39,7 @@ from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_e
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
-from utils.evaluation.rows import VCMR, ZERO_SHOT
+from utils.evaluation.rows import VCMR, zero_shot_name
 from utils.files import atomic_write, check_outputs, locked_folder, new_folder
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import choose_device, disable_tf32, git_revision, memory_advice, set_seed
@@ -124,8 +124,8 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     if not (args.do_eval or args.do_plot):
         return
     if args.zero_shot:
-        epoch, source, best = 0, ZERO_SHOT[args.zero_shot], clip_weights(args)
-        logger.info("using %s: %s", source, best)
+        epoch, best = 0, clip_weights(args)
+        logger.info("using %s", source := zero_shot_name(args.zero_shot, best))
         if is_main() and not (args.output_dir / "log.jsonl").exists():  # else training's stay
             write_args(args, {})
     else:
@@ -213,7 +213,7 @@ def train(
     resume = from_main(lambda: checkpoint_to_resume(args.resume, args.output_dir))
     zero_shot = {}
     if args.log_zero_shot and not resume:  # by CLIP as it was published
-        logger.info("CLIP alone on %s, the line to beat", evaluator.split.path)
+        logger.info("evaluating CLIP alone, before it is trained with (--log_zero_shot)")
         with memory_advice(LESS_MEMORY_EVALUATING):
             zero_shot = zero_shot_rows(model, evaluator, device)
     if args.load_from_pretrained and not resume:

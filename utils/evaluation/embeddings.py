@@ -18,7 +18,7 @@ from modules.torch_files import sha256_of
 from utils import RunError
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.hdf5 import read_hdf5, write_hdf5
-from utils.evaluation.rows import ZERO_SHOT
+from utils.evaluation.rows import scoring_of, zero_shot_name
 
 REMEDY = "make the file with main.py --save_embeddings"
 FORMAT = "ProPy embeddings, version 1"
@@ -42,7 +42,7 @@ class SavedEmbeddings:
     durations: Tensor  # float32 [V] seconds
     proposals: Tensor  # float32 [N_e, 2] start and end of every event as a share of the video
     max_words: int  # tokens of a caption that were read
-    checkpoint: str  # path of the model, as it was named; of zero-shot CLIP see `scoring`
+    checkpoint: str  # path of the model, as it was named, or zero_shot_name
     sha256: str  # of that file, or of CLIP's weights
     epoch: int  # epochs that it was trained
 
@@ -62,7 +62,7 @@ class SavedEmbeddings:
             durations=torch.tensor([video.duration for video in split.videos]),
             proposals=proposals.cpu().float(),
             max_words=max_words,
-            checkpoint=f"{ZERO_SHOT[scoring]}: {checkpoint}" if scoring else str(checkpoint),
+            checkpoint=zero_shot_name(scoring, checkpoint) if scoring else str(checkpoint),
             sha256=sha256_of(checkpoint),
             epoch=epoch,
         )
@@ -70,8 +70,7 @@ class SavedEmbeddings:
     @property
     def scoring(self) -> str | None:
         """Of zero-shot CLIP; None for a trained model's."""
-        of_clip = (name for name, title in ZERO_SHOT.items() if self.checkpoint.startswith(title))
-        return next(of_clip, None)
+        return scoring_of(self.checkpoint)
 
     def check(
         self, queries: Sequence[Query], proposals: Tensor,

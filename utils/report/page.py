@@ -38,6 +38,7 @@ from utils.evaluation.rows import (
     ZERO_SHOT,
     Rows,
     breakdown,
+    scoring_of,
     task_rows,
     video_rows,
 )
@@ -103,8 +104,8 @@ class Run:
     @property
     def is_zero_shot(self) -> bool:
         """Whether rows of CLIP alone are among its results."""
-        evaluated = (record.get("checkpoint") for record in self.records)
-        return bool(self.zero_shot) or any(name in ZERO_SHOT.values() for name in evaluated)
+        evaluated = (scoring_of(record.get("checkpoint")) for record in self.records)
+        return bool(self.zero_shot) or any(evaluated)
 
     @property
     def records(self) -> list[dict]:
@@ -179,8 +180,6 @@ def result_rows(run: Run) -> dict[str, Rows]:
         if "metrics" in record:
             rows = record["metrics"]
             name = f"evaluated {Path(str(record.get('checkpoint'))).name}, "
-            if record.get("checkpoint") in ZERO_SHOT.values():
-                name = f"{record['checkpoint']}, "
         else:
             rows, name = {}, ""
             for key, value in record.items():
@@ -190,7 +189,9 @@ def result_rows(run: Run) -> dict[str, Rows]:
         if not isinstance(rows, dict) or not all(isinstance(r, dict) for r in rows.values()):
             raise RunError(f"{run.folder / 'eval.jsonl'}: its metrics are not rows of numbers")
         size = reduced_size(record)
-        source = f"{name}epoch {record.get('epoch')}" + (f", {size}" if size else "")
+        scoring = scoring_of(record.get("checkpoint"))
+        source = ZERO_SHOT[scoring] if scoring else f"{name}epoch {record.get('epoch')}"
+        source += f", {size}" if size else ""
         found.pop(source, None)
         found[source] = run_log.numeric_rows(rows)
     return found

@@ -193,7 +193,7 @@ class Trainer:
         with contextlib.closing(self.epoch_log), self.signals, self._last_good_in_errors():
             if is_main():
                 self._finish_interrupted_epoch()
-            self._log_zero_shot()
+            self._show_zero_shot()
             best = from_main(lambda: (progress.best_score, progress.best_epoch))
             progress.best_score, progress.best_epoch = best
             while progress.epoch < epochs:
@@ -208,9 +208,10 @@ class Trainer:
         logger.info("best epoch %s, score %.2f: %s", *best)
         return self.best
 
-    def _log_zero_shot(self) -> None:
-        """A record of their own, which a log that is continued has already."""
+    def _show_zero_shot(self) -> None:
+        """What is to beat: as a table, and as a record, which a log that is continued has."""
         if rows := self.progress.zero_shot:
+            logger.info("CLIP alone, to beat:\n%s", self.evaluator.tables({})[0])
             counts = self.evaluator.counts()
             self.epoch_log.write({"epoch": 0, "global_step": 0} | counts | {"zero_shot": rows})
 
