@@ -213,6 +213,22 @@ def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_clip_alone_is_evaluated_and_logged_alike(corpus, tmp_path) -> None:
+    """With more processes than batches too, whose own part of the videos is empty."""
+    evaluate = ("--do_eval", "1", "--zero_shot", "events", "--subtask_type", "VCMR")
+    log = ("--epochs", "1", "--log_zero_shot", "1", "--batch_size_val", "4")
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        run(corpus, processes, output / "alone", *evaluate)
+        run(corpus, processes, output / "trained", *TRAIN, *log)
+        (record,) = map(json.loads, (output / "alone/eval.jsonl").read_text().splitlines())
+        first, _ = map(json.loads, (output / "trained/log.jsonl").read_text().splitlines())
+        found.append((record["metrics"], first["zero_shot"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [1, 2])
 def test_a_run_continues_on_another_number_of_processes(corpus, tmp_path, before: int) -> None:
     run(corpus, before, tmp_path / "before", *TRAIN, "--epochs", "1")

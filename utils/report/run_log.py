@@ -77,11 +77,12 @@ def read_zero_shot(folder: Path) -> dict[str, Rows]:
     """
     records = read_records(folder / "log.jsonl")
     logged = [found for r in records if isinstance(found := r.get("zero_shot"), Mapping)]
-    return {
+    found = {
         scoring: numeric_rows(rows)
         for scoring, rows in (logged[-1] if logged else {}).items()
         if scoring in ZERO_SHOT and isinstance(rows, Mapping)
     }
+    return {scoring: rows for scoring, rows in found.items() if rows}
 
 
 def numeric_rows(rows: Mapping) -> Rows:
