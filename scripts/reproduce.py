@@ -306,8 +306,6 @@ def frame_store(row: Row) -> Iterator[dict]:
 
 
 def zero_shot(row: Row) -> Iterator[dict]:
-    if not hasattr(row.settings, "zero_shot"):
-        return
     scoring = ZERO_SHOT[row.task]
     variables = {"subtask_type": row.task, "zero_shot": scoring}
     yield evaluate(row, "zero-shot", row.folder / f"{row.name}_zero_shot_{scoring}", variables)

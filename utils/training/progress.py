@@ -73,6 +73,7 @@ class Progress:
     facts: dict = field(default_factory=dict)  # of the run besides its flags
     best_dot_score: float | None = None  # best of the row "dot", where it is the second
     best_dot_epoch: int | None = None
+    zero_shot: dict = field(default_factory=dict)  # rows of CLIP alone by scoring, if computed
     has_optimizer: bool = False  # whether training can be resumed from it
 
     def best(self, name: str) -> tuple[float | None, int | None]:
