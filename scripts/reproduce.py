@@ -109,9 +109,12 @@ class Row:
         both = self.task == PRVR and self.settings.event_scores == "both"
         return [BEST, BEST_DOT] if both else [BEST]
 
+    def annotations(self) -> dict[str, Path]:
+        return {VAL: self.settings.prvr_val_annos, TRAIN: self.settings.prvr_train_annos}
+
     def splits(self) -> list[Split]:
-        files = {VAL: self.settings.prvr_val_annos, TRAIN: self.settings.prvr_train_annos}
-        return [read_split(path, name, self.settings.datatype) for name, path in files.items()]
+        datatype = self.settings.datatype
+        return [read_split(path, name, datatype) for name, path in self.annotations().items()]
 
     def names(self) -> list[str]:
         """Of the videos, of both splits."""
@@ -263,17 +266,15 @@ def videos(row: Row) -> Iterator[dict]:
         path = clips.path(name)
         stat = path.stat() if path.is_file() else None
         found.update(repr((name, stat and (stat.st_size, stat.st_mtime_ns))).encode())
-    files = [row.settings.prvr_val_annos, row.settings.prvr_train_annos]
-    inputs = {"files": found.hexdigest(), "annotations": [sha256_of(file) for file in files]}
-    yield once(row, "videos", inputs, lambda: health(row, files))
+    annotations = [sha256_of(file) for file in row.annotations().values()]
+    inputs = {"files": found.hexdigest(), "annotations": annotations}
+    yield once(row, "videos", inputs, lambda: health(row))
 
 
-def health(row: Row, files: Sequence[Path]) -> dict:
+def health(row: Row) -> dict:
     """RunError: videos cannot be used, and the run is not to skip them."""
     listed = row.folder / f"{row.name}_videos.jsonl"
-    flags = ["--video_dir", row.video_dir, "--report", listed, "--annotations", *files]
-    if check_videos.main([str(flag) for flag in flags]) == 128 + signal.SIGINT:
-        raise KeyboardInterrupt
+    on_clips(check_videos.main, row, "--report", listed)
     problems = read_records(listed)
     counts = Counter(problem["problem"] for problem in problems)
     bad = {problem["vid_name"] for problem in problems if problem["problem"] in UNUSABLE}
@@ -293,16 +294,20 @@ def frame_store(row: Row) -> Iterator[dict]:
     if not isinstance(find_clips(row), FrameStore):
         trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
         path = find_weights(row.settings.pretrained_clip_name)["file"]
-        clip = build_clip(path, trust, row.settings.clip_activation)
-        files = [row.settings.prvr_val_annos, row.settings.prvr_train_annos]
-        flags = ["--video_dir", row.video_dir, "--frame_store", store, "--annotations", *files]
-        flags += ["--size", clip.sizes.input_resolution]
-        status = pack_frames.main([str(flag) for flag in flags])
-        if status == 128 + signal.SIGINT:
-            raise KeyboardInterrupt
+        size = build_clip(path, trust, row.settings.clip_activation).sizes.input_resolution
+        status = on_clips(pack_frames.main, row, "--frame_store", store, "--size", size)
         if status and not row.settings.allow_missing:
             raise RunError(f"{store}: not complete, what is printed above says why")
     yield {"file": str(store)}
+
+
+def on_clips(program: Callable[[list[str]], int], row: Row, *flags: object) -> int:
+    """One of the programs for clips, on the row's, in this process; its exit status."""
+    folder, files = ("--video_dir", row.video_dir), ("--annotations", *row.annotations().values())
+    status = program([str(flag) for flag in (*folder, *flags, *files)])
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    return status
 
 
 def zero_shot(row: Row) -> Iterator[dict]:
@@ -343,11 +348,7 @@ def evaluate(row: Row, step: str, folder: Path, variables: Mapping[str, object])
     def act() -> dict:
         launch(row, **variables)
         record = read_records(folder / "eval.jsonl")[-1]
-        rows = {
-            name: record["metrics"][name]
-            for name in (COSINE, DOT, VCMR)
-            if name in record["metrics"]
-        }
+        rows = {k: row for k, row in record["metrics"].items() if k in (COSINE, DOT, VCMR)}
         sizes = {name: value for name, value in record.items() if name.startswith(f"{VAL}_")}
         of = {"checkpoint": record["checkpoint"], "epoch": record["epoch"], "git": record["git"]}
         return {"folder": str(folder)} | of | sizes | {"metrics": rows}

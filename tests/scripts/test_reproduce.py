@@ -204,6 +204,23 @@ def test_what_is_missing_is_named_by_check_and_stops_the_row(
     assert not launched
 
 
+def test_published_weights_are_fetched_and_have_to_be_the_published_ones(
+    corpus, launched, tmp_path, monkeypatch, capsys
+) -> None:
+    path, commands = tmp_path / "ViT-B-32.pt", []
+    monkeypatch.delenv("pretrained_clip_name")
+    monkeypatch.setattr(reproduce, "weights_path", lambda *_: path)
+    monkeypatch.setattr(reproduce, "run_program", lambda command: commands.append(command))
+    assert run(tmp_path) == 1
+    assert commands[0] == ["bash", "scripts/download_clip.sh", "ViT-B/32"]
+    message = f"{path}: no CLIP weights there: `bash scripts/download_clip.sh ViT-B/32`"
+    assert f"prvr_tiny cannot go on: {message}" in capsys.readouterr().out
+    path.write_bytes((corpus / "clip.pt").read_bytes())
+    assert run(tmp_path) == 1
+    assert f"{path}: not the published file (sha256 differs)" in capsys.readouterr().out
+    assert len(commands) == 2 and not launched
+
+
 def test_a_broken_video_stops_it_unless_it_may_be_missing(
     corpus, launched, tmp_path, monkeypatch, capsys
 ) -> None:
