@@ -28,7 +28,7 @@ from dataloaders.datasets import LoaderConfig, TrainingLoader, check_batch_size
 from dataloaders.frame_store import FrameStore
 from dataloaders.tokenizer import count_cut
 from models import ProPy, ProPyConfig
-from models.clip_weights import build_clip, weights_path
+from models.clip_weights import build_clip
 from modules.pyramid import PromptPyramid
 from utils import RunError
 from utils.arguments import config_from, parse_args
@@ -49,8 +49,6 @@ from utils.training.engine import TrainConfig
 from utils.training.progress import run_facts
 from utils.training.signals import Stopped
 from utils.training.trainer import LESS_MEMORY_EVALUATING, Trainer, checkpoint_to_resume
-
-ROOT = Path(__file__).resolve().parent
 
 logger = logging.getLogger("propy.main")
 
@@ -169,10 +167,9 @@ def build(args: argparse.Namespace, train_split: Split | None) -> ProPy:
     """The model of the flags, its CLIP read and its new parameters drawn."""
     pyramid = PromptPyramid.from_config(args.pyr_config_path).config
     seconds = train_split and sum(v.duration for v in train_split.videos) / len(train_split.videos)
-    path = weights_path(args.pretrained_clip_name, ROOT / "CLIP_weights")
     trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
-    clip = build_clip(path, trust, args.clip_activation)
-    given = {"clip_activation": clip.activation, "clip_seconds": seconds}
+    clip = build_clip(args.pretrained_clip_name, trust, args.clip_activation)
+    given = clip.settings.as_fields() | {"clip_seconds": seconds}
     config = config_from(ProPyConfig, args, pyramid=pyramid, readout="max", **given)
     context = clip.sizes.context_length
     if args.max_words > context:

@@ -23,7 +23,9 @@ from utils.training.optim import build_optimizer
 from utils.training.progress import Progress
 
 CONFIGS = (ProPyConfig, LoaderConfig, TrainConfig, EvalConfig)
-NO_FLAGS = {"pyramid", "readout", "clip_seconds"}  # main.py decides these
+NO_FLAGS = {  # main.py decides these
+    "pyramid", "readout", "clip_seconds", "clip_head_widths", "clip_image_mean", "clip_image_std",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

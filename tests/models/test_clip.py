@@ -50,7 +50,7 @@ def reference(state: dict, sizes: CLIPSizes, activation: str) -> torch.nn.Module
 
 
 def compare(clip: CLIP, state: dict) -> None:
-    theirs = reference(state, clip.sizes, clip.activation)
+    theirs = reference(state, clip.sizes, clip.settings.activation)
     side = clip.sizes.input_resolution
     images, token_ids = torch.randn(2, 3, side, side), tokenize(CAPTIONS, 32)
     padded = torch.nn.functional.pad(token_ids, (0, 77 - token_ids.shape[1]))

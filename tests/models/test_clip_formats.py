@@ -117,7 +117,7 @@ def test_features_equal_transformers(tmp_path, activation: str, caplog) -> None:
     model.load_state_dict(transformers_state(state), strict=True)
     model.save_pretrained(tmp_path)
     clip = build_clip(tmp_path / "model.safetensors")
-    assert clip.activation == activation and not caplog.text
+    assert clip.settings.activation == activation and not caplog.text
     images, texts = features(model, 64, "get_image_features", "get_text_features")
     expected = [getattr(output, "pooler_output", output) for output in (images, texts)]
     ours = features(clip, 64, "encode_image", "encode_text")
@@ -141,20 +141,20 @@ def test_the_activation_is_found_named_or_warned_of(tmp_path, caplog) -> None:
     _, paths = write_each_format(tmp_path)
     theirs, plain = paths["model.safetensors"], paths["open_clip_model.safetensors"]
     for path in (theirs, plain):
-        assert build_clip(path).activation == QUICK_GELU
+        assert build_clip(path).settings.activation == QUICK_GELU
         assert f"{path}: nothing says which activation" in caplog.text
         caplog.clear()
-        assert build_clip(path, activation=GELU).activation == GELU
+        assert build_clip(path, activation=GELU).settings.activation == GELU
     for said in (QUICK_GELU, GELU):
         other = {QUICK_GELU: GELU, GELU: QUICK_GELU}[said]
         configure(tmp_path, {"hidden_act": said}, {"quick_gelu": said == QUICK_GELU})
         for path in (theirs, plain):
-            assert build_clip(path).activation == build_clip(path, activation=said).activation
-            assert build_clip(path).activation == said
+            assert build_clip(path).settings.activation == build_clip(path, activation=said).settings.activation
+            assert build_clip(path).settings.activation == said
             with pytest.raises(ModelError, match=rf"{path.name}: .*{said}, not {other}"):
                 build_clip(path, activation=other)
     configure(tmp_path, {}, {})  # what each program takes where nothing is said
-    assert build_clip(theirs).activation == QUICK_GELU and build_clip(plain).activation == GELU
+    assert build_clip(theirs).settings.activation == QUICK_GELU and build_clip(plain).settings.activation == GELU
     assert not caplog.text
 
 
@@ -162,7 +162,7 @@ def test_a_published_archive_is_quick_gelus(tmp_path, monkeypatch, caplog) -> No
     _, archive = make_weights.write("tiny", 1, "fp16", str(tmp_path))
     sha256 = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
     monkeypatch.setattr("models.clip_weights.PUBLISHED_ARCHIVES", {sha256})
-    assert build_clip(archive).activation == QUICK_GELU and not caplog.text
+    assert build_clip(archive).settings.activation == QUICK_GELU and not caplog.text
     with pytest.raises(ModelError, match="quick_gelu, not gelu"):
         build_clip(archive, activation=GELU)
 
@@ -195,7 +195,7 @@ def test_a_configuration_of_something_else_says_nothing(tmp_path, text, caplog) 
         ("open_clip_config.json", "plain.pt"),
     ):
         (tmp_path / name).write_text(text)
-        assert build_clip(paths[weights]).activation == QUICK_GELU
+        assert build_clip(paths[weights]).settings.activation == QUICK_GELU
         assert str(tmp_path / name) in caplog.text and "nothing says which" in caplog.text
 
 
