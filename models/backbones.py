@@ -98,15 +98,10 @@ def configured_settings(config: Mapping[str, Any]) -> CLIPSettings:
     default = CLIPSettings()
     return CLIPSettings(
         QUICK_GELU if model.get("quick_gelu") else GELU,
-        (vision.get("head_width", HEAD_WIDTH), _head_width(text)),
+        (vision.get("head_width", HEAD_WIDTH), text.get("width", 512) // text.get("heads", 8)),
         tuple(preprocess.get("mean", default.image_mean)),
         tuple(preprocess.get("std", default.image_std)),
     )
-
-
-def _head_width(text: Mapping[str, Any]) -> int:
-    width, heads = text.get("width", 512), text.get("heads", 8)
-    return width // heads if width % heads == 0 else width  # SelfAttention names what does not fit
 
 
 def _no_plain_vit(model: Mapping[str, Any]) -> str | None:

@@ -101,13 +101,14 @@ def test_every_format_gives_the_same_features(tmp_path) -> None:
         torch.testing.assert_close(features(clip, 64, *names), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("activation", [QUICK_GELU, GELU])
-def test_features_equal_transformers(tmp_path, activation: str, caplog) -> None:
+def test_features_equal_transformers(tmp_path, activation: str, heads: int, caplog) -> None:
     """From the files that its own program writes; config.json beside them says the activation."""
     transformers = pytest.importorskip("transformers")
     state = make_weights.torch_state(make_weights.make("tiny", 2))
     layers = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 512,
-              "num_attention_heads": 2, "hidden_act": activation}  # fmt: skip
+              "num_attention_heads": heads, "hidden_act": activation}  # fmt: skip
     config = transformers.CLIPConfig(
         text_config=layers | {"vocab_size": 49408},
         vision_config=layers | {"image_size": 64, "patch_size": 32},
@@ -121,7 +122,7 @@ def test_features_equal_transformers(tmp_path, activation: str, caplog) -> None:
     images, texts = features(model, 64, "get_image_features", "get_text_features")
     expected = [getattr(output, "pooler_output", output) for output in (images, texts)]
     ours = features(clip, 64, "encode_image", "encode_text")
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def configure(
@@ -149,12 +150,18 @@ def test_the_activation_is_found_named_or_warned_of(tmp_path, caplog) -> None:
         other = {QUICK_GELU: GELU, GELU: QUICK_GELU}[said]
         configure(tmp_path, {"hidden_act": said}, {"quick_gelu": said == QUICK_GELU})
         for path in (theirs, plain):
-            assert build_clip(path).settings.activation == build_clip(path, activation=said).settings.activation
+            assert (
+                build_clip(path).settings.activation
+                == build_clip(path, activation=said).settings.activation
+            )
             assert build_clip(path).settings.activation == said
             with pytest.raises(ModelError, match=rf"{path.name}: .*{said}, not {other}"):
                 build_clip(path, activation=other)
     configure(tmp_path, {}, {})  # what each program takes where nothing is said
-    assert build_clip(theirs).settings.activation == QUICK_GELU and build_clip(plain).settings.activation == GELU
+    assert (
+        build_clip(theirs).settings.activation == QUICK_GELU
+        and build_clip(plain).settings.activation == GELU
+    )
     assert not caplog.text
 
 
@@ -171,12 +178,22 @@ def test_a_published_archive_is_quick_gelus(tmp_path, monkeypatch, caplog) -> No
     ("configs", "message"),
     [
         (({"hidden_act": "gelu_new"}, None), r"config\.json: .*gelu_new"),
-        (({"num_attention_heads": 4}, None), r"config\.json: 64 channels"),
+        (({"layer_norm_eps": 1e-6}, None), r"config\.json: layer_norm_eps"),
+        (({"num_attention_heads": 3}, None), "128 is not a multiple of 42 channels per head"),
         (
-            (None, {"vision_cfg": {"width": 128, "head_width": 32}}),
-            r"open_clip_config.*64 channels",
+            (None, {"vision_cfg": {"width": 128, "head_width": 48}}),
+            "128 is not a multiple of 48 channels per head",
         ),
-        ((None, {"text_cfg": {"width": 128, "heads": 4}}), r"open_clip_config.*64 channels"),
+        ((None, {"text_cfg": {"width": 128, "heads": 3}}), "128 is not a multiple of 42"),
+        (
+            (None, {"vision_cfg": {"width": 128, "pool_type": "avg"}}),
+            r"open_clip_config.*image setting pool_type is 'avg'",
+        ),
+        (
+            (None, {"text_cfg": {"width": 128, "heads": 2, "no_causal_mask": True}}),
+            r"open_clip_config.*text setting no_causal_mask",
+        ),
+        ((None, {"init_logit_bias": -10}), r"open_clip_config.*init_logit_bias is -10"),
     ],
 )
 def test_a_configuration_that_cannot_be_followed_is_refused(tmp_path, configs, message) -> None:
