@@ -134,7 +134,7 @@ def read_weights(name: Path | str, trust_archive: bool = False) -> ClipWeights:
             trusted, values that are not finite, or a name or a configuration beside it of what
             cannot be the backbone.
     """
-    path, by_name = weights_path(name), _is_open_clips(name)
+    path, by_name = weights_path(name, WEIGHTS_FOLDER), _is_open_clips(name)
     if not path.is_file():
         argument = f" {name}" if by_name or name in WEIGHTS_FILES else ""
         raise ModelError(
