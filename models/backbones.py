@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from models.clip import CLIPSettings, CLIPSizes
@@ -18,6 +18,7 @@ from modules.transformer import GELU, HEAD_WIDTH, QUICK_GELU
 NAME = re.compile(r"[\w.-]+/\w+")
 # The weights in a repository of the hub: the first of these files that it has.
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CONFIG_FILE = "open_clip_config.json"  # beside them
 
 # What may differ between plain CLIP ViTs; anything else in a configuration has to be its default.
 PLAIN = {
@@ -38,6 +39,7 @@ class Backbone:
     sizes: CLIPSizes
     settings: CLIPSettings
     repository: str  # owner/name on huggingface.co
+    config: Mapping[str, Any] = field(compare=False)  # what an open_clip_config.json says of it
 
 
 def find_backbone(name: str) -> Backbone:
@@ -57,8 +59,10 @@ def find_backbone(name: str) -> Backbone:
             f"{name}: neither a file nor a model of open_clip's{known}. `bash "
             "scripts/download_clip.sh --list` shows all that can be used"
         )
+    preprocess = {key: published[key] for key in ("mean", "std")}
+    content = {"model_cfg": config, "preprocess_cfg": preprocess}
     try:
-        settings = configured_settings({"model_cfg": config, "preprocess_cfg": published})
+        settings = configured_settings(content)
     except ModelError as error:
         raise ModelError(f"{name}: cannot be the backbone: {error}") from None
     trained_with = QUICK_GELU if published.get("quick_gelu") else GELU
@@ -67,7 +71,7 @@ def find_backbone(name: str) -> Backbone:
             f"{name}: these weights were trained with {trained_with}, and {architecture} has "
             f"{settings.activation}: name {architecture}-quickgelu/{tag}"
         )
-    return Backbone(name, _sizes(config), settings, published["hf_hub"].strip("/"))
+    return Backbone(name, _sizes(config), settings, published["hf_hub"].strip("/"), content)
 
 
 def list_backbones() -> list[Backbone]:
@@ -123,8 +127,8 @@ def _no_plain_vit(model: Mapping[str, Any]) -> str | None:
         return "its images are not square"
     defaults = {
         "model": {},
-        "image": {field.name: field.default for field in fields(CLIPVisionCfg)},
-        "text": {field.name: field.default for field in fields(CLIPTextCfg)},
+        "image": {each.name: each.default for each in fields(CLIPVisionCfg)},
+        "text": {each.name: each.default for each in fields(CLIPTextCfg)},
     }
     for part, content in (("model", model), ("image", vision), ("text", text)):
         for key, value in content.items():

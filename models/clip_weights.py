@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.backbones import HUB_FILES, NAME, configured_settings, find_backbone
+from models.backbones import CONFIG_FILE, HUB_FILES, NAME, configured_settings, find_backbone
 from models.clip import CLIP, CLIPSettings, CLIPSizes
 from modules import ModelError
 from modules.torch_files import (
@@ -277,7 +277,7 @@ def _configured(folder: Path, state: Mapping[str, Tensor]) -> CLIPSettings | Non
         ModelError: it says what CLIP's towers here are not.
     """
     of_transformers = TRANSFORMERS_SIGN in state
-    path = folder / ("config.json" if of_transformers else "open_clip_config.json")
+    path = folder / ("config.json" if of_transformers else CONFIG_FILE)
     if not path.is_file():
         return None
     try:

@@ -1,16 +1,20 @@
 #!/usr/bin/env python3
 """Where a hub publishes the weights of an open_clip model; scripts/download_clip.sh fetches them.
 
-.venv/bin/python -m scripts.download_clip ViT-B-32/laion2b_s34b_b79k    sha256, address, file
-.venv/bin/python -m scripts.download_clip --list                        all names
+It prints sha256, address and name of the file, or with --list the names of all models; with
+--folder it writes open_clip's configuration to where the weights will be, so that a file says what
+it is also under its path.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
-from models.backbones import HUB_FILES, Backbone, find_backbone, list_backbones
+from models.backbones import CONFIG_FILE, HUB_FILES, Backbone, find_backbone, list_backbones
 from models.clip_weights import WEIGHTS_FILES
 from modules import ModelError
 from utils.command import Parser, run_command
@@ -20,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="?", metavar="NAME", help="as architecture/tag")
     parser.add_argument("--list", action="store_true", help="print what can be the backbone")
+    parser.add_argument("--folder", type=Path, help="of all weights")
     args = parser.parse_args(argv)
     if args.list == bool(args.name):
         parser.error("give a NAME or --list")
@@ -28,8 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name:48}       OpenAI's archive")
         for found in list_backbones():
             print(f"{found.name:48} {found.sizes.input_resolution:3} px {found.repository}")
-    else:
-        print(*published_file(find_backbone(args.name)))
+        return
+    backbone = find_backbone(args.name)
+    published = published_file(backbone)
+    if args.folder:
+        folder = args.folder / backbone.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(backbone.config, indent=1) + "\n")
+    print(*published)
 
 
 def published_file(backbone: Backbone) -> tuple[str, str, str]:
@@ -41,8 +52,9 @@ def published_file(backbone: Backbone) -> tuple[str, str, str]:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
+    endpoint = os.environ.get("HF_ENDPOINT") or None  # the library reads it when it is imported
     for file in HUB_FILES:
-        url = hf_hub_url(backbone.repository, file)
+        url = hf_hub_url(backbone.repository, file, endpoint=endpoint)
         try:
             sha256 = get_hf_file_metadata(url).etag or ""
         except EntryNotFoundError:

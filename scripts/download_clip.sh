@@ -25,8 +25,8 @@ case $name in
     size=large-patch14-336 ;;
   *)  # open_clip's table and the hub say what and where it is
     bash scripts/setup.sh
-    published=$(.venv/bin/python -m scripts.download_clip "$@")
-    [ "$name" != --list ] || { echo "$published"; exit 0; }
+    [ "$name" != --list ] || exec .venv/bin/python -m scripts.download_clip --list
+    published=$(.venv/bin/python -m scripts.download_clip "$name" --folder "$folder")
     read -r sha256 url file <<<"$published" ;;
 esac
 if [ -n "$size" ]; then

@@ -17,11 +17,12 @@ import torch
 
 from dataloaders.tokenizer import tokenize
 from models import build_model, load_propy
-from models.backbones import HUB_FILES, list_backbones
+from models.backbones import HUB_FILES, find_backbone, list_backbones
 from models.clip import CLIP, CLIPSettings
 from models.clip_weights import build_clip
 from modules import ModelError
 from modules.transformer import GELU, QUICK_GELU
+from scripts.download_clip import main
 from tests.golden_model import ROOT, make_weights
 from utils.training.checkpoint import save_checkpoint
 from utils.training.optim import build_optimizer
@@ -211,6 +212,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
+        if self.path not in self.server.files:  # the library asks for other things too
+            self.send_error(404)
+            return
         body = self.server.files[self.path]
         start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
         self.server.starts.append(start)
@@ -248,7 +252,7 @@ def hub(tmp_path):
             text=True, env=env | {"no_proxy": "127.0.0.1"},
         )  # fmt: skip
 
-    run.server, run.folder = server, checkout / "CLIP_weights"
+    run.server, run.url, run.folder = server, url, checkout / "CLIP_weights"
     yield run
     server.shutdown()
     server.server_close()
@@ -259,16 +263,17 @@ ADDRESS = "/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/resolve/main/"
 
 
 def test_a_name_is_fetched_from_the_hub_resumed_and_checked(hub) -> None:
-    body = os.urandom(300_000)
-    hub.server.files[ADDRESS + HUB_FILES[1]] = body  # an older repository: no safetensors
+    put(hub.folder, NAME, HUB_FILES[1])
+    weights = hub.folder / NAME / HUB_FILES[1]
+    hub.server.files[ADDRESS + HUB_FILES[1]] = body = weights.read_bytes()  # no safetensors there
+    weights.unlink()
     hub.server.cut = 100_000
     broken = hub(NAME)
     assert broken.returncode == 1 and "run the same command to resume it" in broken.stderr
     done = hub(NAME)
     assert done.returncode == 0, done.stderr
-    assert hub.server.starts == [0, 100_000]
-    assert (hub.folder / NAME / HUB_FILES[1]).read_bytes() == body
-    assert "is there and is right" in hub(NAME).stdout
+    assert hub.server.starts == [0, 100_000] and weights.read_bytes() == body
+    assert build_clip(weights).settings == find_backbone(NAME).settings  # open_clip's, beside it
 
 
 def test_what_is_not_as_the_hub_publishes_it_is_removed(hub) -> None:
@@ -276,18 +281,26 @@ def test_what_is_not_as_the_hub_publishes_it_is_removed(hub) -> None:
     hub.server.sha256 = lambda body: "a" * 64
     done = hub(NAME)
     assert done.returncode == 1 and "not the published file" in done.stderr
-    assert not [path for path in hub.folder.rglob("*") if path.is_file()]
+    assert [path.name for path in (hub.folder / NAME).iterdir()] == ["open_clip_config.json"]
+
+
+def test_a_hub_that_has_not_what_is_needed(hub, monkeypatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    hub.server.files[ADDRESS + HUB_FILES[0]] = b"weights"
     hub.server.sha256 = lambda body: "no sha256"
-    done = hub(NAME)
-    assert done.returncode == 1 and "no sha256 is published" in done.stderr
+    with pytest.raises(ModelError, match=f"{HUB_FILES[0]}: no sha256 is published"):
+        main([NAME])
     hub.server.files.clear()
-    done = hub(NAME)
-    assert done.returncode == 1 and "has none of open_clip_model.safetensors" in done.stderr
+    with pytest.raises(ModelError, match=f"has none of {HUB_FILES[0]}"):
+        main([NAME])
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match=r"127\.0\.0\.1:9/.*HF_ENDPOINT"):
+        main([NAME])
+    with pytest.raises(ModelError, match="timm's"):  # not asked for
+        main(["ViT-B-16-SigLIP/webli"])
 
 
-def test_a_refusal_asks_no_hub(hub) -> None:
-    hub.server.files = None  # would fail
-    done = hub("ViT-B-16-SigLIP/webli")
-    assert done.returncode == 1 and "timm's" in done.stderr and not hub.folder.exists()
-    done = hub("--list")
-    assert done.returncode == 0 and NAME in done.stdout and "SigLIP" not in done.stdout
+def test_what_can_be_had_is_listed(capsys) -> None:
+    main(["--list"])
+    listed = capsys.readouterr().out
+    assert NAME in listed and "ViT-B/32" in listed and "SigLIP" not in listed
