@@ -164,7 +164,7 @@ def test_a_name_says_what_its_weights_are(weights_folder, caplog, file: str) -> 
 
 
 def test_images_are_normalised_as_the_backbone_wants(weights_folder) -> None:
-    """transformers' file beside the weights says it too; float images are normalised already."""
+    """Float images are normalised already."""
     put(weights_folder, "ViT-L-14/laion2b_s32b_b82k")
     model = build_model("ViT-L-14/laion2b_s32b_b82k", PYRAMID, adapter_channels=16).eval()
     frames = torch.randint(0, 256, (1, 8, 3, 64, 64), dtype=torch.uint8)

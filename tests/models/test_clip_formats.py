@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from dataloaders.tokenizer import tokenize
-from models.clip import CLIPSizes
+from models.clip import CLIPSettings, CLIPSizes
 from models.clip_weights import build_clip
 from modules import ModelError
 from modules.transformer import GELU, QUICK_GELU
@@ -117,8 +117,14 @@ def test_features_equal_transformers(tmp_path, activation: str, heads: int, capl
     model = transformers.CLIPModel(config).eval()
     model.load_state_dict(transformers_state(state), strict=True)
     model.save_pretrained(tmp_path)
+    images = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     clip = build_clip(tmp_path / "model.safetensors")
-    assert clip.settings.activation == activation and not caplog.text
+    width = 128 // heads
+    assert clip.settings == CLIPSettings(
+        activation, (width, width), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+    )
+    assert not caplog.text
     images, texts = features(model, 64, "get_image_features", "get_text_features")
     expected = [getattr(output, "pooler_output", output) for output in (images, texts)]
     ours = features(clip, 64, "encode_image", "encode_text")
