@@ -21,7 +21,7 @@ THUMBNAIL_LIMIT, CLIP_LIMIT = 30.0, 120.0  # seconds of ffmpeg
 THUMBNAIL_BOX, CLIP_BOX = (480, 360), (960, 540)  # pixels
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """More previews are asked for than can wait."""
 
 
@@ -58,7 +58,7 @@ class Previews:
             DataError: ffmpeg finds nothing there that it can decode.
 
         Raises:
-            Busy: too many wait.
+            BusyError: too many wait.
             OSError: the video is gone.
         """
         write = partial(write_clip, video, start, min(end, start + MAX_CLIP_SECONDS))
@@ -77,7 +77,7 @@ class Previews:
                 return done
             if target not in self._waiting:
                 if len(self._waiting) >= MAX_WAITING:
-                    raise Busy
+                    raise BusyError
                 self._waiting[target] = self._workers.submit(self._make, target, write)
             return self._waiting[target]
 
@@ -101,15 +101,14 @@ class Previews:
 
 def write_thumbnail(video: Path, seconds: float, target: Path) -> None:
     """DataError: no frame there, nor before it, can be decoded."""
-    reason = "no picture"
+    one, last = ["-frames:v", "1"], ["-t", "4"]
     # The sound may outlast the picture, and a container may claim too much.
-    for start in dict.fromkeys((seconds, max(0.0, seconds - 2.0), 0.0)):
-        output = ["-frames:v", "1", "-vf", _fit(THUMBNAIL_BOX), "-q:v", "4", "-f", "mjpeg"]
+    for start, frames in ((seconds, one), (max(0.0, seconds - 3.0), last), (0.0, one)):
+        output = [*frames, "-vf", _fit(THUMBNAIL_BOX), "-q:v", "4", "-f", "image2", "-update", "1"]
         done = _run(video, start, ["-map", "0:V:0", *output], target, THUMBNAIL_LIMIT)
         if done.status == 0 and target.exists() and target.stat().st_size:
             return
-        reason = done.reason
-    raise DataError(f"{video}: {reason}")
+    raise DataError(f"{video}: {done.reason}")
 
 
 def write_clip(video: Path, start: float, end: float, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""The search page: one file of HTML and the few addresses it asks, for this machine only by default.
+"""The search page: one file of HTML and what it asks for; by default for this machine only.
 
 Everything is read: GET, files by their id in the index and only inside the indexed folders.
 README.md of this folder says what is guarded against, and how.
@@ -32,7 +32,7 @@ from urllib.parse import urlencode
 from dataloaders import DataError
 from utils import SearchError
 from utils.search.hits import FAILED, Hit, Video
-from utils.search.preview import MAX_CLIP_SECONDS, Busy, Previews
+from utils.search.preview import MAX_CLIP_SECONDS, BusyError, Previews
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -97,7 +97,8 @@ def serve(
     if token is not None:
         page += "?" + urlencode({"token": token})
     if not alone:
-        print(f"Other machines reach this page. Whoever has this address sees every video of {index.roots}")
+        seen = ", ".join(map(str, index.roots))
+        print(f"Other machines reach this page: who has its address sees the videos of {seen}")
     print(f"Search page: {page} (Ctrl-C ends it)", flush=True)
     if open_browser:
         threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
@@ -183,7 +184,7 @@ def make_app(
             HTTPException: _explain,
             SearchError: _refuse,
             DataError: _cannot_show,
-            Busy: _busy,
+            BusyError: _busy,
             Exception: _fail,
         },
         lifespan=site.lifespan,
@@ -304,9 +305,7 @@ class Site:
         k = _number(request.query_params.get("k", "24"), "k", 1, MAX_K)
         folder = request.query_params.get("in", "")[:4096]
         within = glob.escape(folder) + "/*" if folder else None
-        found = await self._score(
-            lambda: self._index.search(query, k=k, by=by, within=within)
-        )
+        found = await self._score(lambda: self._index.search(query, k=k, by=by, within=within))
         hits = await self._look_up(lambda: [self._described(hit) for hit in found.hits])
         answer = {"query": query, "seconds": found.seconds, "version": found.version}
         return JSONResponse({**answer, "hits": hits})
@@ -395,7 +394,7 @@ class Site:
 
     async def _score(self, work: Callable[[], T]) -> T:
         if self._waiting >= MAX_WAITING:
-            raise Busy
+            raise BusyError
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._scoring, work)
