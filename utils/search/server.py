@@ -23,7 +23,7 @@ import socket
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,6 +54,7 @@ MAX_FOLDERS = 500
 MIN_TOKEN = 16  # characters
 COOKIE = "propy_token"
 SHUTDOWN_SECONDS = 3
+GONE = "this video is no longer there"
 # What browsers may play as it is; the page takes a clip where one does not.
 PLAYABLE = {".mp4", ".m4v", ".mov", ".webm", ".ogv"}
 
@@ -354,7 +355,9 @@ class Site:
         start, end = request.path_params["start"], request.path_params["end"]
         if not 0 < end - start <= MAX_CLIP_SECONDS * 1000 or start > video.duration * 1000:
             raise _error(400, "no such seconds")
-        made = await self._preview(lambda: self._previews.clip(path, start / 1000, end / 1000))
+        made = await self._preview(
+            path, lambda: self._previews.clip(path, start / 1000, end / 1000)
+        )
         return FileResponse(made, media_type="video/mp4")
 
     async def thumbnail(self, request: Request) -> Response:
@@ -364,7 +367,7 @@ class Site:
         seconds = request.path_params["time"] / 1000
         if seconds > video.duration + 1:
             raise _error(400, "no such second")
-        made = await self._preview(lambda: self._previews.thumbnail(path, seconds))
+        made = await self._preview(path, lambda: self._previews.thumbnail(path, seconds))
         headers = {"cache-control": "private, max-age=3600"}
         return FileResponse(made, media_type="image/jpeg", headers=headers)
 
@@ -381,16 +384,18 @@ class Site:
 
         found = await self._look_up(look_up)
         if found is None:
-            raise _error(404, "this video is no longer there")
+            raise _error(404, GONE)
         return found
 
-    async def _preview(self, ask: Callable[[], Any]) -> Path:
+    async def _preview(self, video: Path, ask: Callable[[], Future[Path]]) -> Path:
         try:
             future = await asyncio.to_thread(ask)
-        except OSError as error:
-            raise _error(404, "this video is no longer there") from error
-        # Shielded: others may wait for the same one.
-        return await asyncio.shield(asyncio.wrap_future(future))
+            # Shielded: others may wait for the same one.
+            return await asyncio.shield(asyncio.wrap_future(future))
+        except (OSError, DataError) as error:
+            if video.exists():
+                raise
+            raise _error(404, GONE) from error
 
     async def _score(self, work: Callable[[], T]) -> T:
         if self._waiting >= MAX_WAITING:
