@@ -42,57 +42,12 @@ logger = logging.getLogger("propy.search")
 
 # Of files in a folder; one that is named itself is tried whatever its name. What ffmpeg can open
 # has no end, and most of it are no videos: sound, pictures, texts.
-SUFFIXES = frozenset(
-    [
-        ".264",
-        ".265",
-        ".3g2",
-        ".3gp",
-        ".amv",
-        ".asf",
-        ".av1",
-        ".avi",
-        ".avif",
-        ".dv",
-        ".f4v",
-        ".flv",
-        ".gif",
-        ".h264",
-        ".h265",
-        ".hevc",
-        ".ivf",
-        ".m1v",
-        ".m2ts",
-        ".m2v",
-        ".m4v",
-        ".mjpeg",
-        ".mjpg",
-        ".mkv",
-        ".mod",
-        ".mov",
-        ".mp4",
-        ".mpe",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".nut",
-        ".obu",
-        ".ogm",
-        ".ogv",
-        ".ogx",
-        ".qt",
-        ".rm",
-        ".rmvb",
-        ".tod",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-        ".wtv",
-        ".y4m",
-    ]
-)
+SUFFIXES = {
+    *(".264", ".265", ".3g2", ".3gp", ".amv", ".asf", ".avi", ".dv", ".f4v", ".flv", ".gif"),
+    *(".h264", ".h265", ".hevc", ".ivf", ".m1v", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg"),
+    *(".mkv", ".mod", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm"),
+    *(".ogv", ".qt", ".rm", ".rmvb", ".tod", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m"),
+}
 GPU_BATCH, CPU_BATCH = 16, 4  # windows that are encoded at once
 OPTIMIZE_EVERY = 500  # videos
 DIGEST_BYTES = 2**20  # of a file's head and of its tail
@@ -105,7 +60,7 @@ class Report:
     Attributes:
         added, changed, moved, unchanged, removed: numbers of videos.
         vanished: videos whose files are gone, but which are in the index still.
-        failed: files that are no videos, or broken ones, with reasons; `earlier` of them were known.
+        failed, noted: files that could not be indexed, or in part, each with its reason.
         ignored: other files in the folders, counted by suffix.
         video_seconds: length of what was added or changed.
         seconds: of the whole, and of it those that the encoder waited for decoded frames.
@@ -117,7 +72,6 @@ class Report:
     unchanged: int = 0
     removed: int = 0
     vanished: int = 0
-    earlier: int = 0
     failed: list[Entry] = field(default_factory=list)
     noted: list[Entry] = field(default_factory=list)
     ignored: Counter = field(default_factory=Counter)
@@ -260,7 +214,6 @@ class Indexer:
                 self.report.unchanged += 1
                 if old.status == FAILED:
                     self.report.failed.append(old)
-                    self.report.earlier += 1
             else:
                 jobs.append(Job(path, root, old))
         if not jobs:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DEFAULT_URI = "videos.index"
 MEMORY_GIB = 4.0
 RANKINGS = {"videos": rank_videos, "moments": rank_moments}
+RECALL_QUERIES = 100
 REFRESHES = 5  # of an index that changes while it is read
 
 
@@ -63,6 +64,7 @@ class VideoIndex:
         }
         self._device = device
         self._version, self._entries, self._matrix = -1, {}, None
+        self._loaded = False
         self._lock = threading.RLock()
 
     def __repr__(self) -> str:
@@ -98,6 +100,7 @@ class VideoIndex:
         if k < 1 or by not in RANKINGS:
             raise SearchError(f"k is at least 1, and by is videos or moments: not {k} and {by!r}")
         with self._lock:
+            self.load()
             started = time.perf_counter()
             rankings = self.search_embedded(self.encode_texts(queries), k, by, **which)
             seconds = (time.perf_counter() - started) / len(queries)
@@ -120,6 +123,15 @@ class VideoIndex:
             hits = [rank(scores, k, self._entries) for scores in source.scores(texts, only)]
             seconds = (time.perf_counter() - started) / max(1, len(texts))
             return [Results("", seconds, self._version, found) for found in hits]
+
+    def load(self) -> None:
+        """Load what the first search needs: model, vocabulary, events. It takes seconds, once."""
+        with self._lock:
+            if not self._loaded:
+                self._refresh()
+                self._source()
+                self.encode_texts(["warm up"])
+                self._loaded = True
 
     def timeline(self, query: str, video_id: str) -> list[Moment]:
         """Every event of a video with its score, in the order of time. SearchError: no video."""
@@ -177,6 +189,49 @@ class VideoIndex:
             "version": version,
             "indexing": progress.read(self.uri),
         }
+
+    def info(self) -> dict:
+        """What is in it and what made it, to be printed."""
+        own = self._description
+        names = ("checkpoint", "clip_weights", "clip", "fingerprint", "window_seconds")
+        return self.status() | {"roots": self.roots} | {name: own[name] for name in names}
+
+    def approximate_recall(self, queries: Sequence[str] | None = None, k: int = 10) -> float:
+        """Which share of the k best videos the approximate index finds, the mean over queries.
+
+        Without queries events of the index are, drawn at random: sentences are harder.
+
+        Raises:
+            SearchError: there is no approximate index.
+        """
+        with self._lock:
+            self._refresh()
+            texts = self.encode_texts(queries) if queries else self._some_events(RECALL_QUERIES)
+            found = {}
+            for self.approximate in (True, False):
+                results = self.search_embedded(texts, k)
+                found[self.approximate] = [{hit.video.id for hit in r} for r in results]
+        pairs = zip(found[True], found[False], strict=True)
+        return float(np.mean([len(some & all_) / len(all_) for some, all_ in pairs if all_]))
+
+    def _some_events(self, count: int) -> Tensor:
+        random = np.random.default_rng(0)
+        entries = [entry for entry in self._entries.values() if entry.windows]
+        if not entries:
+            raise SearchError(f"{self.uri}: it has no events to draw queries from")
+        drawn = random.choice(len(entries), min(count, len(entries)), replace=False)
+        pieces = self.storage.vectors({entries[i].id for i in drawn})
+        vectors = np.concatenate([piece.vectors for piece in pieces])
+        return torch.from_numpy(vectors[random.integers(len(vectors), size=count)])
+
+    def export(self, output: Path) -> int:
+        """Write all events to a .parquet or .arrow file: video, path, window, event, level, start,
+        end, vector. How many. SearchError: another kind of file."""
+        from utils.search.export import export_events
+
+        with self._lock:
+            self._refresh()
+            return export_events(self.storage, self._entries, output)
 
     # ----------------------------------------------------------------------------------- changing
 
