@@ -2,5 +2,6 @@
 
 from utils import SearchError
 from utils.search.hits import Hit, Moment, Results, Video
+from utils.search.video_index import VideoIndex
 
-__all__ = ["Hit", "Moment", "Results", "SearchError", "Video"]
+__all__ = ["Hit", "Moment", "Results", "SearchError", "Video", "VideoIndex"]
