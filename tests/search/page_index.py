@@ -58,6 +58,9 @@ class FakeIndex:
         self.shows[name] = (start, end)
         return video
 
+    def load(self) -> None:
+        pass
+
     def search(
         self, query, k=10, by="videos", within=None, since=None, until=None, min_seconds=None,
         max_seconds=None,

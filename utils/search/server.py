@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from dataloaders import DataError
+from modules import ModelError
 from utils import SearchError
 from utils.search.hits import FAILED, Hit, Video
 from utils.search.preview import MAX_CLIP_SECONDS, BusyError, Previews
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("propy.search.server")
 
-DEFAULT_PORT = 8765
+DEFAULT_PORT = 8000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_QUERY = 500  # characters; CLIP reads 77 tokens
 MAX_K = 100
@@ -184,6 +185,7 @@ def make_app(
         exception_handlers={
             HTTPException: _explain,
             SearchError: _refuse,
+            ModelError: _refuse,
             DataError: _cannot_show,
             BusyError: _busy,
             Exception: _fail,
@@ -284,12 +286,19 @@ class Site:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self._previews = Previews()
+        self._scoring.submit(self._warm_up)
         try:
             yield
         finally:
             self._scoring.shutdown(wait=False, cancel_futures=True)
             self._lookups.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self._previews.close)
+
+    def _warm_up(self) -> None:
+        try:
+            self._index.load()
+        except (SearchError, ModelError) as error:
+            logger.warning("%s", error)  # the first search says it again
 
     async def page(self, _: Request) -> Response:
         from starlette.responses import HTMLResponse
@@ -307,17 +316,9 @@ class Site:
         folder = request.query_params.get("in", "")[:4096]
         within = glob.escape(folder) + "/*" if folder else None
         found = await self._score(lambda: self._index.search(query, k=k, by=by, within=within))
-        hits = await self._look_up(lambda: [self._described(hit) for hit in found.hits])
+        hits = await self._look_up(lambda: described(found.hits, self._index.roots))
         answer = {"query": query, "seconds": found.seconds, "version": found.version}
         return JSONResponse({**answer, "hits": hits})
-
-    def _described(self, hit: Hit) -> dict[str, Any]:
-        name = shown(hit.video.name)
-        video = {"id": hit.video.id, "name": name, "duration": hit.video.duration}
-        video["playable"] = Path(hit.video.path).suffix.lower() in PLAYABLE
-        video["gone"] = inside(hit.video, self._index.roots) is None
-        moments = [asdict(moment) for moment in hit.moments]
-        return {"video": video, "score": hit.score, "moments": moments}
 
     async def timeline(self, request: Request) -> Response:
         from starlette.responses import JSONResponse
@@ -419,6 +420,19 @@ def inside(video: Video, roots: Collection[str]) -> Path | None:
     except (OSError, ValueError, RuntimeError):  # the last: a circle of links
         return None
     return path if regular and within else None
+
+
+def described(hits: Collection[Hit], roots: Collection[str]) -> list[dict[str, Any]]:
+    """What the page needs of them, and nothing of where they lie."""
+    answer = []
+    for hit in hits:
+        name = shown(hit.video.name)
+        video = {"id": hit.video.id, "name": name, "duration": hit.video.duration}
+        video["playable"] = Path(hit.video.path).suffix.lower() in PLAYABLE
+        video["gone"] = inside(hit.video, roots) is None
+        moments = [asdict(moment) for moment in hit.moments]
+        answer.append({"video": video, "score": hit.score, "moments": moments})
+    return answer
 
 
 def shown(name: str) -> str:
