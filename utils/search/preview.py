@@ -117,17 +117,21 @@ def write_clip(video: Path, start: float, end: float, target: Path) -> None:
     picture += ["-crf", "24", "-pix_fmt", "yuv420p", "-threads", "2"]
     sound = ["-map", "0:a:0?", "-c:a", "aac", "-b:a", "128k", "-ac", "2"]
     container = ["-t", f"{end - start:.3f}", "-sn", "-dn", "-movflags", "+faststart", "-f", "mp4"]
-    for output in ([*picture, *sound], picture):  # without a sound that cannot be decoded
-        done = _run(video, start, [*output, *container], target, CLIP_LIMIT)
+    # Without a sound that cannot be decoded; and from the start, where nothing leads into the middle.
+    for output, seek in (([*picture, *sound], True), (picture, True), (picture, False)):
+        done = _run(video, start, [*output, *container], target, CLIP_LIMIT, seek)
         if done.status == 0:
             return
     raise DataError(f"{video}: {done.reason}")
 
 
-def _run(video: Path, start: float, output: list[str], target: Path, limit: float) -> Completed:
-    seek = ["-ss", f"{start:.3f}"]
-    arguments = ["-v", "level+error", *seek, *input_arguments(video), *output]
-    return run_ffmpeg([*arguments, "-y", f"file:{target}"], limit)
+def _run(
+    video: Path, start: float, output: list[str], target: Path, limit: float, seek: bool = True
+) -> Completed:
+    at, source = ["-ss", f"{start:.3f}"], input_arguments(video)
+    arguments = ["-v", "level+error", "-abort_on", "empty_output_stream"]
+    arguments += [*at, *source] if seek else [*source, *at]
+    return run_ffmpeg([*arguments, *output, "-y", f"file:{target}"], limit)
 
 
 def _fit(box: tuple[int, int]) -> str:
