@@ -327,7 +327,7 @@ def _events(rows: pa.Table, **more: np.ndarray) -> Events:
 
 
 def _listed(ids: Iterable[str]) -> str:
-    return ", ".join(f"'{token}'" for token in ids)
+    return ", ".join(f"'{token}'" for token in ids) or "''"
 
 
 def _first(error: Exception) -> str:
