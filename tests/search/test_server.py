@@ -354,6 +354,10 @@ class TestPreviews:
             previews.thumbnail(tmp_path / "none.mp4", 0.0)
         previews.close()
 
+    def test_a_clip_without_a_picture_is_none(self, video: Path, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"video\.mp4"):
+            preview.write_clip(video, 9.0, 10.0, tmp_path / "clip.mp4")
+
     def test_too_many_are_refused(self, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         gate = threading.Event()
         monkeypatch.setattr(preview, "MAX_WAITING", 3)

@@ -117,7 +117,7 @@ def write_clip(video: Path, start: float, end: float, target: Path) -> None:
     picture += ["-crf", "24", "-pix_fmt", "yuv420p", "-threads", "2"]
     sound = ["-map", "0:a:0?", "-c:a", "aac", "-b:a", "128k", "-ac", "2"]
     container = ["-t", f"{end - start:.3f}", "-sn", "-dn", "-movflags", "+faststart", "-f", "mp4"]
-    # Without a sound that cannot be decoded; and from the start, where nothing leads into the middle.
+    # Without a sound that cannot be decoded, and from the start where the middle cannot be found.
     for output, seek in (([*picture, *sound], True), (picture, True), (picture, False)):
         done = _run(video, start, [*output, *container], target, CLIP_LIMIT, seek)
         if done.status == 0:
