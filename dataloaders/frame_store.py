@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from dataloaders import DataError
-from dataloaders.clips import ClipSource, lookalikes
+from dataloaders.clips import ClipSource, missing_names
 from dataloaders.ffmpeg import decode_frames
 from dataloaders.sampling import sampled_indices
 from dataloaders.storage import if_supported, lock, open_hdf5, sync
@@ -145,9 +145,10 @@ class FrameStore(ClipSource):
     """
 
     kind = "frame store"
+    remedy = "add them with `.venv/bin/python -m scripts.data.pack_frames`"
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.place = self.path = Path(path)
         if not self.path.is_file():
             unfinished = packing_path(self.path).is_file()
             state = "is not finished" if unfinished else "no such frame store"
@@ -179,17 +180,8 @@ class FrameStore(ClipSource):
                 f"{self.path}: no readable frame store ({reason}): give another, or {PACK}"
             ) from error
 
-    def missing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name not in self.clips]
-
-    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
-        return lookalikes(missing, self.clips)
-
-    def missing_message(self, missing: Sequence[str], total: int) -> str:
-        return (
-            f"{self.path}: {len(missing)} of {total} clips are missing from the frame store: add"
-            " them with `.venv/bin/python -m scripts.data.pack_frames`"
-        )
+    def missing(self, names: Sequence[str]) -> dict[str, str]:
+        return missing_names(names, self.clips)
 
     def label(self, name: str) -> str:
         return f"{self.path}: clip {name!r}"

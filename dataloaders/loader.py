@@ -112,7 +112,7 @@ class ClipLoader:
             sampler=list(enumerate(self.keys)),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH if self.num_workers else None,
-            collate_fn=_as_it_is,
+            collate_fn=lambda batch: batch,  # not tensors, which go through /dev/shm
             pin_memory=torch.cuda.is_available(),
             timeout=WORKER_TIME_LIMIT if self.num_workers else 0,
             # DataLoader draws a seed for its workers that nothing here uses; drawn from a generator
@@ -263,11 +263,6 @@ class _Parcel:
     def pin_memory(self) -> dict:
         """For DataLoader, whose thread opens it where there is a GPU to copy the frames to."""
         return self.open(pin=True)
-
-
-def _as_it_is(batch: object) -> object:
-    """DataLoader would make tensors of arrays, and send them through /dev/shm."""
-    return batch
 
 
 @contextlib.contextmanager

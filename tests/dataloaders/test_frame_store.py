@@ -350,7 +350,7 @@ def test_what_does_not_fit_is_refused(store, video_dir, tmp_path):
     first, *listed = str(raised.value).splitlines()
     assert first.startswith(f"{store.path}: 1 of 2 clips are missing from the frame store")
     assert "scripts.data.pack_frames" in first
-    assert listed == ["gone"]
+    assert listed == ["gone: missing"]
     with pytest.raises(DataError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
         loader_of(videos[:1], store, size=224)
     with pytest.raises(DataError, match="no such frame store"):

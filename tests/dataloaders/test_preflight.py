@@ -12,7 +12,7 @@ import pytest
 
 from dataloaders import DataError, video
 from dataloaders.annotations import Query, Split, Video
-from dataloaders.clips import VideoFolder, lookalikes
+from dataloaders.clips import VideoFolder, missing_names
 from dataloaders.ffmpeg import run_ffmpeg, write_video
 from dataloaders.preflight import probe_all
 from scripts import report, score_predictions
@@ -87,8 +87,8 @@ def test_a_name_that_is_easily_confused_is_named(tmp_path, vid_name, file, remed
 
 
 def test_so_is_a_clip_of_a_frame_store():
-    found = lookalikes(["x.mp4", "X", "z", NFC], ["x", "y", NFD])
-    assert found.keys() == {"x.mp4", "X", NFC}
+    found = missing_names(["x.mp4", "y", "X", "z", NFC], ["x", "y", NFD])
+    assert list(found) == ["x.mp4", "X", "z", NFC] and found["z"] == "missing"
     assert "without the ending" in found["x.mp4"] and "write vid_name so" in found["X"]
     assert "Unicode" in found[NFC]
 
