@@ -146,7 +146,7 @@ def pack(
         DataError: the store, or what there is of it, cannot be continued with, or there is no room.
     """
     failures = []
-    with FrameStoreWriter(store, size, quality, shard.label) as writer:
+    with FrameStoreWriter(store, size, quality, shared=bool(shard.label)) as writer:
         known = writer.clips
         todo = [f for f in files if f[0] not in known or not known[f[0]].same_source(f[1])]
         if todo:
@@ -163,7 +163,7 @@ def pack(
         elif writer.clips:
             if todo:
                 print(f"writing {store}", flush=True)
-            writer.finish([name for name, _ in files])
+            writer.finish()
     return failures
 
 
