@@ -51,6 +51,11 @@ class Video:
     duration: float
 
 
+def read_videos(paths: Iterable[Path]) -> list[Video]:
+    """The videos of several annotation files together. DataError: see `read_annotations`."""
+    return corpus_videos(query for path in paths for query in read_annotations(path))
+
+
 def corpus_videos(queries: Iterable[Query]) -> list[Video]:
     """The videos in the order of their first appearance, with the duration of that line."""
     videos: dict[str, Video] = {}

@@ -314,7 +314,8 @@ class FrameStoreWriter:
         self._settings = {"format": FORMAT, "version": VERSION, "size": size, "quality": quality}
         if path.is_file():
             check_settings(path, vars(FrameStore(path)), self._settings)
-        self._lock = self._take_lock(shared)
+        with self._writing():
+            self._lock = self._take_lock(shared)
         try:
             self._store = FrameStore(path) if path.is_file() else None
             self._added = {clip.name: clip for clip in self._read_packing()}

@@ -164,3 +164,9 @@ def read_records(path: Path) -> list[dict]:
         first = ", ".join(unreadable[:10]) + (", …" if len(unreadable) > 10 else "")
         logger.warning("%s: unreadable lines skipped: %d (line %s)", path, len(unreadable), first)
     return records
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """A file of JSON lines, whole or not at all. OutputError: it cannot be written."""
+    with atomic_write(path) as part:
+        part.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dataloaders import DataError
 from dataloaders.annotations import TIME_TOLERANCE, corpus_videos, read_annotations
-from utils.command import Parser, run_command
+from utils.command import Parser, folder, run_command
 from utils.evaluation.published import SPLIT_SIZES
 from utils.files import commit, temporary_sibling
 
@@ -265,12 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all splits found and converted, 1 one could not be, 2 wrong use."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=SPLITS, help="which data set")
-    parser.add_argument("source", type=Path, help="folder that holds its original files")
+    parser.add_argument("source", type=folder, help="folder that holds its original files")
     parser.add_argument("--output_dir", type=Path, metavar="DIR",
         help="where <split>.jsonl goes (default: annotations/<dataset>)")  # fmt: skip
     args = parser.parse_args(arguments)
-    if not args.source.is_dir():
-        parser.error(f"{args.source}: no such folder")
     output_dir = args.output_dir or ROOT / "annotations" / args.dataset
     failed = False
     for name, (files, published) in SPLITS[args.dataset].items():

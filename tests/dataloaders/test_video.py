@@ -130,11 +130,6 @@ def test_the_frames_asked_for_come_out(tmp_path, n, gop):
     assert read_numbers(drawn) == train_indices(n, 8, np.random.RandomState(3)).tolist()
 
 
-def test_the_prepared_format_is_read(tmp_path):
-    write_video(tmp_path / "v.mp4", numbered_frames(40))
-    assert read_numbers(load_clip(tmp_path / "v.mp4", 8, 64)) == eval_indices(40, 8).tolist()
-
-
 @pytest.mark.parametrize("gop", ["12", "250"])
 def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path, gop):
     # decord counts the packets, 60 or 20 here, makes up the last frames and seeks to wrong ones.

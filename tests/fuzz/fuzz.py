@@ -1,7 +1,6 @@
 """Feeds corrupted files to the program's readers and reports every answer that is none.
 
     .venv/bin/python -m tests.fuzz.fuzz --seconds 3600       # exit status 1 if anything was found
-    .venv/bin/python -m tests.fuzz.fuzz --replay logs/fuzz/video_0_123.mp4   # a finding, again
 
 A reader may return its result, or raise the project's error with the file's name. Anything else is
 a finding: another exception, a crash, more than 30 seconds, more than 1 GiB of memory.
@@ -162,21 +161,12 @@ def fuzz(args: argparse.Namespace, folder: Path) -> int:
 
 
 def keep_finding(answer: Answer, path: Path, target: Path) -> None:
-    """Save the input and what happened, for --replay."""
+    """Save the input and what happened."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, target)
     text = f"{answer.outcome}\n\n{answer.details}\n"
     target.with_name(target.name + ".txt").write_text(text, errors="backslashreplace")
     tqdm.write(f"{answer.outcome}: {target}")
-
-
-def replay(saved: Path, folder: Path) -> int:
-    """Read a saved input again and print what happens; 1 if it is a finding."""
-    kind = KINDS[saved.name.split("_")[0]]
-    path = Path(shutil.copy(saved, folder / kind.file))
-    answer = Child(folder).read_case(kind.read, kind.error, path)
-    print(f"{saved}: {answer.outcome}\n{answer.details}")
-    return int(answer.is_finding)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -190,13 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="of the cases (default: %(default)s)")
     add("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="(default: all)")
     add("--findings", type=Path, default=ROOT / "logs/fuzz", help="(default: logs/fuzz)")
-    add("--replay", type=Path, metavar="FILE", help="read a saved finding again instead")
     args = parser.parse_args(arguments)
-    if args.replay and (not args.replay.is_file() or args.replay.name.split("_")[0] not in KINDS):
-        parser.error(f"--replay: no finding of this program: {args.replay}")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        work = Path(folder)
-        return replay(args.replay, work) if args.replay else int(fuzz(args, work) > 0)
+        return int(fuzz(args, Path(folder)) > 0)
 
 
 if __name__ == "__main__":

@@ -77,11 +77,9 @@ def test_a_minute_finds_nothing(tmp_path) -> None:
     assert fuzz.main(["--seconds", "60", "--findings", str(tmp_path)]) == 0
 
 
-def test_a_finding_is_kept_and_replayed(tmp_path, monkeypatch, capsys) -> None:
+def test_a_finding_is_kept(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(KINDS, "pyramid", KINDS["pyramid"]._replace(read=stumble))
     arguments = ["--cases", "1", "--kinds", "pyramid", "--findings", str(tmp_path)]
     assert fuzz.main(arguments) == 1
     assert (tmp_path / "pyramid_0_0.json.txt").read_text().startswith("KeyError")
-    capsys.readouterr()
-    assert fuzz.main(["--replay", str(tmp_path / "pyramid_0_0.json")]) == 1
-    assert "KeyError: 'x'" in capsys.readouterr().out
+    assert (tmp_path / "pyramid_0_0.json").stat().st_size > 0

@@ -35,6 +35,7 @@ from scripts.data.convert_video import (
     prepared_size,
 )
 from scripts.data.prepare_videos import find_inputs, main
+from tests.corpus import annotate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -483,14 +484,6 @@ def test_shards_side_by_side_one_of_them_killed_make_what_one_process_does(
     assert {clip.name: clip.stat().st_mtime_ns for clip in out.glob("*.mp4")} == before
     for name in before:
         assert (out / name).read_bytes() == (one / name).read_bytes()
-
-
-def annotate(path: Path, names: list[str]) -> Path:
-    lines = (
-        {"vid_name": name, "desc_id": i, "desc": "x", "duration": 1} for i, name in enumerate(names)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def test_annotations_tell_what_is_missing_and_unused(tmp_path, downloads):
