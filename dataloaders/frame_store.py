@@ -66,13 +66,6 @@ class PackedClip:
         stat = path.stat()
         return (stat.st_size, stat.st_mtime_ns) == (self.source_bytes, self.source_mtime_ns)
 
-    def same_frames(self, other: PackedClip | None) -> bool:
-        return (
-            other is not None
-            and np.array_equal(self.lengths, other.lengths)
-            and np.array_equal(self.checksums, other.checksums)
-        )
-
 
 def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedClip, bytes]:
     """Decode a prepared clip, crop every frame to the model's square, and encode it as JPEG.
@@ -158,9 +151,11 @@ class FrameStore(ClipSource):
             self.clips = self._places = self._read_index(file)
             self._identity = file_identity(file)
 
-    def _opened(self) -> BinaryIO:
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
         try:
-            return self.path.open("rb", buffering=0)
+            with self.path.open("rb", buffering=0) as file:
+                yield file
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
 
@@ -230,12 +225,10 @@ class FrameStore(ClipSource):
             if file_identity(file) != self._identity:  # extended; frames may lie elsewhere now
                 self._places, self._identity = self._read_index(file), file_identity(file)
             clip = self._places.get(name)
-            if clip is not self.clips[name] and not self.clips[name].same_frames(clip):
+            if not (clip and np.array_equal(clip.checksums, self.clips[name].checksums)):
                 raise DataError(f"{self.label(name)}: changed while it was in use: start again")
             try:
                 return read_frames(file, clip, frames)
-            except OSError as error:
-                raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
             except DataError as error:
                 remedy = f"remove the file and {PACK}"
                 raise DataError(f"{self.label(name)}: {error}: {remedy}") from error
@@ -243,12 +236,11 @@ class FrameStore(ClipSource):
 
 def _read_clips(file) -> dict[str, PackedClip]:
     """The index of an open HDF5 file."""
-    lengths, checksums = file["frame_bytes"][:], file["frame_crc32"][:]
-    ends = file["first_frame"][:] + file["num_frames"][:]
+    starts = file["first_frame"][1:]
     columns = {
         "name": file["name"].asstr()[:],
-        "lengths": [lengths[a:b] for a, b in zip(file["first_frame"][:], ends, strict=True)],
-        "checksums": [checksums[a:b] for a, b in zip(file["first_frame"][:], ends, strict=True)],
+        "lengths": np.split(file["frame_bytes"][:], starts),
+        "checksums": np.split(file["frame_crc32"][:], starts),
         "source": file["source"].asstr()[:],
         **{f: file[f][:].tolist() for f in ("psnr", "source_bytes", "source_mtime_ns")},
         "first_byte": (file["jpeg"].id.get_offset() + file["first_byte"][:]).tolist(),

@@ -92,13 +92,6 @@ class ClipLoader:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, key) -> dict | DataError:
-        """For DataLoader, which replaces the message of an error by the worker's traceback."""
-        try:
-            return self.batch(key)
-        except DataError as error:
-            return error
-
     def __iter__(self) -> Iterator[dict]:
         """The workers start reading now, not when the first batch is asked for.
 
@@ -226,8 +219,11 @@ class _Reader:
 
     def __getitem__(self, item: tuple) -> dict | DataError | _Parcel:
         self.number, key = item
-        batch = self.loader[key]
-        if self.memory is None or isinstance(batch, DataError):
+        try:
+            batch = self.loader.batch(key)
+        except DataError as error:  # raised, its message would be the worker's traceback
+            return error
+        if self.memory is None:
             return batch
         shape = batch.pop("frames").shape
         # Arrays, since torch would send tensors through /dev/shm.

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,9 +17,11 @@ from PIL import Image
 
 from dataloaders.annotations import Query, read_annotations
 from scripts import report
+from scripts.data import pack_frames
 from tests.corpus import CAPTIONS, ROOT, TinyRun, make_run
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
+from utils.files import write_records
 from utils.report.page import Run, curves, facts, result_tables, write_page
 from utils.report.queries import Thumbnails, best_and_worst, query_card, retrieved
 
@@ -37,15 +38,11 @@ def tiny_run(tmp_path_factory) -> TinyRun:
 
 @pytest.fixture(scope="module")
 def page(tiny_run) -> Path:
-    command = [
-        sys.executable, "-m", "scripts.report", str(tiny_run.logs),
-        "--annotations", str(tiny_run.corpus / "annos.jsonl"),
-        "--video_dir", str(tiny_run.corpus / "videos"), "--queries", "3",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "left out" not in done.stderr, done.stderr
-    assert done.stdout.strip() == str(tiny_run.logs / "report.html")
-    return tiny_run.logs / "report.html"
+    run = Run.read(tiny_run.logs)
+    path, corpus = tiny_run.logs / "report.html", tiny_run.corpus
+    write_page(run, path, corpus / "annos.jsonl", corpus / "videos", queries=3)
+    assert not run.notes
+    return path
 
 
 class Structure(HTMLParser):
@@ -209,9 +206,9 @@ def test_a_page_that_cannot_be_written(tiny_run, tmp_path) -> None:
 
 def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
     store = tmp_path / "frames.h5"
-    pack = ["-m", "scripts.data.pack_frames", "--video_dir", str(tiny_run.corpus / "videos")]
-    pack += ["--frame_store", str(store), "--size", "64"]
-    subprocess.run([sys.executable, *pack], cwd=ROOT, check=True)
+    videos = ["--video_dir", str(tiny_run.corpus / "videos"), "--size", "64"]
+    assert pack_frames.main([*videos, "--frame_store", str(store)]) == 0
+    capsys.readouterr()
     for name in ("log.jsonl", "predictions.h5"):
         shutil.copy(tiny_run.logs / name, tmp_path / name)
     args = json.loads((tiny_run.logs / "args.json").read_text())
@@ -293,8 +290,8 @@ def test_a_video_without_length() -> None:
 
 
 def a_run(folder: Path, records: list[dict], evaluations: list[dict] = (), **args: object) -> Run:
-    for name, lines in (("log.jsonl", records), ("eval.jsonl", evaluations)):
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_records(folder / "log.jsonl", records)
+    write_records(folder / "eval.jsonl", evaluations)
     (folder / "args.json").write_text(json.dumps(args))
     return Run.read(folder)
 
