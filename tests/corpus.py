@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +107,13 @@ def annotate(path: Path, names: Sequence[str], duration: float = 1) -> Path:
     lines = ({"vid_name": name, "desc_id": i, "desc": "x"} for i, name in enumerate(names))
     write_records(path, (line | {"duration": duration} for line in lines))
     return path
+
+
+def in_process(act: Callable[[], object]) -> BaseProcess:
+    """A process of its own that runs this and ends with what it returns."""
+    process = get_context("fork").Process(target=lambda: sys.exit(act()))
+    process.start()
+    return process
 
 
 def moving_noise(n: int, height: int, width: int) -> Iterator[np.ndarray]:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import zlib
-from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -26,7 +25,7 @@ from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
 from dataloaders.video import load_every_frame
 from scripts.data import pack_frames
-from tests.corpus import annotate, make_run
+from tests.corpus import annotate, in_process, make_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -223,7 +222,7 @@ def test_a_writer_that_is_killed_anywhere_is_continued(video_dir, tmp_path, monk
 def start_shard(flags: list[str], shard: str, die_after: int | None = None):
     """pack_frames in a process of its own, which kills itself after so many clips."""
 
-    def run() -> None:
+    def run() -> int:
         add = FrameStoreWriter.add
 
         def add_and_die(writer, *clip) -> None:
@@ -232,11 +231,9 @@ def start_shard(flags: list[str], shard: str, die_after: int | None = None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         FrameStoreWriter.add = add_and_die
-        sys.exit(pack_frames.main([*flags, "--shard", shard]))
+        return pack_frames.main([*flags, "--shard", shard])
 
-    process = get_context("fork").Process(target=run)
-    process.start()
-    return process
+    return in_process(run)
 
 
 def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
@@ -255,8 +252,7 @@ def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
         FrameStore(path)
     with FrameStoreWriter(path, SIZE, 90, shared=True) as writer:  # one that is still at work
         assert len(writer.clips) == 3
-        busy = get_context("fork").Process(target=lambda: sys.exit(pack_frames.main(flags)))
-        busy.start()
+        busy = in_process(lambda: pack_frames.main(flags))
         busy.join(60)
         assert busy.exitcode == 1
     again = start_shard(flags, "0/2")
