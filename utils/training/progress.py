@@ -71,4 +71,5 @@ class Progress:
     sums: EpochSums = field(default_factory=EpochSums)  # of the epoch under way
     last_record: dict | None = None  # of log.jsonl, for the last epoch done
     facts: dict = field(default_factory=dict)  # of the run besides its flags
+    zero_shot: dict = field(default_factory=dict)  # rows of CLIP alone by scoring, if computed
     has_optimizer: bool = False  # whether training can be resumed from it

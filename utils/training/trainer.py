@@ -45,6 +45,8 @@ logger = logging.getLogger("propy.trainer")
 HARMLESS = {"precision", "save_every_steps", "datatype", "subtask_type"}
 CHANGE_A_RUN = {field.name for cls in (TrainConfig, EvalConfig) for field in fields(cls)}
 CHANGE_A_RUN = (CHANGE_A_RUN | {"batch_size", "max_words", "seed"}) - HARMLESS
+# Zero-shot rows depend on these.
+CHANGE_ZERO_SHOT = {"max_words", "event_scores", "npev", "window_rule", VAL_ANNOTATIONS}
 # The order of an epoch's videos depends on these.
 CHANGE_AN_EPOCH = {"batch_size", "seed", TRAIN_ANNOTATIONS}
 
@@ -71,8 +73,8 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
     """Fit a checkpoint's progress to settings that it was not made with; returns warnings.
 
     An epoch under way is started again if its videos come in another order now; a best score of
-    another measure is forgotten. The learning rate follows the new settings from here on, at the
-    same epoch and step.
+    another measure is forgotten, and so are zero-shot rows of another. The learning rate follows
+    the new settings from here on, at the same epoch and step.
 
     Args:
         settings: of CHANGE_A_RUN, and facts of the run, by name.
@@ -86,6 +88,9 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
     if progress.sums.steps and set(changed) & CHANGE_AN_EPOCH:
         progress.sums = EpochSums()
         warnings.append(f"epoch {progress.epoch + 1} starts again, with its videos in a new order")
+    if progress.zero_shot and set(changed) & CHANGE_ZERO_SHOT:
+        progress.zero_shot = {}
+        warnings.append("the zero-shot rows do not compare with what follows: they are left out")
     measures = (_measure({**settings, **before}, task), _measure({**before, **settings}, task))
     if progress.best_epoch is not None and measures[0] != measures[1]:
         progress.best_score = progress.best_epoch = None
@@ -105,7 +110,7 @@ class Trainer:
 
     Args:
         folder: for checkpoints and logs.
-        flags, facts: of the run, see `Progress`.
+        flags, facts, zero_shot: of the run, see `Progress`; a resumed run keeps its zero-shot rows.
         resume: the checkpoint of a run to continue.
 
     Raises:
@@ -117,6 +122,7 @@ class Trainer:
         self, model: ProPy, loader: TrainingLoader, evaluator: CorpusEvaluator, folder: Path,
         config: TrainConfig,
         *, device: torch.device, flags: dict, facts: dict, resume: Path | None = None,
+        zero_shot: Mapping[str, Rows] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.loader, self.evaluator = model, loader, evaluator
         self.latest, self.best = folder / LATEST, folder / BEST
@@ -124,7 +130,9 @@ class Trainer:
         self._say_what_an_epoch_is()
         self.optimizer = build_optimizer(model, config.lr, config.coef_lr, config.wd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp")
-        self.progress = self._resume(resume, flags, facts) if resume else Progress()
+        start = Progress(zero_shot=dict(zero_shot or {}))
+        self.progress = self._resume(resume, flags, facts) if resume else start
+        evaluator.baselines = self.progress.zero_shot
         self.progress.args, self.progress.facts = flags, facts
         total = len(loader) * config.epochs
         self.learning_rate = partial(learning_rate, total_steps=total, peak=config.lr)
@@ -185,6 +193,7 @@ class Trainer:
         with contextlib.closing(self.epoch_log), self.signals, self._last_good_in_errors():
             if is_main():
                 self._finish_interrupted_epoch()
+            self._show_zero_shot()
             best = from_main(lambda: (progress.best_score, progress.best_epoch))
             progress.best_score, progress.best_epoch = best
             while progress.epoch < epochs:
@@ -198,6 +207,13 @@ class Trainer:
         best = (progress.best_epoch, progress.best_score, self.best)
         logger.info("best epoch %s, score %.2f: %s", *best)
         return self.best
+
+    def _show_zero_shot(self) -> None:
+        """What is to beat: as a table, and as a record, which a log that is continued has."""
+        if rows := self.progress.zero_shot:
+            logger.info("CLIP alone, to beat:\n%s", self.evaluator.tables({})[0])
+            counts = self.evaluator.counts()
+            self.epoch_log.write({"epoch": 0, "global_step": 0} | counts | {"zero_shot": rows})
 
     def _train(self) -> None:
         progress = self.progress
