@@ -47,7 +47,7 @@ from utils.missing_videos import MissingVideos, require_videos
 from utils.pictures.attention_store import ATTENTION, HITS, SCORES
 from utils.pictures.plots import PlotSettings, check_request, plot_split
 from utils.training.baselines import zero_shot_rows
-from utils.training.checkpoint import BEST, LATEST, load_checkpoint
+from utils.training.checkpoint import BEST, BEST_DOT, LATEST, load_checkpoint
 from utils.training.engine import TrainConfig
 from utils.training.progress import run_facts
 from utils.training.signals import Stopped
@@ -156,6 +156,7 @@ def outputs(args: argparse.Namespace) -> list[Path]:
         names += ["args.json"]
     if args.do_train:
         names += ["log.jsonl", LATEST, BEST]
+        names += [BEST_DOT] if args.event_scores == "both" else []
     if args.do_eval:
         names += ["eval.jsonl"]
     if args.save_predictions:

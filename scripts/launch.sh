@@ -27,6 +27,7 @@ done
 for name in val_annos train_annos gpus; do
   if printenv "$name" >/dev/null; then outside+=("$name=${!name}"); fi
 done
+if [ "${dry_run:-0}" = 1 ]; then printf '%s\0' "${flags[@]}" "$@"; exit; fi  # for other programs
 [ "${#outside[@]}" = 0 ] || echo "launch: from the environment: ${outside[*]}" >&2
 exec .venv/bin/python ${gpus:+-m torch.distributed.run --standalone --nproc_per_node "$gpus"} \
   main.py "${flags[@]}" "$@"

@@ -222,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--event_scores", choices=["cosine", "dot", "both"], default="cosine",
         help="how texts and events are compared in PRVR: cosine, as the paper says; dot leaves the "
         "events' lengths in, as the authors' program does on ActivityNet; both reports both rows, "
-        "cosine choosing the best epoch")
+        "cosine choosing the best epoch, dot another one, ckpt.best_dot.pth.tar")
     add("--npev", type=number(int, 1), default=10, metavar="N",
         help="VCMR: moments of one video that count, the best [published: 10]")
     add("--window_rule", choices=WINDOW_RULES, default="half",

@@ -143,6 +143,12 @@ class Evaluator:
         first = next(iter(rows.values()))
         return round(selection_score(rows[VCMR]) if self.evaluate_vcmr else first["SumR"], 6)
 
+    def dot_score(self, rows: Rows) -> float | None:
+        """What chooses a best epoch of its own for PRVR's row "dot", where it is the second one."""
+        if self.evaluate_vcmr or self.config.event_scores != "both":
+            return None
+        return round(rows[DOT]["SumR"], 6)
+
     def check_times(self, training: bool) -> None:
         """A warning if moments are to be scored, but not all queries have times.
 

@@ -14,7 +14,7 @@ from utils.files import read_records
 
 # Counters of log.jsonl, which make no curve.
 COUNTERS = (
-    *("epoch", "global_step", "steps", "skipped_steps", "best_epoch"),
+    *("epoch", "global_step", "steps", "skipped_steps", "best_epoch", "best_dot_epoch"),
     *("val_videos", "val_videos_left_out", "val_queries", "val_queries_left_out"),
 )
 # What training says of itself; every other number of a record is a metric.
