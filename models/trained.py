@@ -18,18 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from models.authors import convert_authors_state
-from models.clip_weights import build_clip, weights_path
+from models.clip import CLIPSettings
+from models.clip_weights import build_clip
 from models.propy import NOT_COMPARED, ProPy, ProPyConfig
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.torch_files import is_plain, load_tensors
-from modules.transformer import QUICK_GELU
 
 logger = logging.getLogger("propy.trained")
 
 FORMAT = "propy-3"
 WITHOUT_CONFIG = "propy-2"  # written before checkpoints held their configuration
-WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "CLIP_weights"
 NOT_FINITE = "has values that are not finite"
 
 # The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
@@ -53,7 +52,7 @@ def load_propy(
     Args:
         checkpoint: of this program or of the authors'. Files without a configuration get what can
             be read off their tensors, the published setting else, and a warning.
-        clip_weights: file or content; by default what the checkpoint names, in ``CLIP_weights``.
+        clip_weights: name, file or content; by default what the checkpoint names.
         trust_archive: see ``models.clip_weights.read_weights``.
 
     Raises:
@@ -62,8 +61,7 @@ def load_propy(
     content = read_checkpoint(checkpoint)
     with naming(checkpoint):
         config = _config_of(content)
-        if clip_weights is None:
-            clip_weights = weights_path(config.clip_name, WEIGHTS_FOLDER)
+    clip_weights = config.clip_name if clip_weights is None else clip_weights
     clip = build_clip(clip_weights, trust_archive, config.clip_activation)
     with naming(checkpoint):
         model = ProPy(clip, config)
@@ -225,8 +223,8 @@ def _config_of(content: Mapping) -> ProPyConfig:
 
 
 def _check_config(content: Mapping, model: ProPy) -> None:
-    # Whatever does not say it was trained with QuickGELU: there was nothing else.
-    theirs = {"clip_activation": QUICK_GELU} | content.get("config", {})
+    # Whatever does not say it was trained with a CLIP like OpenAI's: there was nothing else.
+    theirs = CLIPSettings().as_fields() | content.get("config", {})
     ours = asdict(model.config)
     different = [
         f"{name} {theirs[name]!r}, not {ours.get(name)!r}"

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modules.adapter import TemporalAdapter
 from modules.pyramid import PromptPyramid
-from modules.transformer import HEAD_WIDTH, ResidualAttentionBlock
+from modules.transformer import ResidualAttentionBlock
 
 
 def event_key_counts(pyramid: PromptPyramid, num_prompts: int, grid_tokens: int) -> Tensor:
@@ -162,8 +162,8 @@ def _join(events: Tensor, prompts: Tensor, frames: Tensor) -> Tensor:
 
 
 def _attention_weights(q: Tensor, k: Tensor, bias: Tensor, head: int | None) -> Tensor:
-    """softmax(q kᵀ / 8 + bias) of one head, or averaged over heads: [B, N_e, keys]."""
+    """softmax(q kᵀ / √c + bias) of one head, or averaged over heads: [B, N_e, keys]."""
     if head is not None:
         q, k = q[:, :, head : head + 1], k[:, :, head : head + 1]
-    logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / HEAD_WIDTH**0.5 + bias
+    logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / q.shape[-1] ** 0.5 + bias
     return logits.softmax(dim=-1).mean(dim=1)

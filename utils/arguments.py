@@ -159,13 +159,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_clip_name", default="ViT-B/32", metavar="NAME|FILE",
-        help="ViT-B/32, ViT-B/16 or ViT-L/14, fetched into CLIP_weights by "
-        "scripts/download_clip.sh, or a weights file in OpenAI's, open_clip's or transformers' "
-        "format [published: ViT-B/32]")
+        help="ViT-B/32, ViT-B/16, ViT-L/14, or open_clip's architecture/tag, as "
+        "ViT-B-32/laion2b_s34b_b79k, fetched into CLIP_weights by scripts/download_clip.sh (--list "
+        "names all); or a weights file in OpenAI's, open_clip's or transformers' format "
+        "[published: ViT-B/32]")
     add("--clip_activation", choices=["quick_gelu", "gelu"],
         help="what CLIP's weights were trained with, for a file that does not say it: OpenAI's "
-        "have quick_gelu, most of open_clip's gelu (default: what is known of the file, else "
-        "quick_gelu, with a warning)")
+        "have quick_gelu, most of open_clip's gelu (default: what is known of the name or file, "
+        "else quick_gelu, with a warning)")
     add("--freeze_clip", **switch, default=1,
         help="0 fine-tunes CLIP too, with lr·coef_lr [published: 1]")
     add("--pyr_config_path", type=Path, default=ROOT / "scripts/pyramids/cfg_32.json",

@@ -15,10 +15,10 @@ from typing import Any, NoReturn, TextIO
 
 from dataloaders import DataError
 from modules import ModelError
-from utils import OutputError, RunError
+from utils import OutputError, RunError, SearchError
 
 # What a user can fix; everything else is a bug and keeps its traceback.
-USER_ERRORS = (DataError, ModelError, RunError, OutputError)
+USER_ERRORS = (DataError, ModelError, RunError, OutputError, SearchError)
 UNREAD = (errno.EPIPE, errno.EIO)  # of a pipe that ended, and of a terminal that was closed
 
 

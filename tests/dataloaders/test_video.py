@@ -98,6 +98,39 @@ def test_the_crop_offset_halves_to_even():
     assert center_crop(frames, 14)[0, 0, 0, 0] == 4  # 3.5
 
 
+@pytest.mark.parametrize(
+    ("height_width", "size", "side"),
+    [
+        ((224, 224), 336, 224),
+        ((224, 336), 336, 224),  # 3:2, no portrait that was squashed to 336
+        ((128, 224), 336, 224),  # one that was squashed to 224
+        ((224, 304), 64, 224),
+        ((336, 400), 336, 336),
+    ],
+)
+def test_a_clip_is_resized_to_what_the_model_reads(tmp_path, height_width, size, side):
+    path = tmp_path / "v.mp4"
+    write_video(path, numbered_frames(20, *height_width), 3)
+    assert video.probe_clip(path, size) == 20
+    clip = load_clip(path, 8, size)
+    assert clip.shape == (8, 3, size, size) and clip.dtype == torch.uint8
+    square = center_crop(torch.from_numpy(decode_with_ffmpeg(path)), side)[eval_indices(20, 8)]
+    if side == size:
+        assert torch.equal(clip, square)
+    expected = torch.nn.functional.interpolate(
+        square.float(), (size, size), mode="bicubic", antialias=True
+    )
+    assert (clip - expected.clamp(0, 255)).abs().mean() < 1
+
+
+def test_a_clip_of_another_size_is_refused(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered_frames(20, 240, 320), 3)
+    for size, sides in ((224, "224"), (336, "336 or 224")):
+        for read in (video.probe_clip, lambda path, size: load_clip(path, 8, size)):
+            with pytest.raises(DataError, match=rf"320×240 pixels.* has to be {sides}: prepare"):
+                read(tmp_path / "v.mp4", size)
+
+
 @pytest.mark.parametrize("name", ["short", "long", "tall"])
 def test_frames_are_the_authors(golden, name):
     data = np.load(golden / "video_files.npz")
@@ -255,7 +288,7 @@ def test_a_decoder_that_hangs_is_given_up_and_not_tried_again(tmp_path, golden, 
 
 
 def test_nasty_files_decode_or_are_refused(shared_data, monkeypatch):
-    monkeypatch.setattr(video, "_check_size", lambda *args: None)  # or most would stop there
+    monkeypatch.setattr(video, "_clip_side", lambda *args: 64)  # or most would stop there
     decoded = 0
     for path in sorted((shared_data / "nasty").iterdir()):
         if path.stat().st_size > 10**6:  # 4K and 1080p: right, but seconds each
