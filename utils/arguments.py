@@ -7,13 +7,11 @@ A flag is added with its reader and removed with it: a field of one of the confi
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.command import Parser
+from utils.command import Parser, number
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
 from utils.evaluation.rows import ZERO_SHOT
 from utils.misc import usable_cores
@@ -97,20 +95,6 @@ class _Help(argparse.HelpFormatter):
         if action.default in (None, argparse.SUPPRESS, []):
             return action.help
         return f"{action.help} (default {str(action.default).removeprefix(f'{ROOT}/')})"
-
-
-def number(kind: type, lowest: float, highest: float = math.inf) -> Callable[[str], float]:
-    """A flag's type: a number of a kind, the bounds among what is allowed; NaN is not."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not lowest <= value <= highest:
-            wanted = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"must be {wanted}: {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # of argparse's message for what is no number
-    return parse
 
 
 def checkpoint(text: str) -> Path | str:
