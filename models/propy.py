@@ -31,7 +31,7 @@ from modules.interaction import (
 )
 from modules.prompts import PyramidPrompts
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
-from modules.readout import readout_of
+from modules.readout import ranking_name, readout_of
 from modules.similarity import event_scores
 from modules.transformer import HEAD_WIDTH, QUICK_GELU
 
@@ -53,15 +53,17 @@ class ProPyConfig:
     adapter_channels: int = 384  # C of the temporal adapters
     adapter_kernel: int = 5  # k of the temporal adapters, in frames
     num_adapter_layers: int = 12  # the first so many layers have an adapter
-    readout: str = "max"  # of a video's score, see modules.readout
+    readout: str = "max"  # of a video's score in training, see modules.readout
+    rank_readout: str | None = None  # of its score in ranking; None: what suits the other
     max_words: int = 32  # tokens of a caption that training reads, start and end included
     clip_name: str = "ViT-B/32"  # OpenAI's name of the model, or the file of its weights
     clip_activation: str = QUICK_GELU  # of CLIP's MLPs, or GELU; no tensor shows it
     clip_seconds: float | None = None  # mean length of the training videos, if it is known
 
 
-# The pyramid is compared by its events, max_words with a warning; the others describe, no more.
-NOT_COMPARED = {"pyramid", "max_words", "clip_name", "clip_seconds"}
+# The pyramid is compared by its events, max_words and rank_readout with a warning; the others
+# describe, no more.
+NOT_COMPARED = {"pyramid", "max_words", "rank_readout", "clip_name", "clip_seconds"}
 
 
 class ProPy(nn.Module):
@@ -95,11 +97,13 @@ class ProPy(nn.Module):
         if min(config.num_prompts, config.num_adapter_layers) < 0:
             raise ModelError("the numbers of visual prompts and adapter layers cannot be negative")
         adapters = min(config.num_adapter_layers, sizes.vision_layers)
-        self.config = config = replace(config, num_adapter_layers=adapters)
+        ranking = ranking_name(config.readout, config.rank_readout)
+        self.config = config = replace(config, num_adapter_layers=adapters, rank_readout=ranking)
         self.clip = clip.requires_grad_(not freeze_clip)
         self.pyramid = pyramid = PromptPyramid.from_config(config.pyramid)
         self.num_prompts = config.num_prompts
-        self.readout = readout_of(config.readout)
+        self.training_readout = readout_of(config.readout, pyramid)
+        self.readout = readout_of(ranking, pyramid)
         self.checkpoint_activations = checkpoint_activations
         self.prompts = PyramidPrompts(
             pyramid.num_events, config.num_prompts, sizes.vision_layers, sizes.vision_width,
@@ -191,9 +195,10 @@ class ProPy(nn.Module):
         return self.clip.text_head(x.squeeze(1))
 
     def scores(self, texts: Tensor, events: Tensor) -> Tensor:
-        """Scaled similarity of texts [T, D] and videos [B, N_e, D]: the read-out of the cosines ×
-        exp(logit_scale), [T, B], at least float32."""
-        return self.readout(event_scores(texts, events)) * self.clip.logit_scale.exp()
+        """What training compares of texts [T, D] and videos [B, N_e, D]: its read-out of the
+        cosines × exp(logit_scale), [T, B], at least float32. ``readout`` ranks."""
+        cosines = event_scores(texts, events)
+        return self.training_readout(cosines) * self.clip.logit_scale.exp()
 
     def forward(self, frames: Tensor, token_ids: Tensor) -> Tensor:
         """Scores of every text against every video of a batch, [T, B]."""

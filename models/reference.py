@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import ProPy
+from models.propy import ProPy
+from modules.pyramid import PromptPyramid
 
 
 def heads_of(x: Tensor) -> Tensor:
@@ -105,12 +106,38 @@ def encode_text(model: ProPy, token_ids: Tensor) -> Tensor:
     return x[torch.arange(len(x)), end] @ clip.text_projection
 
 
+def readout(name: str, cosines: Tensor, pyramid: PromptPyramid) -> Tensor:
+    """[..., N_e] to [...]: the score of a video in training or in ranking."""
+    best = cosines.max(dim=-1).values
+    if name == "max":
+        return best
+    level, spans = pyramid.level_of_event, pyramid.spans
+    if name == "levels":
+        levels = [cosines[..., level == k].max(dim=-1).values for k in level.unique()]
+        return torch.stack(levels).mean(dim=0)
+    if name in ("consensus", "half"):
+        slots = []
+        for first, last in spans[level == 1].tolist():
+            covers = (spans[:, 0] <= first) & (last <= spans[:, 1])
+            heard = [covers & (level == k) for k in level[covers].unique()]
+            slots.append(sum(cosines[..., here].max(dim=-1).values for here in heard) / len(heard))
+        consensus = torch.stack(slots).max(dim=0).values
+        return consensus if name == "consensus" else (best + consensus) / 2
+    if name == "top4_bottom":
+        cosines = cosines[..., level == 1]
+    if name != "soft":
+        cosines = cosines.sort(dim=-1, descending=True).values[..., :4]
+    weights = torch.exp(cosines / 0.05)
+    return (weights * cosines).sum(dim=-1) / weights.sum(dim=-1)
+
+
 def scores(model: ProPy, texts: Tensor, events: Tensor) -> Tensor:
-    """[T, B]: the largest cosine over a video's events, scaled."""
+    """[T, B]: the training's read-out of a video's cosines, scaled."""
     texts = texts / texts.norm(dim=-1, keepdim=True)
     events = events / events.norm(dim=-1, keepdim=True)
     cosines = torch.stack([texts @ video.T for video in events], dim=1)
-    return cosines.max(dim=-1).values * model.clip.logit_scale.exp()
+    similarity = readout(model.config.readout, cosines, model.pyramid)
+    return similarity * model.clip.logit_scale.exp()
 
 
 def loss(similarity: Tensor, text_to_video: Tensor) -> Tensor:

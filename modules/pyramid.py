@@ -118,12 +118,17 @@ class PromptPyramid:
         return cls(num_frames, levels)
 
     @property
+    def contains(self) -> Tensor:
+        """bool [N_e, N_e]: an event (row) spans another (column) or is that one."""
+        return _contains(self.spans, self.spans)
+
+    @property
     def related(self) -> Tensor:
         """bool [N_e, N_e]: the same event, or ancestor and descendant at any distance in levels.
 
         Two nodes are related exactly when one frame span contains the other.
         """
-        return _contains(self.spans, self.spans) | _contains(self.spans, self.spans).T
+        return self.contains | self.contains.T
 
     @property
     def frames_of_event(self) -> Tensor:

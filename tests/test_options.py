@@ -23,7 +23,7 @@ from utils.training.optim import build_optimizer
 from utils.training.progress import Progress
 
 CONFIGS = (ProPyConfig, LoaderConfig, TrainConfig, EvalConfig)
-NO_FLAGS = {"pyramid", "readout", "clip_seconds"}  # main.py decides these
+NO_FLAGS = {"pyramid", "clip_seconds"}  # main.py decides these
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
     args = parser.parse_args(["--prvr_val_annos", "x", "--adapter_channels", "48", "--dummy", "2"])
     golden = GoldenModel.read("m3")
     decided = {
-        "readout": "max",
         "clip_seconds": None,
         "clip_activation": "quick_gelu",
     }  # by main.py

@@ -19,6 +19,15 @@ from utils.misc import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOT_STYLES = ("readable", "authors")  # of utils.pictures.draw, which imports matplotlib
+READOUTS = (
+    "max",
+    "consensus",
+    "half",
+    "levels",
+    "soft",
+    "top4",
+    "top4_bottom",
+)  # of modules.readout
 AUTO = "auto"  # --resume: the output folder's own checkpoint; a file of that name is ./auto
 
 # Fields of configurations whose flags have other names, those of the authors' program.
@@ -180,6 +189,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="width of an adapter [published: 384]")
     add("--temp_kernel_sz", type=number(int, 1), default=5,
         help="frames an adapter's convolution spans, odd [published: 5; Charades 3]")
+
+    add("--readout", choices=READOUTS, default="max",
+        help="a video's score in training, from its events' cosines: models/README.md#options "
+        "explains it and the other options of the network and the loss [published: max]")
+    add("--rank_readout", choices=READOUTS,
+        help="its score when videos are ranked (default: consensus: half; soft: max; else that of "
+        "training)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=10, help="[published: 10]")
