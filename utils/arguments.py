@@ -80,6 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"no such checkpoint: {checkpoint}")
     if args.save_predictions and not args.do_eval:
         parser.error("--save_predictions 1 needs --do_eval 1")
+    if args.text_relations and not args.freeze_clip:
+        parser.error("--text_relations compares with a frozen CLIP: give --freeze_clip 1")
     if args.temp_kernel_sz % 2 == 0:
         parser.error(f"--temp_kernel_sz must be odd: {args.temp_kernel_sz}")
     if args.output_dir is None:
@@ -208,6 +210,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="factor on lr for CLIP's own parameters, only with --freeze_clip 0")
     add("--wd", type=number(float, 0, 1e3), default=0.2,
         help="weight decay of everything but biases [published: 0.2]")
+    add("--hard_negatives", type=number(float, 0, 1e3), default=0.0, metavar="WEIGHT",
+        help="of a hinge on each text's and video's hardest negative [published: 0, without]")
+    add("--text_relations", type=number(float, 0, 1e3), default=0.0, metavar="WEIGHT",
+        help="of keeping frozen CLIP's distances and angles among a batch's texts, with "
+        "--freeze_clip 1 [published: 0]")
+    add("--reversed_negatives", type=number(float, 0, 1e3), default=0.0, metavar="WEIGHT",
+        help="of telling videos from themselves played backwards, 0.3 to start [published: 0]")
+    add("--reversed_share", type=number(float, 1e-6, 1), default=0.5,
+        help="of a step's videos that --reversed_negatives embeds backwards too")
     add("--clip_grad_norm", type=number(float, 1e-12), default=1.0,
         help="largest norm of the gradient, inf for no limit [published: 1.0]")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, metavar="K",
