@@ -119,8 +119,8 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     state, ours = content["state_dict"], not is_from_authors(content)
     has_clip = bool(model.backbone_names() & set(state))
     with naming(path):
-        weights = _check_tensors(state, model)
         _check_config(content, model)
+        weights = _check_tensors(state, model)
         if ours and not has_clip and content["backbone"] != backbone_fingerprint(model.clip):
             raise ModelError(
                 "trained on other CLIP weights than the model's: give the same "

@@ -19,15 +19,9 @@ from utils.misc import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOT_STYLES = ("readable", "authors")  # of utils.pictures.draw, which imports matplotlib
-READOUTS = (
-    "max",
-    "consensus",
-    "half",
-    "levels",
-    "soft",
-    "top4",
-    "top4_bottom",
-)  # of modules.readout
+# Of modules.pyramid and modules.readout, which import torch.
+VISIBILITIES = ("relatives", "ancestors", "descendants", "all", "self")
+READOUTS = ("max", "consensus", "half", "levels", "soft", "top4", "top4_bottom")
 AUTO = "auto"  # --resume: the output folder's own checkpoint; a file of that name is ./auto
 
 # Fields of configurations whose flags have other names, those of the authors' program.
@@ -192,6 +186,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temp_kernel_sz", type=number(int, 1), default=5,
         help="frames an adapter's convolution spans, odd [published: 5; Charades 3]")
 
+    add("--visibility", choices=VISIBILITIES, default="relatives",
+        help="which events an event attends to besides itself: ancestors and descendants, one of "
+        "the two, all, or none (self) [published: relatives]")
+    add("--text_prompts", choices=["projected", "none"], default="projected",
+        help="of the text tower, projected from the visual ones [published: projected]")
+    add("--lora_rank", type=number(int, 0), default=0, metavar="R",
+        help="of a low-rank adaptation of both towers' queries, keys and values [published: 0, "
+        "without]")
+    add("--frame_groups", default="", metavar="SIZES",
+        help="2,4: groups of 2, then of 4 neighbouring frames attend together in the last two "
+        "blocks whose frames are used [published: none, each frame by itself]")
+    add("--frame_embedding", **switch, default=0,
+        help="1 adds a learned vector to the tokens of each frame [published: 0]")
     add("--readout", choices=READOUTS, default="max",
         help="a video's score in training, from its events' cosines: models/README.md#options "
         "explains it and the other options of the network and the loss [published: max]")
