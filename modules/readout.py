@@ -7,7 +7,7 @@ of a video is. Moments are ranked by event, whatever the read-out.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -58,20 +58,25 @@ class Consensus(nn.Module):
         counts = torch.tensor([[float(levels[slot])] for slot in slots])
         self.register_buffer("counts", counts, persistent=False)
 
-    def _keep(self, name: str, rows: Collection[Sequence[int]]) -> list[str]:
-        """Buffers [n] that are the columns of ragged rows, short ones ending in their first."""
+    def _keep(self, name: str, rows: Collection[Sequence[int]]) -> list[slice | str]:
+        """The columns of ragged rows, short ones ending in their first: slices, where they are
+        regular, which need no copy, else names of buffers [n]."""
         width = max(map(len, rows))
-        columns = zip(*([*row, *row[:1] * (width - len(row))] for row in rows), strict=True)
-        names = [f"{name}_{i}" for i in range(width)]
-        for buffer, column in zip(names, columns, strict=True):
-            self.register_buffer(buffer, torch.tensor(column), persistent=False)
-        return names
+        kept: list[slice | str] = []
+        for i in range(width):
+            column = [row[i] if i < len(row) else row[0] for row in rows]
+            step = column[1] - column[0] if len(column) > 1 else 1
+            regular = slice(column[0], column[-1] + 1, max(step, 1))
+            if column == list(range(regular.start, regular.stop, regular.step)):
+                kept.append(regular)
+            else:
+                kept.append(f"{name}_{i}")
+                self.register_buffer(kept[-1], torch.tensor(column), persistent=False)
+        return kept
 
-    def _largest(self, rows: Tensor, names: Sequence[str]) -> Tensor:
-        largest, *others = (rows.index_select(0, getattr(self, name)) for name in names)
-        for other in others:
-            largest = torch.maximum(largest, other)
-        return largest
+    def _largest(self, rows: Tensor, columns: Sequence[slice | str]) -> Tensor:
+        chosen = (rows[c if isinstance(c, slice) else getattr(self, c)] for c in columns)
+        return reduce(torch.maximum, chosen)
 
     def forward(self, cosines: Tensor) -> Tensor:
         # Events first: every operation runs over whole rows of memory.
@@ -137,10 +142,13 @@ def ranking_name(training: str, ranking: str | None = None) -> str:
 
 def _covering_events(pyramid: PromptPyramid) -> list[list[tuple[int, ...]]]:
     """Per level, bottom first, and bottom slot: the level's events whose spans contain it."""
-    first = pyramid.num_events - pyramid.num_bottom_events
-    covers = (pyramid.contains[:, first:]).T.tolist()  # [n_1, N_e]
-    level = pyramid.level_of_event.tolist()
-    return [
-        [tuple(e for e, yes in enumerate(row) if yes and level[e] == number) for row in covers]
-        for number in range(1, len(pyramid.events_per_level) + 1)
-    ]
+    slots = range(pyramid.num_bottom_events)
+    below = pyramid.contains[:, -len(slots) :]  # [N_e, n_1]
+    covers = []
+    for number in range(1, len(pyramid.events_per_level) + 1):
+        found: list[list[int]] = [[] for _ in slots]
+        for event in (pyramid.level_of_event == number).nonzero().flatten().tolist():
+            for slot in below[event].nonzero().flatten().tolist():
+                found[slot].append(event)
+        covers.append([tuple(events) for events in found])
+    return covers
