@@ -29,6 +29,7 @@ from dataloaders.frame_store import FrameStore
 from dataloaders.tokenizer import count_cut
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
+from models.zero_shot import ZeroShot, events_of
 from modules.pyramid import PromptPyramid
 from modules.readout import ranking_name, readout_of
 from utils import RunError
@@ -39,13 +40,15 @@ from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_e
 from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
 from utils.evaluation.predictions import EXPORTS, SAVED
 from utils.evaluation.published import split_size_warning
+from utils.evaluation.rows import VCMR, zero_shot_name
 from utils.files import atomic_write, check_outputs, locked_folder, new_folder
 from utils.logger import append_json, log_to_file, setup_logging
 from utils.misc import choose_device, disable_tf32, git_revision, memory_advice, set_seed
 from utils.missing_videos import MissingVideos, require_videos
 from utils.pictures.attention_store import ATTENTION, HITS, SCORES
 from utils.pictures.plots import PlotSettings, check_request, plot_split
-from utils.training.checkpoint import BEST, LATEST, load_checkpoint
+from utils.training.baselines import zero_shot_rows
+from utils.training.checkpoint import BEST, BEST_DOT, LATEST, load_checkpoint
 from utils.training.engine import TrainConfig
 from utils.training.progress import run_facts
 from utils.training.signals import Stopped
@@ -103,6 +106,8 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     loading, config = config_from(LoaderConfig, args), config_from(EvalConfig, args)
     evaluator = CorpusEvaluator(val, clips, model, loading, config, missing)
     evaluator.check_times(training=bool(args.do_train))
+    if args.zero_shot == "mean" and args.subtask_type == VCMR:
+        logger.warning("--zero_shot mean: the only moment of a video is the whole of it")
     plots = PlotSettings(
         args.plot_dir, args.plot_layer, args.plot_head, args.plot_style, args.plot_format
     )
@@ -119,31 +124,40 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
             logger.warning("trained %s", summary)
     if not (args.do_eval or args.do_plot):
         return
-    epoch = load_checkpoint(best, model).epoch
-    logger.info("using %s, %d epochs trained", best, epoch)
+    if args.zero_shot:
+        epoch, best = 0, clip_weights(args)
+        logger.info("using %s", source := zero_shot_name(args.zero_shot, best))
+        if is_main() and not (args.output_dir / "log.jsonl").exists():  # else training's stay
+            write_args(args, {})
+    else:
+        epoch, source = load_checkpoint(best, model).epoch, str(best)
+        logger.info("using %s, %d epochs trained", best, epoch)
     with memory_advice(LESS_MEMORY_EVALUATING):
         embeddings = evaluator.embed(model, device)
     if args.save_embeddings and is_main():
         saved = SavedEmbeddings.from_split(
             embeddings, val, model.pyramid.proposals,
-            max_words=args.max_words, checkpoint=best, epoch=epoch,
+            max_words=args.max_words, checkpoint=best, epoch=epoch, scoring=args.zero_shot,
         )  # fmt: skip
         save_embeddings(args.save_embeddings, saved)
         logger.info("embeddings saved in %s", args.save_embeddings)
     if args.do_eval:
-        report(args, evaluator, embeddings, best, epoch)
+        report(args, evaluator, embeddings, source, epoch)
     if args.do_plot:
         plot_split(
             evaluator, embeddings, model, plots,
-            ids=args.plot_ids, limit=args.plot_limit, seed=args.seed, source=str(best),
+            ids=args.plot_ids, limit=args.plot_limit, seed=args.seed, source=source,
         )  # fmt: skip
 
 
 def outputs(args: argparse.Namespace) -> list[Path]:
     """The files that a run with these flags writes, as far as they have fixed names."""
     names = ["missing_videos.jsonl"]
+    if args.do_train or args.zero_shot:
+        names += ["args.json"]
     if args.do_train:
-        names += ["args.json", "log.jsonl", LATEST, BEST]
+        names += ["log.jsonl", LATEST, BEST]
+        names += [BEST_DOT] if args.event_scores == "both" else []
     if args.do_eval:
         names += ["eval.jsonl"]
     if args.save_predictions:
@@ -166,18 +180,24 @@ def read_split(path: Path, name: str, datatype: str) -> Split:
     return split
 
 
-def build(args: argparse.Namespace, train_split: Split | None) -> ProPy:
-    """The model of the flags, its CLIP read and its new parameters drawn."""
+def clip_weights(args: argparse.Namespace) -> Path:
+    """The file of CLIP's weights."""
+    return weights_path(args.pretrained_clip_name, ROOT / "CLIP_weights")
+
+
+def build(args: argparse.Namespace, train_split: Split | None) -> ProPy | ZeroShot:
+    """The model of the flags, its CLIP read and its new parameters, if it has any, drawn."""
     pyramid = PromptPyramid.from_config(args.pyr_config_path).config
     seconds = train_split and sum(v.duration for v in train_split.videos) / len(train_split.videos)
-    path = weights_path(args.pretrained_clip_name, ROOT / "CLIP_weights")
     trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
-    clip = build_clip(path, trust, args.clip_activation)
+    clip = build_clip(clip_weights(args), trust, args.clip_activation)
     given = {"clip_activation": clip.activation, "clip_seconds": seconds}
     config = config_from(ProPyConfig, args, pyramid=pyramid, **given)
     context = clip.sizes.context_length
     if args.max_words > context:
         raise RunError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")
+    if args.zero_shot:
+        return ZeroShot(clip.requires_grad_(False), config, args.zero_shot)
     return ProPy(clip, config, bool(args.freeze_clip), bool(args.checkpoint_activations))
 
 
@@ -193,17 +213,21 @@ def train(
     if world_size() > args.batch_size:
         raise RunError(f"{world_size()} processes for --batch_size {args.batch_size}: use fewer")
     resume = from_main(lambda: checkpoint_to_resume(args.resume, args.output_dir))
+    zero_shot = {}
+    if args.log_zero_shot and not resume:  # by CLIP as it was published
+        logger.info("evaluating CLIP alone, before it is trained with (--log_zero_shot)")
+        with memory_advice(LESS_MEMORY_EVALUATING):
+            zero_shot = zero_shot_rows(model, evaluator, device)
     if args.load_from_pretrained and not resume:
         load_checkpoint(args.load_from_pretrained, model)
         logger.info("starting from the weights of %s", args.load_from_pretrained)
-    flags = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     num_frames, config = model.pyramid.num_frames, config_from(TrainConfig, args)
     size, share = model.input_resolution, (rank(), world_size())
     loader = TrainingLoader(split, clips, num_frames, size, evaluator.loading, share)
     facts = run_facts(split, evaluator.split, config.precision, num_frames, clips.kind)
     trainer = Trainer(
         model, loader, evaluator, args.output_dir, config,
-        device=device, flags=flags, facts=facts, resume=resume,
+        device=device, flags=plain(args), facts=facts, resume=resume, zero_shot=zero_shot,
     )  # fmt: skip
     parameters = model.parameter_counts()
     logger.info(
@@ -211,10 +235,20 @@ def train(
         *(f"{count / 1e6:.2f} M" for count in parameters.values()),
     )
     if is_main():
-        with atomic_write(args.output_dir / "args.json") as part:
-            record = flags | parameters | {"git": git_revision()}
-            part.write_text(json.dumps(record, indent=1) + "\n")
+        write_args(args, parameters)
     return trainer.run()
+
+
+def plain(args: argparse.Namespace) -> dict:
+    """The flags by name, as JSON and checkpoints hold them."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+
+
+def write_args(args: argparse.Namespace, parameters: dict[str, int]) -> None:
+    """args.json of the output folder."""
+    with atomic_write(args.output_dir / "args.json") as part:
+        record = plain(args) | parameters | {"git": git_revision()}
+        part.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device) -> None:
@@ -227,29 +261,35 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
     missing = from_main(lambda: MissingVideos(args.output_dir, [(split, reasons)]))
     split = missing.remaining(split)
     pyramid = PromptPyramid.from_config(args.pyr_config_path)
-    proposals, ranking = pyramid.proposals, ranking_name(args.readout, args.rank_readout)
+    events, ranking = pyramid, ranking_name(args.readout, args.rank_readout)
+    if args.zero_shot:
+        events, ranking = events_of(args.zero_shot, pyramid), "max"
+    proposals = events.proposals
     try:
-        saved.check(split.queries, proposals, max_words=args.max_words, checkpoint=args.resume)
+        saved.check(
+            split.queries, proposals,
+            max_words=args.max_words, checkpoint=args.resume, scoring=args.zero_shot,
+        )  # fmt: skip
     except RunError as error:
         raise RunError(f"{args.load_embeddings}: {error}") from None
     logger.info(
         "using %s: %s, epoch %d; videos ranked by their %s",
         *(args.load_embeddings, saved.checkpoint, saved.epoch, ranking),
     )
-    readout = readout_of(ranking, pyramid, device)
-    evaluator = Evaluator(split, proposals, config_from(EvalConfig, args), missing, readout)
+    config, readout = config_from(EvalConfig, args), readout_of(ranking, events, device)
+    evaluator = Evaluator(split, proposals, config, missing, readout, scoring=args.zero_shot)
     evaluator.check_times(training=False)
     report(args, evaluator, saved.embeddings.to(device), saved.checkpoint, saved.epoch)
 
 
 def report(
-    args: argparse.Namespace, evaluator: Evaluator, embeddings, checkpoint: Path | str, epoch: int
+    args: argparse.Namespace, evaluator: Evaluator, embeddings, checkpoint: str, epoch: int
 ) -> None:
     """Compute the metrics of an evaluation, show them, and add them to eval.jsonl."""
     rows = evaluator.run(embeddings, args.output_dir if args.save_predictions else None)
     for table in evaluator.tables(rows):
         logger.info("\n%s", table)
-    record = {"checkpoint": str(checkpoint), "epoch": epoch, "git": git_revision()}
+    record = {"checkpoint": checkpoint, "epoch": epoch, "git": git_revision()}
     record |= evaluator.counts() | {"metrics": rows}
     if is_main():
         append_json(args.output_dir / "eval.jsonl", record)

@@ -7,6 +7,7 @@ same for a clip of any length. The format is described at `FrameStore`.
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import logging
@@ -149,7 +150,7 @@ class FrameStore(ClipSource):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            unfinished = packing_path(self.path).is_file()
+            unfinished = packing_path(self.path).is_file() or packed_parts(self.path)
             state = "is not finished" if unfinished else "no such frame store"
             raise DataError(f"{self.path}: {state}: {PACK}")
         with self._opened() as file:
@@ -297,14 +298,16 @@ def file_identity(file: BinaryIO) -> tuple[int, ...]:
 class FrameStoreWriter:
     """Builds a frame store, or extends one; whatever ends the process, what was added is kept.
 
-    Clips are collected in ``<file>.packing``: a line of settings, then for each clip a line that
-    describes it, followed by its JPEGs. `finish` writes them and what an earlier store has to a new
-    file, which takes the store's place in one step: until then readers have the earlier one. So
-    there has to be room for both.
+    Clips are collected beside the store, see `Packing`. `finish` writes them and what an earlier
+    store has to a new file, which takes the store's place in one step: until then readers have the
+    earlier one. So there has to be room for both.
 
     Args:
         path: the store.
         size, quality: of the frames, see `FrameStore`.
+        part: of a process that packs a part of the clips, at the same time as others pack theirs:
+            what its own file is called by. It does not `finish`; a writer without a part takes in
+            what all of them have packed.
 
     Attributes:
         clips: what is packed already, by name.
@@ -314,41 +317,40 @@ class FrameStoreWriter:
             process is packing it.
     """
 
-    def __init__(self, path: Path, size: int, quality: int):
+    def __init__(self, path: Path, size: int, quality: int, part: str = ""):
         self.path = path
         self._settings = {"format": FORMAT, "version": VERSION, "size": size, "quality": quality}
         if path.is_file():
             check_settings(path, vars(FrameStore(path)), self._settings)
-        self._packing = packing_path(path)
-        # O_CREAT, and nothing cut off: it may be another process's
-        self._file = os.fdopen(os.open(self._packing, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        try:
-            self._lock()
+        with contextlib.ExitStack() as stack:
+            self._packings = [
+                stack.enter_context(contextlib.closing(Packing(file, path, self._settings)))
+                for file in [*([] if part else packed_parts(path)), packing_path(path, part)]
+            ]
             self._store = FrameStore(path) if path.is_file() else None
-            self._added: dict[str, PackedClip] = {}
-            self._read_packing()
-        except BaseException:
-            self._file.close()
-            raise
-        self.clips = (self._store.clips if self._store else {}) | self._added
+            self._opened = stack.pop_all()
+        self._added = {name: packing for packing in self._packings for name in packing.clips}
+        self.clips = dict(self._store.clips if self._store else {})
+        self.clips |= {name: packing.clips[name] for name, packing in self._added.items()}
 
     def __enter__(self) -> FrameStoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):  # it tries again to write what found no room
-            self._file.close()
+        self._opened.close()
 
     def add(self, clip: PackedClip, jpegs: bytes) -> None:
         """Keep a clip; it replaces one of the same name."""
-        arrays = {"lengths": clip.lengths.tolist(), "checksums": clip.checksums.tolist()}
+        own = self._packings[-1]
         with self._writing():
-            self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
-        clip = replace(clip, first_byte=self._file.tell() - len(jpegs))
-        self.clips[clip.name] = self._added[clip.name] = clip
+            self.clips[clip.name] = own.add(clip, jpegs)
+        self._added[clip.name] = own
 
-    def finish(self) -> None:
+    def finish(self, order: Sequence[str] = ()) -> None:
         """Give the complete store its name; nothing can be added any more.
+
+        Args:
+            order: of the clips in it, by name; others follow in the order in which they came.
 
         Raises:
             DataError: there is not one clip, or no room, or what was packed is damaged by now.
@@ -362,16 +364,19 @@ class FrameStoreWriter:
                 " what is packed is kept"
             )
         if self._added:
-            part = self.path.with_name(f".{self._packing.name}")
+            place = {name: i for i, name in enumerate(order)}
+            clips = sorted(self.clips.values(), key=lambda c: place.get(c.name, len(place)))
+            part = self.path.with_name(f".{packing_path(self.path).name}")
             try:
                 with self._writing():
-                    self._write_hdf5(part)
+                    self._write_hdf5(part, clips)
                     with part.open("rb") as file:
                         sync(file.fileno())
                     part.replace(self.path)
             finally:
                 part.unlink(missing_ok=True)
-        self._packing.unlink()
+        for packing in self._packings:
+            packing.path.unlink()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -381,13 +386,12 @@ class FrameStoreWriter:
             reason = " ".join(str(error).split())[-200:]
             raise DataError(
                 f"{self.path}: cannot be written ({reason}): make room in {self.path.parent}, and"
-                f" run again; what is packed is kept, in {self._packing.name}"
+                f" run again; what is packed is kept, in {self._packings[-1].path.name}"
             ) from error
 
-    def _write_hdf5(self, path: Path) -> None:
+    def _write_hdf5(self, path: Path, clips: Sequence[PackedClip]) -> None:
         import h5py
 
-        clips = list(self.clips.values())
         sizes = np.array([clip.lengths.sum() for clip in clips], np.int64)
         counts = np.array([len(clip.lengths) for clip in clips], np.int64)
         first_byte = sizes.cumsum() - sizes
@@ -398,7 +402,7 @@ class FrameStoreWriter:
             jpeg = file.create_dataset("jpeg", (sizes.sum(),), "u1")
             for clip, start, size in zip(clips, first_byte, sizes, strict=True):
                 if clip.name in self._added:
-                    jpegs = read_frames(self._file, clip)
+                    jpegs = self._added[clip.name].frames(clip)
                 else:
                     jpegs = self._store.jpegs(clip.name)
                 jpeg[start : start + size] = np.frombuffer(b"".join(jpegs), np.uint8)
@@ -410,14 +414,55 @@ class FrameStoreWriter:
                 values = [getattr(clip, name) for clip in clips]
                 file.create_dataset(name, data=values, dtype=types.get(name, "i8"))
 
-    def _read_packing(self) -> None:
+
+class Packing:
+    """Clips that are packed and not in a store yet: a file of its own beside it.
+
+    A line of settings, then for each clip a line that describes it, followed by its JPEGs.
+
+    Attributes:
+        clips: what is in it, by name; ``first_byte`` counts in this file.
+
+    Raises:
+        DataError: another process is packing into it, or it cannot be continued.
+    """
+
+    def __init__(self, path: Path, store: Path, settings: Mapping):
+        self.path, self._store, self._settings = path, store, settings
+        self.clips: dict[str, PackedClip] = {}
+        # O_CREAT, and nothing cut off: it may be another process's
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # it tries again to write what found no room
+            self._file.close()
+
+    def add(self, clip: PackedClip, jpegs: bytes) -> PackedClip:
+        """Append a clip and see it on the disk; returns it as it lies in this file."""
+        arrays = {"lengths": clip.lengths.tolist(), "checksums": clip.checksums.tolist()}
+        self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
+        clip = replace(clip, first_byte=self._file.tell() - len(jpegs))
+        self.clips[clip.name] = clip
+        return clip
+
+    def frames(self, clip: PackedClip) -> list[bytes]:
+        """The JPEGs of a clip that is in it. DataError: they are damaged."""
+        return read_frames(self._file, clip)
+
+    def _read(self) -> None:
         """What an earlier process added, without the clip over which it was killed."""
         length = self._file.seek(0, os.SEEK_END)
         self._file.seek(0)
         begin = json.dumps({"format": FORMAT})[:-1].encode()
         if not begin.startswith(self._file.read(len(begin))):  # a whole one, or the file ends
             raise DataError(
-                f"{self._packing}: is no unfinished frame store, which has that name: move it away,"
+                f"{self.path}: is no unfinished frame store, which has that name: move it away,"
                 " or give another --frame_store"
             )
         end = self._file.seek(0)
@@ -425,18 +470,18 @@ class FrameStoreWriter:
             while (line := self._file.readline()).endswith(b"\n"):
                 record = json.loads(line)
                 if end == 0:
-                    check_settings(self._packing, record, self._settings)
+                    check_settings(self.path, record, self._settings)
                 else:
                     record |= {f: np.array(record[f], np.uint32) for f in ("lengths", "checksums")}
                     clip = PackedClip(**record | {"first_byte": end + len(line)})
                     stop = self._file.seek(clip.first_byte + int(clip.lengths.sum()))
                     if stop > length or (stop == length and not self._is_whole(clip)):
                         break
-                    self._added[clip.name] = clip
+                    self.clips[clip.name] = clip
                 end = self._file.tell()
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(
-                f"{self._packing}: cannot be continued ({error}): remove it and start again"
+                f"{self.path}: cannot be continued ({error}): remove it and start again"
             ) from error
         self._file.truncate(end)
         self._file.seek(end)
@@ -446,7 +491,7 @@ class FrameStoreWriter:
     def _is_whole(self, clip: PackedClip) -> bool:
         """The end of the file need not have come to the disk with its length."""
         try:
-            return bool(read_frames(self._file, clip))
+            return bool(self.frames(clip))
         except DataError:
             return False
 
@@ -458,13 +503,13 @@ class FrameStoreWriter:
     def _lock(self) -> None:
         locked = lock(self._file.fileno())
         if locked is None:
-            logger.warning("%s: its file system has no locks; pack it once at a time", self.path)
+            logger.warning("%s: its file system has no locks; pack it once at a time", self._store)
         try:  # did the one who had it finish, and remove this file?
-            same = os.path.samestat(os.fstat(self._file.fileno()), self._packing.stat())
+            same = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         except FileNotFoundError:
             same = False
         if locked is False or not same:
-            raise DataError(f"{self.path}: another process is packing it")
+            raise DataError(f"{self._store}: another process is packing it, in {self.path.name}")
 
 
 def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
@@ -477,6 +522,11 @@ def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
         )
 
 
-def packing_path(path: Path) -> Path:
-    """Where a store is until it is finished."""
-    return path.with_name(path.name + ".packing")
+def packing_path(path: Path, part: str = "") -> Path:
+    """Where a store, or a part of its clips, is until it is finished."""
+    return path.with_name(f"{path.name}.{part + '.' if part else ''}packing")
+
+
+def packed_parts(path: Path) -> list[Path]:
+    """What is there of the parts of a store that is not finished."""
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.*-of-*.packing"))

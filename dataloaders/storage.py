@@ -38,15 +38,17 @@ def sync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def lock(descriptor: int) -> bool | None:
+def lock(descriptor: int, wait: bool = False) -> bool | None:
     """Take a POSIX lock; False: another process has it, None: the file system has no locks.
+
+    With `wait` until the other one has ended or closed the file.
 
     Unlike flock's it is the process's own, so a forked loader worker, which may outlive a killed
     run by seconds, does not hold it. Within one process it excludes no one.
     """
     try:
         with if_supported():
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return True
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):  # which, POSIX leaves open

@@ -2,6 +2,7 @@
 # variables and source it. Every flag of main.py can be set from outside, as a variable of its name
 # (plot_ids, a list, only as a flag) or after the script's name; what comes from outside is printed:
 #   do_train=0 do_eval=1 resume=logs/prvr_tvr/ckpt.best.pth.tar bash scripts/prvr_tvr.sh
+#   do_train=0 do_eval=1 zero_shot=best bash scripts/prvr_tvr.sh    # CLIP alone, without training
 #   precision=bf16 bash scripts/prvr_tvr.sh --gradient_accumulation_steps 2
 #   gpus=4 bash scripts/prvr_tvr.sh     # the same run on four GPUs of this machine
 # What no one sets has main.py's default, the published one. Relative paths count from the checkout,
@@ -11,7 +12,7 @@ cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh
 
 subtask_type=${subtask_type:-PRVR}
-output_dir=${output_dir:-logs/${subtask_type,,}_$datatype}
+output_dir=${output_dir:-logs/${subtask_type,,}_$datatype${zero_shot:+_zero_shot_$zero_shot}}
 prvr_val_annos=${prvr_val_annos:-$val_annos}
 prvr_train_annos=${prvr_train_annos:-$train_annos}
 [ "$do_train" = 1 ] || prvr_train_annos=
@@ -26,6 +27,7 @@ done
 for name in val_annos train_annos gpus; do
   if printenv "$name" >/dev/null; then outside+=("$name=${!name}"); fi
 done
+if [ "${dry_run:-0}" = 1 ]; then printf '%s\0' "${flags[@]}" "$@"; exit; fi  # for other programs
 [ "${#outside[@]}" = 0 ] || echo "launch: from the environment: ${outside[*]}" >&2
 exec .venv/bin/python ${gpus:+-m torch.distributed.run --standalone --nproc_per_node "$gpus"} \
   main.py "${flags[@]}" "$@"

@@ -30,7 +30,7 @@ PYRAMID = '{"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]}'
 FLAGS = (
     "--prvr_val_annos", "annos.jsonl", "--pretrained_clip_name", "clip.pt",
     "--pyr_config_path", "pyramid.json", "--adapter_channels", "16", "--batch_size", "2",
-    "--num_thread_reader", "0", "--lr", "2e-3",
+    "--num_thread_reader", "0", "--lr", "2e-3", "--log_zero_shot", "0",
 )  # fmt: skip
 TRAIN = ("--do_train", "1", "--prvr_train_annos", "annos.jsonl")
 

@@ -165,7 +165,8 @@ def words(corpus, output: Path, *flags: str) -> list[str]:
         str(ROOT / "main.py"), "--prvr_val_annos", "annos.jsonl", "--video_dir", "videos",
         "--output_dir", str(output), "--pretrained_clip_name", "clip.pt",
         "--pyr_config_path", "pyramid.json", "--adapter_channels", "16", "--batch_size", "3",
-        "--batch_size_val", "1", "--num_thread_reader", "0", "--lr", "2e-3", *flags,
+        "--batch_size_val", "1", "--num_thread_reader", "0", "--lr", "2e-3",
+        "--log_zero_shot", "0", *flags,
     ]  # fmt: skip
 
 
@@ -211,6 +212,22 @@ def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
         for name, value in vars(found[0][1]).items():
             same = getattr(predictions, name)
             assert torch.equal(value, same) if torch.is_tensor(value) else value == same, name
+
+
+@pytest.mark.slow
+def test_clip_alone_is_evaluated_and_logged_alike(corpus, tmp_path) -> None:
+    """With more processes than batches too, whose own part of the videos is empty."""
+    evaluate = ("--do_eval", "1", "--zero_shot", "events", "--subtask_type", "VCMR")
+    log = ("--epochs", "1", "--log_zero_shot", "1", "--batch_size_val", "4")
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        run(corpus, processes, output / "alone", *evaluate)
+        run(corpus, processes, output / "trained", *TRAIN, *log)
+        (record,) = map(json.loads, (output / "alone/eval.jsonl").read_text().splitlines())
+        first, _ = map(json.loads, (output / "trained/log.jsonl").read_text().splitlines())
+        found.append((record["metrics"], first["zero_shot"]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

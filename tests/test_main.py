@@ -205,6 +205,16 @@ def test_moment_scripts_are_the_video_scripts_with_another_task(split, stubbed_s
     assert flags("vcmr") == flags("prvr") and flags("vcmr")["--wd"] == "7"
 
 
+@pytest.mark.parametrize("name", ["prvr_tvr", "vcmr_tvr", "prvr_activitynet"])
+def test_the_scripts_evaluate_clip_alone(name, stubbed_scripts) -> None:
+    script = stubbed_scripts / f"{name}.sh"
+    _, *words = words_of(script, do_train="0", do_eval="1", zero_shot="best")
+    args = parse_args(words)
+    assert (args.zero_shot, args.do_train, args.do_eval) == ("best", 0, 1)
+    assert str(args.output_dir) == f"logs/{name}_zero_shot_best"
+    assert args.plot_dir.name == f"{args.datatype}_zero_shot_best"
+
+
 def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
     script = stubbed_scripts / "prvr_custom.sh"
     _, *words = words_of(script, split="mine", subtask_type="VCMR", do_train="0", do_eval="1")
@@ -227,6 +237,10 @@ def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
         ((*TRAIN, *VCMR, "--save_predictions", "1"), "needs --do_eval 1"),
         ((*TRAIN, "--temp_kernel_sz", "4"), "odd"),
         ((*TRAIN, "--npev", "0"), "--npev: must be at least 1"),
+        ((*TRAIN, "--zero_shot", "best"), "not --do_train 1"),
+        (("--do_eval", "1", "--zero_shot", "best", "--resume", "auto"), "takes no checkpoint"),
+        (("--zero_shot", "best"), "nothing to do"),
+        (("--do_eval", "1", "--zero_shot", "median"), "invalid choice: 'median'"),
         ((*TRAIN, "--lr", "nan"), "--lr: must be from 1e-08 to 1000.0"),
     ],
 )

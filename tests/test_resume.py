@@ -104,7 +104,7 @@ def assert_same_run(output: Path, whole: Path) -> None:
     assert all(len(losses) == 1 for losses in expected.values())
     assert step_losses(output) == expected
     assert lines(output) == lines(whole)
-    for name in ("ckpt.pth.tar", "ckpt.best.pth.tar"):
+    for name in (file.name for file in whole.glob("ckpt*.pth.tar")):
         assert_equal(checkpoint(output, name), checkpoint(whole, name), name)
     assert not list(output.glob("*.part")) and not list(output.glob(".*.part"))
 
@@ -190,6 +190,53 @@ def test_killed_before_the_best_checkpoint_is_copied(program, whole, tmp_path) -
     assert checkpoint(tmp_path, "ckpt.best.pth.tar")["epoch"] == 1 and len(lines(tmp_path)) == 2
     run(program, *flags(tmp_path))
     assert_same_run(tmp_path, whole)
+
+
+BOTH = ("--event_scores", "both")
+
+
+@pytest.fixture(scope="module")
+def whole_both(program, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("both")
+    run(program, *flags(output, *BOTH))
+    return output
+
+
+def test_events_that_are_not_normalised_have_a_best_epoch_of_their_own(
+    program, whole, whole_both, tmp_path
+) -> None:
+    """It is the one that --event_scores dot chooses, and the cosine's is what it was."""
+    run(program, *flags(tmp_path, "--event_scores", "dot"))
+    dot, log = checkpoint(tmp_path, "ckpt.best.pth.tar"), lines(whole_both)
+    ours = {name: checkpoint(whole_both, f"ckpt.{name}.pth.tar") for name in ("best", "best_dot")}
+    cosine = checkpoint(whole, "ckpt.best.pth.tar")
+    for theirs, content in ((cosine, ours["best"]), (dot, ours["best_dot"])):
+        assert_equal(content["state_dict"], theirs["state_dict"], "weights")
+        assert content["epoch"] == theirs["epoch"]
+    assert dot["epoch"] != cosine["epoch"]  # so that nothing can be mistaken for the other
+    scores = [line["dot/SumR"] for line in log if line["epoch"]]
+    assert (
+        max(scores) == scores[dot["epoch"] - 1] == pytest.approx(ours["best_dot"]["best_dot_score"])
+    )
+    assert (log[-1]["best_epoch"], log[-1]["best_dot_epoch"]) == (cosine["epoch"], dot["epoch"])
+    assert not (whole / "ckpt.best_dot.pth.tar").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_both_best_epochs_survive_kills(program, whole_both, tmp_path, number: int) -> None:
+    log = lines(whole_both)[-1]
+    epoch = (log["best_epoch"], log["best_dot_epoch"])[number]
+    fault = {"fault": "kill_before_the_best_is_copied", "epoch": epoch}
+    run(program, *flags(tmp_path, *BOTH), status=-signal.SIGKILL, **fault)
+    run(program, *flags(tmp_path, *BOTH))
+    assert_same_run(tmp_path, whole_both)
+
+
+def test_a_second_best_epoch_that_comes_late_is_said_to(program, tmp_path) -> None:
+    run(program, *flags(tmp_path), status=STOPPED, fault="at", when=5, act="terminate")
+    told = run(program, *flags(tmp_path, *BOTH))
+    assert 'the best epoch of the row "dot" is one from here on' in told
+    assert checkpoint(tmp_path, "ckpt.best_dot.pth.tar")["epoch"] > 1
 
 
 @pytest.mark.parametrize(

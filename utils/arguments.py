@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from utils.command import Parser
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
+from utils.evaluation.rows import ZERO_SHOT
 from utils.misc import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +65,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--save_embeddings needs --do_eval 1 or --do_plot 1")
     if args.save_embeddings and not args.save_embeddings.parent.is_dir():
         parser.error(f"--save_embeddings: no such folder: {args.save_embeddings.parent}")
-    if not (args.do_train or args.resume not in (None, AUTO) or args.load_embeddings):
+    if args.zero_shot and args.do_train:
+        parser.error(
+            "--zero_shot evaluates CLIP as it is, not --do_train 1, which logs its rows itself "
+            "(--log_zero_shot)"
+        )
+    if args.zero_shot and (args.resume or args.load_from_pretrained):
+        parser.error("--zero_shot evaluates CLIP as it is: it takes no checkpoint")
+    model = args.resume not in (None, AUTO) or args.zero_shot
+    if not (args.do_train or model or args.load_embeddings):
         task = "do_eval" if args.do_eval else "do_plot"
-        parser.error(f"--{task} 1 needs --resume with the checkpoint to use")
+        parser.error(f"--{task} 1 needs --resume with the checkpoint to use, or --zero_shot")
     if args.resume not in (None, AUTO) and args.load_from_pretrained:
         parser.error("--resume resumes a run, --load_from_pretrained starts one: not both")
     for checkpoint in (args.resume, args.load_from_pretrained):
@@ -78,10 +87,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--text_relations compares with a frozen CLIP: give --freeze_clip 1")
     if args.temp_kernel_sz % 2 == 0:
         parser.error(f"--temp_kernel_sz must be odd: {args.temp_kernel_sz}")
+    name = args.datatype + (f"_zero_shot_{args.zero_shot}" if args.zero_shot else "")
     if args.output_dir is None:
-        args.output_dir = ROOT / "logs" / f"{args.subtask_type.lower()}_{args.datatype}"
+        args.output_dir = ROOT / "logs" / f"{args.subtask_type.lower()}_{name}"
     if args.plot_dir is None:
-        args.plot_dir = ROOT / "VIS" / args.datatype
+        args.plot_dir = ROOT / "VIS" / name
     return args
 
 
@@ -140,11 +150,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", type=checkpoint, metavar="CKPT",
         help="checkpoint to evaluate, which may be one of the authors', or to resume training "
         "from; auto resumes --output_dir's ckpt.pth.tar, or starts if there is none")
+    add("--zero_shot", choices=list(ZERO_SHOT),
+        help="--do_eval and --do_plot without a checkpoint: CLIP's frame features alone, by their "
+        "mean, by the best frame, or by the mean over each event, which scores moments too")
     add("--load_from_pretrained", type=Path, metavar="CKPT",
         help="start a new training from this checkpoint's weights, with a fresh optimizer")
     add("--output_dir", type=Path,
         help="folder for log.txt, log.jsonl, args.json, TensorBoard events and checkpoints "
-        "(default logs/<subtask>_<datatype>)")
+        "(default logs/<subtask>_<datatype>, with _zero_shot_<scoring>)")
 
     add = parser.add_argument_group("data").add_argument
     add("--prvr_train_annos", type=Path, metavar="JSONL", help="training annotations")
@@ -247,6 +260,9 @@ def build_parser() -> argparse.ArgumentParser:
         "GPUs, gloo on CPUs)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=42,
         help="of initial values, shuffling and frame sampling [published: 42]")
+    add("--log_zero_shot", **switch, default=1,
+        help="1 evaluates CLIP alone on the validation split before the first epoch, the rows to "
+        "beat in tables, log.jsonl, report and curves: one more pass over its videos; 0 does not")
     add("--save_every_steps", type=number(int, 0), default=0, metavar="N",
         help="save ckpt.pth.tar within an epoch too, every N steps; 0: no")
 
@@ -256,7 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--event_scores", choices=["cosine", "dot", "both"], default="cosine",
         help="how texts and events are compared in PRVR: cosine, as the paper says; dot leaves the "
         "events' lengths in, as the authors' program does on ActivityNet; both reports both rows, "
-        "cosine choosing the best epoch")
+        "cosine choosing the best epoch, dot another one, ckpt.best_dot.pth.tar")
     add("--npev", type=number(int, 1), default=10, metavar="N",
         help="VCMR: moments of one video that count, the best [published: 10]")
     add("--window_rule", choices=WINDOW_RULES, default="half",
@@ -275,7 +291,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("plotting").add_argument
     add("--plot_dir", type=Path, metavar="DIR",
-        help="folder for the pictures and what they are drawn from (default VIS/<datatype>)")
+        help="folder for the pictures and what they are drawn from (default VIS/<datatype>, "
+        "with _zero_shot_<scoring>)")
     add("--plot_ids", nargs="+", default=[], metavar="DESC_ID",
         help="draw these queries (default: those whose right video is ranked first)")
     add("--plot_limit", type=number(int, 0), default=20, metavar="N",

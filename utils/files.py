@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ LOCK_NAME = ".lock"
 TRACES = {LOCK_NAME, "log.txt"}  # of any run
 
 logger = logging.getLogger("propy.files")
+
+_appending = threading.Lock()  # a process's own lock on a file holds back none of its threads
 
 
 @contextlib.contextmanager
@@ -91,9 +94,12 @@ def append_line(path: Path, line: str) -> None:
     """Append a line and see it on the disk. OutputError: it could not be written, or only in part.
 
     A last line that a killed run left without its end is closed first, and stays a line of its own.
+    Other processes may append to the file too, also from other machines.
     """
-    with writing(path), path.open("ab+") as file:
+    with writing(path), _appending, path.open("ab+") as file:
+        lock(file.fileno(), wait=True)
         torn = False
+        file.seek(0, os.SEEK_END)
         if file.tell():
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"

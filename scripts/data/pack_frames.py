@@ -6,6 +6,7 @@
 An interrupted run, however it ended, is continued by the next one. Later runs pack what was added
 to the folder or has changed; a finished store stays as it is until the extended one takes its
 place, so there has to be room for both. In the end every byte is read again and checked.
+With --shard several machines pack a part each; a run without it then joins them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from dataloaders.frame_store import (
 from dataloaders.video import PREPARE
 from utils.command import Parser, run_command
 from utils.misc import usable_cores
+from utils.shards import Shard, add_shard_flag
 
 Packed = tuple[PackedClip, bytes]
 
@@ -132,17 +134,19 @@ def pack(
     quality: int,
     workers: int,
     noted: Mapping[str, Mapping],
+    shard: Shard,
 ) -> list[str]:
     """Pack what is not packed yet, under a progress bar; returns the failures, a message each.
 
     Args:
         noted: what clips have to be, see `read_manifest`.
+        shard: whose clips these are. What it packs is kept beside the store, for the run without.
 
     Raises:
         DataError: the store, or what there is of it, cannot be continued with, or there is no room.
     """
     failures = []
-    with FrameStoreWriter(store, size, quality) as writer:
+    with FrameStoreWriter(store, size, quality, shard.label) as writer:
         known = writer.clips
         todo = [f for f in files if f[0] not in known or not known[f[0]].same_source(f[1])]
         if todo:
@@ -154,10 +158,12 @@ def pack(
                     failures.append(str(result))
                 else:
                     writer.add(*result)
-        if writer.clips:
+        if shard.label:
+            print(f"shard {shard.label} is packed: when all are, run without --shard to finish")
+        elif writer.clips:
             if todo:
                 print(f"writing {store}", flush=True)
-            writer.finish()
+            writer.finish([name for name, _ in files])
     return failures
 
 
@@ -194,6 +200,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="side of the model's input, pixels (default: %(default)s)")  # fmt: skip
     add("--workers", type=int, default=usable_cores(),
         help="clips at a time (default: %(default)s)")  # fmt: skip
+    add_shard_flag(parser)
     args = parser.parse_args(arguments)
     if not args.video_dir.is_dir():
         parser.error(f"--video_dir: no such folder: {args.video_dir}")
@@ -213,11 +220,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         files, missing = find_clips(args.video_dir, args.annotations)
+        files = [file for file in files if args.shard.has(file[0])]
+        missing = [name for name in missing if args.shard.has(name)]
         failures = []
         if files:
             noted = VideoFolder(args.video_dir).noted
-            failures = pack(args.frame_store, files, args.size, args.quality, args.workers, noted)
-        if args.frame_store.is_file():
+            settings = (args.size, args.quality, args.workers)
+            failures = pack(args.frame_store, files, *settings, noted, args.shard)
+        if args.frame_store.is_file() and not args.shard.label:
             summarise(FrameStore(args.frame_store))
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)

@@ -46,6 +46,7 @@ from utils import OutputError
 from utils.command import Parser, run_command
 from utils.files import PARTIAL_PREFIX, append_line, atomic_write
 from utils.misc import usable_cores
+from utils.shards import Shard, add_shard_flag
 
 REPORT_NAME = "prepare_report.jsonl"
 # What lies beside videos. Anything else is tried, as no list of video suffixes is complete.
@@ -179,7 +180,9 @@ def keep(name: str, clips: VideoFolder, settings: Settings) -> dict:
     return result
 
 
-def compare_with_annotations(needed: set[str], output_dir: Path, made: set[str]) -> list[dict]:
+def compare_with_annotations(
+    needed: set[str], output_dir: Path, made: set[str], shard: Shard
+) -> list[dict]:
     """Report lines for videos that are needed and missing, and for clips that no annotation needs.
 
     Args:
@@ -187,7 +190,8 @@ def compare_with_annotations(needed: set[str], output_dir: Path, made: set[str])
             good as missing.
     """
     clips = VideoFolder(output_dir)
-    present = {path.stem for path in output_dir.glob("*.mp4")}
+    needed = {name for name in needed if shard.has(name)}
+    present = {path.stem for path in output_dir.glob("*.mp4") if shard.has(path.stem)}
     lines = [{"vid_name": name, "status": "missing"} for name in sorted(needed - present)]
     for name in sorted((needed & present) - made):
         try:
@@ -247,6 +251,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--time_limit", type=float, default=DEFAULT_TIME_LIMIT,
         help="seconds after which a video is given up")  # fmt: skip
+    add_shard_flag(parser)
     args = parser.parse_args(arguments)
     absent = [str(path) for path in args.inputs if not path.exists()]
     if absent:
@@ -267,11 +272,12 @@ def main(arguments: list[str] | None = None) -> int:
         needed = {video.vid_name for video in corpus_videos(queries)}
         args.output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(args.output_dir, args.time_limit)
-        inputs, ignored = find_inputs(args.inputs, skip=args.output_dir)
+        found, ignored = find_inputs(args.inputs, skip=args.output_dir)
     except (DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     settings = Settings(args.authors_scale, args.min_decoded, args.time_limit, args.strict)
+    inputs = {name: sources for name, sources in found.items() if args.shard.has(name)}
     results = prepare_all(inputs, args.output_dir, settings, args.workers)
     lines: list[dict] = []
     status = 0
@@ -288,9 +294,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped: {error}. What is done is kept, and the next run does the rest")
     if args.annotations:
         made = {line["vid_name"] for line in lines if line["status"] != "failed"}
-        lines += compare_with_annotations(needed, args.output_dir, made)
+        lines += compare_with_annotations(needed, args.output_dir, made, args.shard)
     summarise(lines, ignored)
     report = args.output_dir / REPORT_NAME
+    if args.shard.label:
+        report = report.with_name(f"{report.stem}.{args.shard.label}{report.suffix}")
+        print(f"shard {args.shard.label}; when all are done, run without --shard for all of them")
     try:
         with atomic_write(report) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -14,7 +14,7 @@ from utils.command import Parser, run_command
 from utils.files import atomic_write, writing
 from utils.pictures.draw import caption_fonts
 from utils.report.curves import draw_curves
-from utils.report.run_log import datatype, read_args, read_epochs
+from utils.report.run_log import datatype, read_args, read_epochs, read_zero_shot, to_beat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,10 +33,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     runs = {str(folder): read_epochs(folder) for folder in args.folders}
     datatypes = {datatype(read_args(folder)) for folder in args.folders}
+    # Drawn if it is the same for all, as it is of runs on one split.
+    zero_shot = [to_beat(read_zero_shot(folder)) for folder in args.folders]
+    level = zero_shot[0] if all(values == zero_shot[0] for values in zero_shot) else {}
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as part, caption_fonts("".join(runs)):
-        draw_curves(runs, datatypes).savefig(part, dpi=130, format=output.suffix[1:].lower())
+        figure = draw_curves(runs, datatypes, level)
+        figure.savefig(part, dpi=130, format=output.suffix[1:].lower())
     print(output)
 
 

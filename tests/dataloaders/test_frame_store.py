@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -217,6 +218,87 @@ def test_a_writer_that_is_killed_anywhere_is_continued(video_dir, tmp_path, monk
     run(None)
     assert path.read_bytes() == whole.path.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5", "whole.h5"]
+
+
+def start_shard(flags: list[str], shard: str, die_after: int | None = None):
+    """pack_frames in a process of its own, which kills itself after so many clips."""
+
+    def run() -> None:
+        add = FrameStoreWriter.add
+
+        def add_and_die(writer, *clip) -> None:
+            add(writer, *clip)
+            if len(writer.clips) == die_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        FrameStoreWriter.add = add_and_die
+        sys.exit(pack_frames.main([*flags, "--shard", shard]))
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
+    video_dir, tmp_path, capsys
+):
+    path, whole = tmp_path / "[f].h5", tmp_path / "whole.h5"  # a name that is a pattern
+    flags = ["--video_dir", str(video_dir), "--size", str(SIZE), "--workers", "1"]
+    assert pack_frames.main([*flags, "--frame_store", str(whole)]) == 0
+    flags += ["--frame_store", str(path)]
+    shards = [start_shard(flags, "0/2", die_after=1), start_shard(flags, "1/2")]
+    for shard in shards:
+        shard.join(60)
+    assert [shard.exitcode for shard in shards] == [-signal.SIGKILL, 0]
+    assert not path.exists()
+    with pytest.raises(DataError, match="is not finished"):
+        FrameStore(path)
+    packed = []
+    for part in ("0-of-2", "1-of-2"):
+        with FrameStoreWriter(path, SIZE, 90, part) as writer:
+            packed.append(list(writer.clips))
+    assert [len(names) for names in packed] == [1, 2]
+    with FrameStoreWriter(path, SIZE, 90, "1-of-2"):  # one that is still at work
+        busy = get_context("fork").Process(target=lambda: sys.exit(pack_frames.main(flags)))
+        busy.start()
+        busy.join(60)
+        assert busy.exitcode == 2
+    again = start_shard(flags, "0/2")
+    again.join(60)
+    assert again.exitcode == 0
+    with FrameStoreWriter(path, SIZE, 90, "0-of-2") as writer:
+        assert list(writer.clips)[:1] == packed[0] and len(writer.clips) == 3
+    capsys.readouterr()
+    assert pack_frames.main(flags) == 0
+    assert "clips to pack" not in capsys.readouterr().out
+    assert path.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["[f].h5", "whole.h5"]
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_what_no_shard_packed_the_run_without_packs_and_failures_of_all_are_listed(
+    video_dir, tmp_path, capsys, monkeypatch, done
+):
+    folder, whole = tmp_path / "videos", tmp_path / "whole.h5"
+    folder.mkdir()
+    for name in ("one", "few", "v 2.5", "ünder"):
+        (folder / f"{name}.mp4").symlink_to(video_dir / f"{name}.mp4")
+    cut = (video_dir / "long.mp4").read_bytes()[:999]
+    for name in ("cut", "cut too"):
+        (folder / f"{name}.mp4").write_bytes(cut)
+    flags = ["--video_dir", str(folder), "--size", str(SIZE), "--workers", "1", "--frame_store"]
+    assert pack_frames.main([*flags, str(whole)]) == 1
+    flags.append(str(tmp_path / "f.h5"))
+    monkeypatch.setenv("RANK", str(done))  # what torchrun sets
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    pack_frames.main(flags)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert pack_frames.main(flags) == 1
+    printed = capsys.readouterr().out
+    assert "cut.mp4: cannot be" in printed and "cut too.mp4: cannot be" in printed
+    assert "2 of 6 clips failed" in printed
+    assert (tmp_path / "f.h5").read_bytes() == whole.read_bytes()
 
 
 def test_what_a_kill_left_half_written_is_dropped(video_dir, tmp_path):

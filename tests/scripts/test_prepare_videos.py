@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import decord
@@ -27,6 +28,7 @@ from dataloaders.ffmpeg import (
     raw_input_arguments,
     run_ffmpeg,
 )
+from scripts.data import prepare_videos
 from scripts.data.convert_video import (
     Settings,
     prepare,
@@ -432,6 +434,55 @@ def test_a_needed_clip_without_an_input_is_probed_too(tmp_path, small_video, cap
     printed = capsys.readouterr().out
     assert f"missing: lost: {out}/lost.mp4: cannot be decoded (it " in printed
     assert "1 done, 1 missing" in printed
+
+
+def start_shard(command: list[str], shard: str, die: bool = False):
+    """The program in a process of its own, which kills itself once its first clip is done."""
+
+    def run() -> None:
+        if die:
+            prepare_videos._line = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        sys.exit(main([*command, "--shard", shard]))
+
+    process = get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def test_shards_side_by_side_one_of_them_killed_make_what_one_process_does(
+    tmp_path, downloads, capsys
+):
+    (downloads / "broken.webm").write_text("nothing")
+    annotations = annotate(tmp_path / "a.jsonl", ["v_a.1_2.0", "v_lost", "-y"])
+    command = ["--inputs", str(downloads), "--annotations", str(annotations), "--workers", "1"]
+    one, out = tmp_path / "one", tmp_path / "out"
+    assert main([*command, "--output_dir", str(one)]) == 1
+    command += ["--output_dir", str(out)]
+    shards = [start_shard(command, "0/2", die=True), start_shard(command, "1/2")]
+    for shard in shards:
+        shard.join(60)
+    assert [shard.exitcode for shard in shards] == [-signal.SIGKILL, 0]
+    again = start_shard(command, "0/2")
+    again.join(60)
+    assert again.exitcode == 1  # broken.webm and v_lost are its own
+
+    def facts(name: str) -> list[tuple]:
+        """All reports' lines whose files are called so, but for what depends on the run."""
+        lines = (json.loads(x) for file in out.glob(name) for x in file.read_text().splitlines())
+        return sorted((x["vid_name"], x["status"].replace("kept", "done")) for x in lines)
+
+    whole = sorted((line["vid_name"], line["status"]) for line in report_of(one))
+    assert facts("prepare_report.?-of-2.jsonl") == whole
+    assert read_manifest(out) == read_manifest(one)
+    before = {clip.name: clip.stat().st_mtime_ns for clip in out.glob("*.mp4")}
+    capsys.readouterr()
+    assert main(command) == 1  # everything once more: one report of all shards
+    assert facts("prepare_report.jsonl") == whole
+    printed = capsys.readouterr().out
+    assert all(count in printed for count in ("5 kept", "1 failed", "1 missing"))
+    assert {clip.name: clip.stat().st_mtime_ns for clip in out.glob("*.mp4")} == before
+    for name in before:
+        assert (out / name).read_bytes() == (one / name).read_bytes()
 
 
 def annotate(path: Path, names: list[str]) -> Path:

@@ -61,7 +61,7 @@ def test_each_is_encoded_once_and_texts_while_clips_are_decoded():
     evaluator = CorpusEvaluator.__new__(CorpusEvaluator)  # whose loader is the recorder
     evaluator.loader, evaluator.texts = recorder, texts
     evaluator.split, evaluator.loading = SimpleNamespace(videos=range(6)), LoaderConfig()
-    evaluator.proposals = torch.zeros(4, 2)
+    recorder.pyramid = SimpleNamespace(num_events=4)
     embeddings = evaluator.embed(recorder, torch.device("cpu"))
     assert recorder.calls == [
         "start workers", "encode text", "encode text",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dataloaders.storage import lock
 from utils import OutputError
 from utils.files import append_line, atomic_write, locked_folder
 
@@ -72,6 +73,22 @@ def test_lines_are_appended_also_after_a_torn_one(tmp_path) -> None:
     append_line(path, "four")
     append_line(path, "five")
     assert path.read_bytes() == b"one\ntwo\nthr\nfour\nfive\n"
+
+
+def test_a_line_waits_for_that_of_another_process(tmp_path) -> None:
+    path = tmp_path / "log"
+    path.touch()
+    with path.open("ab", buffering=0) as file:
+        assert lock(file.fileno())
+        child = os.fork()
+        if child == 0:
+            append_line(path, "two")
+            os._exit(0)
+        file.write(b"on")
+        time.sleep(0.3)
+        file.write(b"e\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert path.read_bytes() == b"one\ntwo\n"
 
 
 def test_the_second_run_is_refused_and_told_of_the_first(tmp_path) -> None:

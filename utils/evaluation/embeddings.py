@@ -18,6 +18,7 @@ from modules.torch_files import sha256_of
 from utils import RunError
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.hdf5 import read_hdf5, write_hdf5
+from utils.evaluation.rows import scoring_of, zero_shot_name
 
 REMEDY = "make the file with main.py --save_embeddings"
 FORMAT = "ProPy embeddings, version 1"
@@ -41,16 +42,17 @@ class SavedEmbeddings:
     durations: Tensor  # float32 [V] seconds
     proposals: Tensor  # float32 [N_e, 2] start and end of every event as a share of the video
     max_words: int  # tokens of a caption that were read
-    checkpoint: str  # path of the model, as it was named
-    sha256: str  # of that file
+    checkpoint: str  # path of the model, as it was named, or zero_shot_name
+    sha256: str  # of that file, or of CLIP's weights
     epoch: int  # epochs that it was trained
 
     @classmethod
     def from_split(
         cls, embeddings: Embeddings, split: Split, proposals: Tensor,
-        *, max_words: int, checkpoint: Path, epoch: int,
+        *, max_words: int, checkpoint: Path, epoch: int, scoring: str | None = None,
     ) -> SavedEmbeddings:  # fmt: skip
-        """Embeddings of a split."""
+        """Embeddings of a split; those of zero-shot CLIP have a scoring, and its weights in place
+        of a checkpoint."""
         return cls(
             embeddings=embeddings.to(torch.device("cpu")),
             desc_ids=[str(query.desc_id) for query in split.queries],
@@ -60,19 +62,25 @@ class SavedEmbeddings:
             durations=torch.tensor([video.duration for video in split.videos]),
             proposals=proposals.cpu().float(),
             max_words=max_words,
-            checkpoint=str(checkpoint),
+            checkpoint=zero_shot_name(scoring, checkpoint) if scoring else str(checkpoint),
             sha256=sha256_of(checkpoint),
             epoch=epoch,
         )
 
+    @property
+    def scoring(self) -> str | None:
+        """Of zero-shot CLIP; None for a trained model's."""
+        return scoring_of(self.checkpoint)
+
     def check(
         self, queries: Sequence[Query], proposals: Tensor,
-        *, max_words: int, checkpoint: Path | None,
+        *, max_words: int, checkpoint: Path | None, scoring: str | None = None,
     ) -> None:  # fmt: skip
         """Compare with what they would be computed from now.
 
         Args:
             checkpoint: None if there is none at hand to compare.
+            scoring: of zero-shot CLIP.
 
         Raises:
             RunError: they are of something else; says of what.
@@ -92,7 +100,10 @@ class SavedEmbeddings:
                     which = f"{what} of query {row + 1}"
                     raise RunError(f"{which} is {before!r}, in the annotations {now!r}: {REMEDY}")
         made = None
-        if self.max_words != max_words:
+        if self.scoring != scoring:
+            flag = f"with --zero_shot {self.scoring}" if self.scoring else "without --zero_shot"
+            made = f"{self.checkpoint}: evaluate it {flag}, or"
+        elif self.max_words != max_words:
             made = f"--max_words {self.max_words}, not {max_words}: give that, or"
         elif not torch.equal(proposals.cpu().float(), self.proposals):
             events = f"of {len(self.proposals)} events"

@@ -29,10 +29,27 @@ from utils.evaluation.moment_tables import (
     times_missing,
 )
 from utils.evaluation.predictions import SAVED, MomentPredictions, export_all, save_predictions
-from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
+from utils.evaluation.published import (
+    PRVR_RESULTS,
+    VCMR_RESULTS,
+    ZERO_SHOT_NAME,
+    ZERO_SHOT_RESULTS,
+)
 from utils.evaluation.ranking import predict_moments, rank_videos
 from utils.evaluation.retrieval_metrics import recall_metrics
-from utils.evaluation.rows import COSINE, DOT, LEVELS, VCMR, VR, Rows, breakdown, task_rows
+from utils.evaluation.rows import (
+    COSINE,
+    DOT,
+    LEVELS,
+    PROPY,
+    VCMR,
+    VR,
+    ZERO_SHOT,
+    Rows,
+    breakdown,
+    task_rows,
+    video_rows,
+)
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.missing_videos import MissingVideos
 
@@ -64,6 +81,10 @@ class Evaluator:
         config: what is evaluated, and how.
         missing: what the split is without, for tables and records.
         readout: of a video's score, the model's.
+        scoring: of `ZERO_SHOT`, where the model is CLIP alone.
+
+    Attributes:
+        baselines: the rows of zero-shot CLIP on the split by scoring, for tables.
 
     Raises:
         RunError: there are more processes than queries.
@@ -72,11 +93,13 @@ class Evaluator:
     def __init__(
         self, split: Split, proposals: Tensor, config: EvalConfig,
         missing: MissingVideos | None = None, readout: Readout = best_event,
+        scoring: str | None = None,
     ) -> None:  # fmt: skip
         if world_size() > len(split.queries):
             raise RunError(f"{world_size()} processes for {len(split.queries)} queries: use fewer")
         self.split, self.proposals, self.config = split, proposals, config
-        self.missing, self.readout = missing, readout
+        self.missing, self.readout, self.scoring = missing, readout, scoring
+        self.baselines: dict[str, Rows] = {}
         self.evaluate_vcmr = config.subtask_type == VCMR
 
     @property
@@ -120,6 +143,12 @@ class Evaluator:
         first = next(iter(rows.values()))
         return round(selection_score(rows[VCMR]) if self.evaluate_vcmr else first["SumR"], 6)
 
+    def dot_score(self, rows: Rows) -> float | None:
+        """What chooses a best epoch of its own for PRVR's row "dot", where it is the second one."""
+        if self.evaluate_vcmr or self.config.event_scores != "both":
+            return None
+        return round(rows[DOT]["SumR"], 6)
+
     def check_times(self, training: bool) -> None:
         """A warning if moments are to be scored, but not all queries have times.
 
@@ -141,16 +170,24 @@ class Evaluator:
         return self.missing.counts(VAL) if self.missing else {}
 
     def tables(self, rows: Rows) -> list[str]:
-        """The metrics of `run` as tables, over the data set's published row where there is one;
-        each names what is missing."""
+        """The metrics of `run` as tables, over those of zero-shot CLIP and the data set's published
+        ones where there are any; each names what is missing."""
         datatype = self.config.datatype
-        names = {COSINE: "ProPy", DOT: "ProPy, events not normalised"}
-        table = {names[row]: numbers for row, numbers in rows.items() if row in names}
+        table = video_rows(ZERO_SHOT.get(self.scoring, PROPY), rows)
+        moments: Rows = {}
+        for scoring, own in self.baselines.items():
+            table |= video_rows(ZERO_SHOT[scoring], own)
+            if VCMR in own:
+                moments[ZERO_SHOT[scoring]] = own[VCMR]
+        if datatype in ZERO_SHOT_RESULTS and (self.scoring or self.baselines):
+            table[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
         if datatype in PRVR_RESULTS:
             table["published"] = PRVR_RESULTS[datatype]
+        if datatype in VCMR_RESULTS:
+            moments["published"] = VCMR_RESULTS[datatype]
         shown = [metrics_table(table, PRVR_COLUMNS)]
         if VR in rows:
-            shown.append(report_tables(rows, VCMR_RESULTS.get(datatype)))
+            shown.append(report_tables(rows, moments))
         if levels := {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}:
             shown.append(level_table(levels))
         size = self.missing.summary(VAL) if self.missing else None
@@ -162,7 +199,7 @@ class CorpusEvaluator(Evaluator):
 
     Args:
         clips: where the split's videos are.
-        model: gives the pyramid, the size of frames and the read-out.
+        model: a ProPy or a ZeroShot: gives the pyramid, the size of frames and the read-out.
         loading: of texts and videos.
         split, config, missing: see `Evaluator`.
     """
@@ -171,7 +208,8 @@ class CorpusEvaluator(Evaluator):
         self, split: Split, clips: ClipSource, model: nn.Module, loading: LoaderConfig,
         config: EvalConfig, missing: MissingVideos | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(split, model.pyramid.proposals, config, missing, model.readout)
+        scoring = getattr(model, "scoring", None)
+        super().__init__(split, model.pyramid.proposals, config, missing, model.readout, scoring)
         self.clips, self.loading = clips, loading
         self.num_frames, self.size = model.pyramid.num_frames, model.input_resolution
         self.texts = evaluation_text_batches(split.queries, loading.max_words, TEXT_BATCH)
@@ -195,7 +233,7 @@ class CorpusEvaluator(Evaluator):
             texts = embed_texts(model, self.texts, device)
             events = embed_videos(model, batches, device, len(self.loader))
             sizes = [len(some) for some in batches_of(len(self.split.videos), self.loading)]
-            shape = (len(self.proposals), texts.shape[-1])
+            shape = (model.pyramid.num_events, texts.shape[-1])
             return Embeddings(gather_batches(events, sizes, shape, device), texts)
 
 

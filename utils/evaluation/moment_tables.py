@@ -6,7 +6,7 @@ wherever the moment. These are the three tasks of TVR's evaluation (Lei et al., 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -137,11 +137,11 @@ def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Ro
     }
 
 
-def report_tables(rows: Rows, published: Mapping[str, float] | None = None) -> str:
-    """The rows of `moment_report` as one table a task; `published` stands under VCMR's."""
+def report_tables(rows: Rows, beside: Rows | None = None) -> str:
+    """The rows of `moment_report` as one table a task; `beside` stands under VCMR's."""
     tasks = {task: task_rows(rows, task) for task in (VCMR, SVMR, VR)}
-    if tasks[VCMR] and published:
-        tasks[VCMR]["published"] = dict(published)
+    if tasks[VCMR] and beside:
+        tasks[VCMR] |= beside
     return "\n\n".join(
         metrics_table(own, VIDEO_COLUMNS if task == VR else MOMENT_COLUMNS)
         for task, own in tasks.items()

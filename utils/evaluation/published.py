@@ -32,6 +32,14 @@ VCMR_RESULTS = {
     },
 }  # fmt: skip
 
+# CLIP ViT-L/14 without training, best frame: MSC-PRVR (NeurIPS 2025), table 5.
+ZERO_SHOT_NAME = "CLIP ViT-L/14, best frame (MSC-PRVR)"
+ZERO_SHOT_RESULTS = {
+    "tvr": {"R1": 16.2, "R5": 33.5, "R10": 41.8, "R100": 75.7},
+    "activitynet": {"R1": 15.1, "R5": 33.9, "R10": 45.1, "R100": 78.9},
+    "charades": {"R1": 2.0, "R5": 8.1, "R10": 13.6, "R100": 49.4},
+}
+
 # (videos, queries) of the standard splits
 SPLIT_SIZES = {
     "tvr": {"train": (17435, 87175), "val": (2179, 10895)},

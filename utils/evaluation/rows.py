@@ -9,7 +9,31 @@ Rows = dict[str, dict[str, float]]
 
 COSINE, DOT = "cosine", "dot"  # PRVR by normalised events, and by events as they are
 VCMR, SVMR, VR, LEVELS = "VCMR", "SVMR", "VR", "levels"
+# Names in tables of models: a trained one, and CLIP alone by models.zero_shot.SCORINGS.
+PROPY = "ProPy"
+ZERO_SHOT = {
+    "mean": "zero-shot CLIP, mean frame",
+    "best": "zero-shot CLIP, best frame",
+    "events": "zero-shot CLIP, best event",
+}
 WHOLE_VIDEO, RANDOM_EVENT = "whole_video", "random_event"  # baselines of VCMR and SVMR
+
+
+def zero_shot_name(scoring: str, weights: object) -> str:
+    """What stands for a checkpoint in records of CLIP alone; `scoring_of` reads it."""
+    return f"{ZERO_SHOT[scoring]}: {weights}"
+
+
+def scoring_of(checkpoint: object) -> str | None:
+    """The zero-shot scoring that a record's checkpoint names; None for a trained model's."""
+    title = str(checkpoint).partition(":")[0]
+    return next((scoring for scoring, own in ZERO_SHOT.items() if own == title), None)
+
+
+def video_rows(name: str, rows: Rows) -> Rows:
+    """PRVR's rows of a model under the name that a table gives it."""
+    titles = {COSINE: name, DOT: f"{name}, events not normalised"}
+    return {titles[row]: numbers for row, numbers in rows.items() if row in titles}
 
 
 def task_rows(rows: Rows, task: str) -> Rows:

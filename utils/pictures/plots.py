@@ -6,6 +6,7 @@ query attention/<id>/ with meta.json, figures/<frame>.jpg, tree.jpg and the over
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -54,8 +55,12 @@ def check_request(
     """What can be said before anything is computed.
 
     Raises:
-        RunError: the model has no such layer or head, the split no such query.
+        RunError: the model has no such layer or head, or no attention; the split no such query.
     """
+    if not model.num_heads:
+        logger.info("CLIP alone has no events that attend: frames, moments and scores are drawn")
+        if settings.layer or settings.head:
+            raise RunError("--plot_layer and --plot_head: CLIP alone has no attention to draw")
     layers = len(model.clip.visual.transformer.resblocks)
     counts = {"layer": (settings.layer, layers), "head": (settings.head, model.num_heads)}
     for name, (number, count) in counts.items():
@@ -134,20 +139,23 @@ def plot_split(
     heads = "mean" if head is None else str(settings.head)
     how = f"layer {layer} of {layers}, {'mean of all heads' if head is None else f'head {heads}'}"
     meta = {"model": source, "layer": layer, "head": settings.head or heads}
+    store = attention_store(settings.folder, {"model": source, "heads": heads})
+    if not model.num_heads:
+        how, meta, store = source, {"model": source}, contextlib.nullcontext(lambda *_: None)
     with writing(settings.folder):
         settings.folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     queries = [split.queries[row] for row in chosen]
     with (
-        attention_store(settings.folder, {"model": source, "heads": heads}) as add,
+        store as add,
         tqdm(total=len(chosen), desc="draw", unit="query", dynamic_ncols=True, leave=False) as bar,
         caption_fonts("".join(f"{q.desc}{q.desc_id}{q.vid_name}" for q in queries)),
     ):
         for batch in evaluator.load_videos(videos):
-            frames = batch["frames"].to(model.visibility.device)
-            _, attention = model.encode_video(frames, return_attention=True, head=head)
+            attention = _attention(model, batch["frames"].to(embeddings.events.device), head)
             for i, video in enumerate(batch["indices"].tolist()):
-                of_video = attention[:, i].float().cpu().numpy()  # [L, N_e, keys]
+                of_video = attention[i]
+                drawn = None if of_video is None else of_video[layer - 1]
                 for row, query in zip(chosen, queries, strict=True):
                     if query.vid_name != videos[video].vid_name:
                         continue
@@ -157,7 +165,7 @@ def plot_split(
                     meta["rank"] = int(ranks[row])
                     add(query.desc_id, query.vid_name, of_video, best, meta["rank"])
                     _draw_query(
-                        model, query, batch["frames"][i], of_video[layer - 1], own.cpu().numpy(),
+                        model, query, batch["frames"][i], drawn, own.cpu().numpy(),
                         "cosine" if normalize else "product", how, meta, settings,
                     )  # fmt: skip
                     bar.update()
@@ -169,11 +177,19 @@ def plot_split(
     )
 
 
+def _attention(model: nn.Module, frames: Tensor, head: int | None) -> list[np.ndarray | None]:
+    """Of every video [L, N_e, keys], or None if the model's events attend to nothing."""
+    if not model.num_heads:
+        return [None] * len(frames)
+    _, attention = model.encode_video(frames, return_attention=True, head=head)
+    return [of_video.float().cpu().numpy() for of_video in attention.unbind(1)]
+
+
 def _draw_query(
     model: nn.Module,
     query: Query,
     frames: Tensor,
-    attention: np.ndarray,
+    attention: np.ndarray | None,
     scores: np.ndarray,
     score_name: str,
     how: str,
@@ -183,20 +199,25 @@ def _draw_query(
     """One query's folder.
 
     Args:
-        attention: [N_e, keys] of the drawn layer; scores: [N_e].
+        attention: [N_e, keys] of the drawn layer, or None; scores: [N_e].
         how: which layer and heads; meta: what meta.json says besides the query and its event.
     """
     from utils.pictures import draw
 
     event, pyramid = int(scores.argmax()), model.pyramid
-    seen = model.num_prompts, model.config.visibility
-    row = draw.EventAttention.of_event(attention, event, pyramid, *seen)
     subtitle = (
         f"query {query.desc_id} · video {query.vid_name}, rank {meta['rank']} · event {event}, "
-        f"{score_name} {scores[event]:.3f} · {how} · attention goes to "
-        f"patches {row.patches.sum():.0%}, class tokens {row.class_tokens.sum():.0%}, "
-        f"events {row.events.sum():.0%}, prompts {row.prompts:.0%}"
+        f"{score_name} {scores[event]:.3f} · {how}"
     )
+    row = None
+    if attention is not None:
+        seen = model.num_prompts, model.config.visibility
+        row = draw.EventAttention.of_event(attention, event, pyramid, *seen)
+        subtitle += (
+            f" · attention goes to patches {row.patches.sum():.0%}, class tokens "
+            f"{row.class_tokens.sum():.0%}, events {row.events.sum():.0%}, prompts "
+            f"{row.prompts:.0%}"
+        )
     per_frame = query.duration / pyramid.num_frames
     picture = draw.QueryPicture(
         query.duration, query.windows or (), frames.cpu(), pyramid.spans.numpy() * per_frame,
@@ -209,9 +230,12 @@ def _draw_query(
             for old in folder.glob(pattern):
                 old.unlink()
         style, ending = draw.STYLES[settings.style], settings.file_format
-        draw.save_figures(folder / "figures", picture, style)
-        for name in ["tree.jpg"] + [f"tree.{ending}"] * (ending in ("svg", "pdf")):
-            draw.save_tree(folder / name, picture, style)
+        folder.mkdir(parents=True, exist_ok=True)
+        if row:
+            draw.save_figures(folder / "figures", picture, style)
+            for name in ["tree.jpg"] + [f"tree.{ending}"] * (ending in ("svg", "pdf")):
+                draw.save_tree(folder / name, picture, style)
+            meta = meta | {"strongest_event": picture.strongest}
         draw.save_overview(folder / f"overview.{ending}", picture, style)
         meta = meta | {
             "desc_id": query.desc_id,
@@ -225,7 +249,6 @@ def _draw_query(
             "proposal_seconds": picture.spans[event].tolist(),
             "true_windows_seconds": picture.windows,
             "true_windows_frames": [[t / per_frame for t in window] for window in picture.windows],
-            "strongest_event": picture.strongest,
         }
         text = json.dumps(meta, indent=1, ensure_ascii=False)
         (folder / "meta.json").write_text(text + "\n", encoding="utf-8")

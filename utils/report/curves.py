@@ -18,6 +18,7 @@ from utils.report.run_log import OF_DOT, best_epoch, curve, curve_names, label
 # Okabe and Ito's colours without yellow; with the line styles no two of 28 runs look the same.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
 DASHES = ("-", "--", "-.", ":")
+LEVELS = {"published": "--", "zero-shot CLIP": ":"}  # to compare with
 COLUMNS = 4
 PANEL = (3.6, 2.7)  # inches
 WRAP = 34  # letters of a line, in a title or under a run's name
@@ -29,14 +30,18 @@ def shown_names(runs: Mapping[str, list[dict]]) -> list[str]:
     return [name for name in found if name.removeprefix(OF_DOT).count("/") < 2]
 
 
-def draw_curves(runs: Mapping[str, list[dict]], datatypes: set[str]) -> Figure:
+def draw_curves(
+    runs: Mapping[str, list[dict]], datatypes: set[str], to_beat: Mapping[str, float] | None = None
+) -> Figure:
     """One panel for every number, a line a run, a ring on each run's best epoch.
 
     Args:
         runs: records by epoch of every run, under the run's name.
         datatypes: of the runs; published results are drawn too if it is one.
+        to_beat: results of CLIP alone by name.
     """
-    names, published = shown_names(runs), published_values(datatypes)
+    names = shown_names(runs)
+    levels = {"published": published_values(datatypes), "zero-shot CLIP": to_beat or {}}
     columns = max(1, min(COLUMNS, len(names)))
     rows = max(1, math.ceil(len(names) / columns))
     size = (PANEL[0] * columns, PANEL[1] * rows + 0.5)
@@ -46,7 +51,8 @@ def draw_curves(runs: Mapping[str, list[dict]], datatypes: set[str]) -> Figure:
         panel.set_visible(False)
     handles: dict = {}
     for panel, name in zip(panels, names, strict=False):
-        handles |= _draw_panel(panel, runs, name, published.get(name))
+        own = {label: values[name] for label, values in levels.items() if name in values}
+        handles |= _draw_panel(panel, runs, name, own)
     handles = {run: handles[run] for run in runs if run in handles} | handles  # runs first
     sizes = {run: size for run, epochs in runs.items() if (size := reduced_size(epochs[-1]))}
     labels = [f"{run}\n{fill(sizes[run], WRAP)}" if run in sizes else run for run in handles]
@@ -60,9 +66,10 @@ def draw_curves(runs: Mapping[str, list[dict]], datatypes: set[str]) -> Figure:
 
 
 def _draw_panel(
-    axes: Axes, runs: Mapping[str, list[dict]], name: str, published: float | None
+    axes: Axes, runs: Mapping[str, list[dict]], name: str, levels: Mapping[str, float]
 ) -> dict:
-    """One number of all runs; returns what a legend shows, by its label."""
+    """One number of all runs, and its `levels`, of `LEVELS`, to compare with; returns what a legend
+    shows, by its label."""
     handles = {}
     looks = itertools.cycle(itertools.product(DASHES, COLOURS))
     for (run, epochs), (dashes, colour) in zip(runs.items(), looks, strict=False):
@@ -78,8 +85,8 @@ def _draw_panel(
                 best["epoch"], best[name], color=colour, marker="o", markersize=7,
                 markerfacecolor="white", linestyle="none",
             )  # fmt: skip
-    if published is not None:
-        handles["published"] = axes.axhline(published, color="0.5", linestyle="--", linewidth=1)
+    for level, value in levels.items():
+        handles[level] = axes.axhline(value, color="0.5", linestyle=LEVELS[level], linewidth=1)
     axes.set_title(fill(label(name), WRAP), fontsize=10).set_parse_math(False)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -22,8 +22,26 @@ from dataloaders.frame_store import FrameStore
 from utils import RunError
 from utils.evaluation.moment_tables import MOMENT_COLUMNS, VIDEO_COLUMNS
 from utils.evaluation.predictions import SAVED, load_predictions
-from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS
-from utils.evaluation.rows import COSINE, DOT, LEVELS, SVMR, VCMR, VR, Rows, breakdown, task_rows
+from utils.evaluation.published import (
+    PRVR_RESULTS,
+    VCMR_RESULTS,
+    ZERO_SHOT_NAME,
+    ZERO_SHOT_RESULTS,
+)
+from utils.evaluation.rows import (
+    COSINE,
+    DOT,
+    LEVELS,
+    SVMR,
+    VCMR,
+    VR,
+    ZERO_SHOT,
+    Rows,
+    breakdown,
+    scoring_of,
+    task_rows,
+    video_rows,
+)
 from utils.evaluation.tables import PRVR_COLUMNS, cell
 from utils.files import atomic_write, read_records, writing
 from utils.missing_videos import missing_counts, reduced_size
@@ -60,6 +78,7 @@ class Run:
 
     Attributes:
         epochs: records of log.jsonl; evaluations: of eval.jsonl. Either may be empty, not both.
+        zero_shot: rows of CLIP alone by scoring, as training logged them.
         notes: what is missing, for the reader.
     """
 
@@ -67,17 +86,26 @@ class Run:
     args: dict
     epochs: list[dict]
     evaluations: list[dict]
+    zero_shot: dict[str, Rows] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> Run:
         """RunError: not a folder of a run, or its files are damaged."""
-        epochs = run_log.read_epochs(folder) if (folder / "log.jsonl").is_file() else []
+        logged = (folder / "log.jsonl").is_file()
+        epochs = run_log.read_epochs(folder) if logged else []
         evaluated = folder / "eval.jsonl"
         evaluations = read_records(evaluated) if evaluated.is_file() else []
         if not epochs and not evaluations:
             raise RunError(f"{folder}: neither log.jsonl nor eval.jsonl: not the folder of a run")
-        return cls(folder, run_log.read_args(folder), epochs, evaluations)
+        zero_shot = run_log.read_zero_shot(folder) if logged else {}
+        return cls(folder, run_log.read_args(folder), epochs, evaluations, zero_shot)
+
+    @property
+    def is_zero_shot(self) -> bool:
+        """Whether rows of CLIP alone are among its results."""
+        evaluated = (scoring_of(record.get("checkpoint")) for record in self.records)
+        return bool(self.zero_shot) or any(evaluated)
 
     @property
     def records(self) -> list[dict]:
@@ -161,13 +189,11 @@ def result_rows(run: Run) -> dict[str, Rows]:
         if not isinstance(rows, dict) or not all(isinstance(r, dict) for r in rows.values()):
             raise RunError(f"{run.folder / 'eval.jsonl'}: its metrics are not rows of numbers")
         size = reduced_size(record)
-        source = f"{name}epoch {record.get('epoch')}" + (f", {size}" if size else "")
+        scoring = scoring_of(record.get("checkpoint"))
+        source = ZERO_SHOT[scoring] if scoring else f"{name}epoch {record.get('epoch')}"
+        source += f", {size}" if size else ""
         found.pop(source, None)
-        found[source] = {
-            row: {key: value for key, value in numbers.items() if run_log.is_number(value)}
-            for row, numbers in rows.items()
-            if any(map(run_log.is_number, numbers.values()))
-        }
+        found[source] = run_log.numeric_rows(rows)
     return found
 
 
@@ -180,6 +206,13 @@ def result_tables(run: Run) -> list[dict]:
         for row, name in ((COSINE, ""), (DOT, run_log.NOT_NORMALISED))
         if row in rows
     }
+    moments: Rows = {}
+    for scoring, rows in run.zero_shot.items():
+        videos |= video_rows(ZERO_SHOT[scoring], rows)
+        if VCMR in rows:
+            moments[ZERO_SHOT[scoring]] = rows[VCMR]
+    if run.is_zero_shot and datatype in ZERO_SHOT_RESULTS:
+        videos[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
     tables = []
 
     def add(title: str, columns: Mapping, rows: Rows, published: Mapping | None = None) -> None:
@@ -192,6 +225,8 @@ def result_tables(run: Run) -> list[dict]:
     size = f", {size}" if size else ""
     for task, (title, columns) in MOMENT_TABLES.items():
         rows = {breakdown(name) or task: row for name, row in task_rows(newest, task).items()}
+        if task == VCMR and rows:
+            rows |= moments
         if len(rows) > (task == VR):  # alone it would repeat the table above
             add(title + size, columns, rows, VCMR_RESULTS.get(datatype) if task == VCMR else None)
     if levels := {breakdown(name): row for name, row in task_rows(newest, LEVELS).items()}:
@@ -206,7 +241,8 @@ def curves(run: Run) -> dict:
     runs = {"this run": run.epochs}
     content = io.BytesIO()
     with matplotlib.rc_context(VECTOR_TEXT):
-        figure = draw_curves(runs, {run_log.datatype(run.args)})
+        to_beat = run_log.to_beat(run.zero_shot)
+        figure = draw_curves(runs, {run_log.datatype(run.args)}, to_beat)
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     values = {name: [v for _, v in run_log.curve(run.epochs, name)] for name in shown_names(runs)}
     alt = "; ".join(f"{run_log.label(n)}: {v[0]:.4g} to {v[-1]:.4g}" for n, v in values.items())
@@ -273,7 +309,8 @@ def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
         try:
             meta = json.loads((path.parent / "meta.json").read_text(encoding="utf-8"))
             model = str(meta.get("model"))
-            if not given and Path(model).parent.name != run.folder.resolve().name:
+            of_clip = model in {record.get("checkpoint") for record in run.evaluations}
+            if not (given or of_clip or Path(model).parent.name == run.folder.resolve().name):
                 continue
             with Image.open(path) as image:
                 image.thumbnail((PICTURE_WIDTH, image.height), Image.LANCZOS)

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils import RunError
-from utils.evaluation.rows import DOT, VCMR
+from utils.evaluation.rows import COSINE, DOT, VCMR, ZERO_SHOT, Rows
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import read_records
 
 # Counters of log.jsonl, which make no curve.
 COUNTERS = (
-    *("epoch", "global_step", "steps", "skipped_steps", "best_epoch"),
+    *("epoch", "global_step", "steps", "skipped_steps", "best_epoch", "best_dot_epoch"),
     *("val_videos", "val_videos_left_out", "val_queries", "val_queries_left_out"),
 )
 # What training says of itself; every other number of a record is a metric.
@@ -68,6 +68,43 @@ def read_epochs(folder: Path) -> list[dict]:
         records = [{"row": DOT} | record for record in records]  # of before logs named their rows
     by_epoch = {record["epoch"]: _name_rows(record) for record in records}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def read_zero_shot(folder: Path) -> dict[str, Rows]:
+    """The rows of CLIP alone by scoring that training has logged; none in older logs.
+
+    RunError: there is no log.jsonl.
+    """
+    records = read_records(folder / "log.jsonl")
+    logged = [found for r in records if isinstance(found := r.get("zero_shot"), Mapping)]
+    found = {
+        scoring: numeric_rows(rows)
+        for scoring, rows in (logged[-1] if logged else {}).items()
+        if scoring in ZERO_SHOT and isinstance(rows, Mapping)
+    }
+    return {scoring: rows for scoring, rows in found.items() if rows}
+
+
+def numeric_rows(rows: Mapping) -> Rows:
+    """The finite numbers of rows of metrics; rows without any are left out."""
+    found = {
+        row: {key: value for key, value in numbers.items() if is_number(value)}
+        for row, numbers in rows.items()
+        if isinstance(numbers, Mapping)
+    }
+    return {row: numbers for row, numbers in found.items() if numbers}
+
+
+def to_beat(zero_shot: Mapping[str, Rows]) -> dict[str, float]:
+    """The best that any scoring of CLIP alone reaches, by the names of `read_epochs`."""
+    found: dict[str, float] = {}
+    for rows in zero_shot.values():
+        for row, numbers in rows.items():
+            for key, value in numbers.items():
+                name = key if row == COSINE else f"{row}/{key}"
+                better = min if key in ("MedR", "MeanR") else max
+                found[name] = better(value, found.get(name, value))
+    return found
 
 
 def _name_rows(record: dict) -> dict:

@@ -27,7 +27,9 @@ from utils.files import atomic_write
 from utils.misc import rng_state, set_rng_state
 from utils.training.progress import EpochSums, Progress
 
-LATEST, BEST = "ckpt.pth.tar", "ckpt.best.pth.tar"  # their names in the folder of a run
+# Their names in the folder of a run; of the best by its name in `Progress`.
+LATEST, BEST, BEST_DOT = "ckpt.pth.tar", "ckpt.best.pth.tar", "ckpt.best_dot.pth.tar"
+BESTS = {"best": BEST, "best_dot": BEST_DOT}
 
 
 def save_checkpoint(
@@ -111,7 +113,8 @@ def _progress(content: dict) -> Progress:
     own = {name: content[name] for name in asdict(Progress()) if name in content}
     sums = EpochSums(**own.pop("sums"))
     progress = Progress(**own, sums=sums, has_optimizer="optimizer" in content)
-    numbers = (progress.epoch, progress.global_step, progress.best_score or 0, sums.steps)
+    scores = [progress.best(name)[0] or 0 for name in BESTS]
+    numbers = (progress.epoch, progress.global_step, sums.steps, *scores)
     if not all(type(number) in (int, float) and number >= 0 for number in numbers):
         raise ModelError("its numbers of epochs and steps or its best score are damaged")
     return progress

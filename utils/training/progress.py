@@ -71,4 +71,16 @@ class Progress:
     sums: EpochSums = field(default_factory=EpochSums)  # of the epoch under way
     last_record: dict | None = None  # of log.jsonl, for the last epoch done
     facts: dict = field(default_factory=dict)  # of the run besides its flags
+    best_dot_score: float | None = None  # best of the row "dot", where it is the second
+    best_dot_epoch: int | None = None
+    zero_shot: dict = field(default_factory=dict)  # rows of CLIP alone by scoring, if computed
     has_optimizer: bool = False  # whether training can be resumed from it
+
+    def best(self, name: str) -> tuple[float | None, int | None]:
+        """Score and epoch of "best" or "best_dot"."""
+        return getattr(self, f"{name}_score"), getattr(self, f"{name}_epoch")
+
+    def set_best(self, name: str, score: float | None = None, epoch: int | None = None) -> None:
+        """Without a score: forget it."""
+        setattr(self, f"{name}_score", score)
+        setattr(self, f"{name}_epoch", epoch)

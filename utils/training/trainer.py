@@ -29,6 +29,7 @@ from utils.logger import EpochLog, SilentEpochLog
 from utils.misc import memory_advice, peak_memory_gib
 from utils.training.checkpoint import (
     BEST,
+    BESTS,
     LATEST,
     copy_checkpoint,
     epochs_of,
@@ -45,6 +46,8 @@ logger = logging.getLogger("propy.trainer")
 HARMLESS = {"precision", "save_every_steps", "datatype", "subtask_type"}
 CHANGE_A_RUN = {field.name for cls in (TrainConfig, EvalConfig) for field in fields(cls)}
 CHANGE_A_RUN = (CHANGE_A_RUN | {"batch_size", "max_words", "seed", "rank_readout"}) - HARMLESS
+# Zero-shot rows depend on these.
+CHANGE_ZERO_SHOT = {"max_words", "event_scores", "npev", "window_rule", VAL_ANNOTATIONS}
 # The order of an epoch's videos depends on these.
 CHANGE_AN_EPOCH = {"batch_size", "seed", TRAIN_ANNOTATIONS}
 
@@ -71,8 +74,8 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
     """Fit a checkpoint's progress to settings that it was not made with; returns warnings.
 
     An epoch under way is started again if its videos come in another order now; a best score of
-    another measure is forgotten. The learning rate follows the new settings from here on, at the
-    same epoch and step.
+    another measure is forgotten, and so are zero-shot rows of another. The learning rate follows
+    the new settings from here on, at the same epoch and step.
 
     Args:
         settings: of CHANGE_A_RUN, and facts of the run, by name.
@@ -86,10 +89,17 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
     if progress.sums.steps and set(changed) & CHANGE_AN_EPOCH:
         progress.sums = EpochSums()
         warnings.append(f"epoch {progress.epoch + 1} starts again, with its videos in a new order")
+    if progress.zero_shot and set(changed) & CHANGE_ZERO_SHOT:
+        progress.zero_shot = {}
+        warnings.append("the zero-shot rows do not compare with what follows: they are left out")
     measures = (_measure({**settings, **before}, task), _measure({**before, **settings}, task))
     if progress.best_epoch is not None and measures[0] != measures[1]:
-        progress.best_score = progress.best_epoch = None
+        progress.set_best("best")
         warnings.append("earlier scores do not compare: the best epoch is one from here on")
+    if {"event_scores", VAL_ANNOTATIONS} & set(changed):  # else it would be one of some epochs
+        progress.set_best("best_dot")
+        if settings.get("event_scores") == "both":
+            warnings.append('the best epoch of the row "dot" is one from here on')
     return warnings
 
 
@@ -106,7 +116,7 @@ class Trainer:
 
     Args:
         folder: for checkpoints and logs.
-        flags, facts: of the run, see `Progress`.
+        flags, facts, zero_shot: of the run, see `Progress`; a resumed run keeps its zero-shot rows.
         resume: the checkpoint of a run to continue.
 
     Raises:
@@ -118,14 +128,18 @@ class Trainer:
         self, model: ProPy, loader: TrainingLoader, evaluator: CorpusEvaluator, folder: Path,
         config: TrainConfig,
         *, device: torch.device, flags: dict, facts: dict, resume: Path | None = None,
+        zero_shot: Mapping[str, Rows] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.loader, self.evaluator = model, loader, evaluator
         self.latest, self.best = folder / LATEST, folder / BEST
+        self.bests = {name: folder / file for name, file in BESTS.items()}
         self.config, self.device, self.resumed_from = config, device, resume
         self._say_what_an_epoch_is()
         self.optimizer = build_optimizer(model, config.lr, config.coef_lr, config.wd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp")
-        self.progress = self._resume(resume, flags, facts) if resume else Progress()
+        start = Progress(zero_shot=dict(zero_shot or {}))
+        self.progress = self._resume(resume, flags, facts) if resume else start
+        evaluator.baselines = self.progress.zero_shot
         self.progress.args, self.progress.facts = flags, facts
         total = len(loader) * config.epochs
         self.learning_rate = partial(learning_rate, total_steps=total, peak=config.lr)
@@ -186,8 +200,9 @@ class Trainer:
         with contextlib.closing(self.epoch_log), self.signals, self._last_good_in_errors():
             if is_main():
                 self._finish_interrupted_epoch()
-            best = from_main(lambda: (progress.best_score, progress.best_epoch))
-            progress.best_score, progress.best_epoch = best
+            self._show_zero_shot()
+            for name in self.bests:
+                progress.set_best(name, *from_main(partial(progress.best, name)))
             while progress.epoch < epochs:
                 self.signals.check()
                 if progress.sums.steps < len(self.loader):
@@ -196,9 +211,18 @@ class Trainer:
             self.signals.check()
         if progress.best_epoch is None:  # forgotten, and no epoch was left to be the best
             return self._last_good
-        best = (progress.best_epoch, progress.best_score, self.best)
-        logger.info("best epoch %s, score %.2f: %s", *best)
+        for name, path in self.bests.items():
+            score, epoch = progress.best(name)
+            if epoch is not None:
+                logger.info("best epoch %s, score %.2f: %s", epoch, score, path)
         return self.best
+
+    def _show_zero_shot(self) -> None:
+        """What is to beat: as a table, and as a record, which a log that is continued has."""
+        if rows := self.progress.zero_shot:
+            logger.info("CLIP alone, to beat:\n%s", self.evaluator.tables({})[0])
+            counts = self.evaluator.counts()
+            self.epoch_log.write({"epoch": 0, "global_step": 0} | counts | {"zero_shot": rows})
 
     def _train(self) -> None:
         progress = self.progress
@@ -242,15 +266,18 @@ class Trainer:
         progress = self.progress
         with self.signals.immediate(), memory_advice(LESS_MEMORY_EVALUATING):
             rows = self.evaluator.run(self.evaluator.embed(self.model, self.device))
-        score = self.evaluator.score(rows)
-        if progress.best_score is None or score >= progress.best_score:  # a tie: the later epoch
-            progress.best_score, progress.best_epoch = score, progress.epoch + 1
+        scores = {"best": self.evaluator.score(rows), "best_dot": self.evaluator.dot_score(rows)}
+        for name, score in scores.items():
+            before = progress.best(name)[0]
+            if score is not None and (before is None or score >= before):  # a tie: the later epoch
+                progress.set_best(name, score, progress.epoch + 1)
         trained = progress.sums.means()
         progress.last_record = self._record(trained, rows)
         progress.epoch, progress.sums = progress.epoch + 1, EpochSums()
         self._save()
-        if progress.best_epoch == progress.epoch and is_main():
-            copy_checkpoint(self.latest, self.best)
+        for name, path in self.bests.items():
+            if progress.best(name)[1] == progress.epoch and is_main():
+                copy_checkpoint(self.latest, path)
         barrier()  # before anyone reads the best
         self.epoch_log.write(progress.last_record)
         loss = "–" if trained["loss"] is None else f"{trained['loss']:.4f}"
@@ -276,6 +303,8 @@ class Trainer:
         last_step = progress.epoch * len(self.loader) + progress.sums.steps - 1
         state = {"lr": self.learning_rate(last_step), "memory_gib": peak_memory_gib(self.device)}
         chosen = {"row": first, "best_epoch": progress.best_epoch}
+        if progress.best_dot_epoch is not None:
+            chosen["best_dot_epoch"] = progress.best_dot_epoch
         return counts | trained | state | metrics | chosen
 
     def _save(self) -> None:
@@ -290,27 +319,34 @@ class Trainer:
         progress, source = self.progress, self.resumed_from
         if source is None:
             return
-        if progress.best_epoch == progress.epoch and not progress.sums.steps:
-            copy_checkpoint(source, self.best)
-        elif progress.best_epoch is not None and epochs_of(self.best) != progress.best_epoch:
-            beside = source.with_name(BEST)
-            if epochs_of(beside) == progress.best_epoch:
-                copy_checkpoint(beside, self.best)
+        for name, path in self.bests.items():
+            self._copy_best(name, path, source)
+        if progress.last_record is not None and source.resolve() == self.latest.resolve():
+            self.epoch_log.write(progress.last_record)
+
+    def _copy_best(self, name: str, path: Path, source: Path) -> None:
+        """Have the best checkpoint where it belongs, or forget it if it is nowhere."""
+        progress = self.progress
+        epoch = progress.best(name)[1]
+        if epoch == progress.epoch and not progress.sums.steps:
+            copy_checkpoint(source, path)
+        elif epoch is not None and epochs_of(path) != epoch:
+            beside = source.with_name(path.name)
+            if epochs_of(beside) == epoch:
+                copy_checkpoint(beside, path)
             elif progress.epoch >= self.config.epochs:
                 raise RunError(
                     f"all {self.config.epochs} epochs are trained, but the best checkpoint, of "
-                    f"epoch {progress.best_epoch}, is neither {self.best} nor {beside}: train "
-                    f"more --epochs, or evaluate the last: --do_train 0 --resume {source}"
+                    f"epoch {epoch}, is neither {path} nor {beside}: train more --epochs, or "
+                    f"evaluate the last: --do_train 0 --resume {source}"
                 )
             else:
                 logger.warning(
                     "the best checkpoint so far, of epoch %d, is neither %s nor %s: the best is "
                     "chosen among the epochs from here on",
-                    *(progress.best_epoch, self.best, beside),
+                    *(epoch, path, beside),
                 )
-                progress.best_score = progress.best_epoch = None
-        if progress.last_record is not None and source.resolve() == self.latest.resolve():
-            self.epoch_log.write(progress.last_record)
+                progress.set_best(name)
 
     @contextlib.contextmanager
     def _last_good_in_errors(self) -> Iterator[None]:
