@@ -31,6 +31,7 @@ from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
 from models import load_propy
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
+from models.zero_shot import TITLES, ZeroShot, events_of, span_means
 from scripts.demo.world import (
     LARGE,
     SMALL,
@@ -277,26 +278,25 @@ def all_scores(
     CLIP alone also sees the videos as clear as the pictures it knows, which ProPy never does.
     """
     model = load_propy(run / "ckpt.best.pth.tar")
-    clip, num_frames, store = model.clip, model.pyramid.num_frames, FrameStore(folder / "frames.h5")
+    pyramid, store = model.pyramid, FrameStore(folder / "frames.h5")
+    num_frames = pyramid.num_frames
     seen = torch.stack([store.load(video.vid_name, num_frames, SIZE) for video in split.videos])
     clips = draw_clips("test", args.test_videos, args.seed, SIZES[args.size].scale)
     clear = clear_frames(clips, num_frames)
-    frames, clear_features = (
-        torch.stack([clip.encode_image(normalize(video)) for video in tqdm(x, desc=desc)])
-        for x, desc in ((seen, "[4/4] frames"), (clear, "[4/4] clear frames"))
-    )  # [V, N_f, D]
-    batches = [{"frames": some} for some in seen.split(16)]
-    texts = evaluation_text_batches(split.queries, MAX_WORDS, len(split.queries))
     cpu = torch.device("cpu")
-    propy_texts = embed_texts(model, texts, cpu)
-    propy_events = torch.cat(embed_videos(model, batches, cpu))
-    sentences = clip.encode_text(tokenize([query.desc for query in split.queries], MAX_WORDS))
-    mean = F.normalize(frames, dim=-1).mean(dim=1, keepdim=True)
+    texts = evaluation_text_batches(split.queries, MAX_WORDS, len(split.queries))
+
+    def embed(model: nn.Module, videos: Tensor) -> Tensor:
+        batches = [{"frames": some} for some in videos.split(16)]
+        return torch.cat(embed_videos(model, batches, cpu))  # [V, N_e, D]
+
+    alone = ZeroShot(model.clip, model.config, "best")
+    frames, sentences = embed(alone, seen), embed_texts(alone, texts, cpu)
     return {
-        "zero-shot CLIP, mean frame": video_scores(sentences, mean),
-        "zero-shot CLIP, best frame": video_scores(sentences, frames),
-        "the same on clear videos": video_scores(sentences, clear_features),
-        "ProPy": video_scores(propy_texts, propy_events),
+        TITLES["mean"]: video_scores(sentences, span_means(frames, events_of("mean", pyramid))),
+        TITLES["best"]: video_scores(sentences, frames),
+        "the same on clear videos": video_scores(sentences, embed(alone, clear)),
+        "ProPy": video_scores(embed_texts(model, texts, cpu), embed(model, seen)),
     }
 
 

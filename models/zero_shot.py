@@ -1,0 +1,164 @@
+"""CLIP alone as a model of videos: what finds them without any training.
+
+CLIP's features of a video's frames stand in place of ProPy's events, in one of three ways:
+
+    mean     one event, the whole video: the mean of all frames
+    best     an event a frame, so that the best frame decides
+    events   the events of a pyramid, each the mean of the frames it spans; moments have a score too
+
+Features are normalised before they are averaged, in all three: the length of a frame's feature says
+nothing of what it shows, but would decide how much the frame counts. "mean" is the top event of
+"events".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD
+from models.clip_weights import build_clip, weights_path
+from models.propy import ProPyConfig
+from models.trained import WEIGHTS_FOLDER
+from modules import ModelError
+from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
+from modules.readout import best_event
+from modules.similarity import event_scores, unit
+
+TITLES = {  # of a scoring, in tables
+    "mean": "zero-shot CLIP, mean frame",
+    "best": "zero-shot CLIP, best frame",
+    "events": "zero-shot CLIP, best event",
+}
+
+
+class SingleFrames(PromptPyramid):
+    """Every frame of a video an event of its own, all of one level and none above it."""
+
+    def __init__(self, num_frames: int) -> None:
+        self.num_frames = self.num_events = self.num_bottom_events = num_frames
+        self.config = {"Nf": num_frames, "H": []}
+        self.events_per_level = [num_frames]
+        first = torch.arange(num_frames)
+        self.spans = torch.stack([first, first + 1], dim=1)
+        self.level_of_event = torch.ones(num_frames, dtype=torch.int64)
+        self.proposals = self.spans.to(torch.float32) / num_frames
+
+
+def events_of(scoring: str, pyramid: PromptPyramid) -> PromptPyramid:
+    """The events of a scoring on a pyramid's frames. ModelError: there is no such scoring."""
+    if scoring not in TITLES:
+        raise ModelError(f"zero-shot scoring {scoring!r} is none of {', '.join(TITLES)}")
+    if scoring == "events":
+        return pyramid
+    frames = pyramid.num_frames
+    return SingleFrames(frames) if scoring == "best" else PromptPyramid(frames, [(frames, 1)])
+
+
+def span_means(frames: Tensor, events: PromptPyramid) -> Tensor:
+    """Normalised features of frames, [..., N_f, D], averaged over each event: [..., N_e, D]."""
+    members = events.frames_of_event.to(frames)  # [N_e, N_f]
+    return members / members.sum(dim=1, keepdim=True) @ frames
+
+
+class ZeroShot(nn.Module):
+    """What evaluation, pictures and search ask of a ProPy, by CLIP alone.
+
+    Args:
+        clip: used as it is; whether it is trained and its mode stay.
+        config: gives the pyramid; of the rest only what describes CLIP and texts has a meaning.
+        scoring: one of `TITLES`.
+
+    Attributes:
+        pyramid: the scoring's events, see `events_of`.
+
+    Raises:
+        ModelError: no such scoring, or no pyramid.
+    """
+
+    readout = staticmethod(best_event)
+
+    def __init__(self, clip: CLIP, config: ProPyConfig, scoring: str = "events") -> None:
+        super().__init__()
+        self.pyramid = events_of(scoring, PromptPyramid.from_config(config.pyramid))
+        self.clip, self.config, self.scoring, self.title = clip, config, scoring, TITLES[scoring]
+        for name, value in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    @property
+    def input_resolution(self) -> int:
+        """Side of the square frames, in pixels."""
+        return self.clip.sizes.input_resolution
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """Embeddings of the scoring's events, [B, N_e, D].
+
+        Args:
+            frames: [B, N_f, 3, H, W], uint8, or float and normalised with CLIP's mean and std.
+
+        Raises:
+            ValueError: another number or size of frames than the model's.
+        """
+        side = self.input_resolution
+        expected = (self.pyramid.num_frames, 3, side, side)
+        if tuple(frames.shape[1:]) != expected:
+            raise ValueError(f"frames are [B, {expected}], not {list(frames.shape)}")
+        if not frames.is_floating_point():
+            frames = (frames.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
+        features = self.clip.encode_image(frames.flatten(0, 1)).unflatten(0, (len(frames), -1))
+        return span_means(unit(features), self.pyramid)
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        """CLIP's own text features, at each row's end-of-text token: [T, D], not normalised.
+
+        Args:
+            token_ids: int64 [T, W], 0-padded; W is at most CLIP's context length.
+        """
+        return self.clip.encode_text(token_ids)
+
+    def scores(self, texts: Tensor, events: Tensor) -> Tensor:
+        """Scaled similarity of texts [T, D] and videos [B, N_e, D], as ProPy's: [T, B]."""
+        return self.readout(event_scores(texts, events)) * self.clip.logit_scale.exp()
+
+    def forward(self, frames: Tensor, token_ids: Tensor) -> Tensor:
+        """Scores of every text against every video of a batch, [T, B]."""
+        return self.scores(self.encode_text(token_ids), self.encode_video(frames))
+
+    def compile_encoders(self) -> None:
+        """Run both encoders through torch.compile from now on."""
+        self.encode_video = torch.compile(self.encode_video)
+        self.encode_text = torch.compile(self.encode_text, dynamic=True)
+
+
+def load_zero_shot(
+    clip_weights: Path | str | Mapping[str, Tensor],
+    scoring: str = "events",
+    pyramid: Path | str | Mapping = PUBLISHED_PYRAMID,
+    clip_activation: str | None = None,
+    trust_archive: bool = False,
+) -> ZeroShot:
+    """CLIP alone, in evaluation mode and frozen; reads captions up to CLIP's context length.
+
+    Args:
+        clip_weights: file or content, or OpenAI's name of a model, looked for in ``CLIP_weights``.
+        scoring: one of `TITLES`.
+        pyramid: see ``PromptPyramid.from_config``; "mean" and "best" take its number of frames.
+        clip_activation, trust_archive: see ``models.clip_weights.build_clip``.
+
+    Raises:
+        ModelError: weights or pyramid are missing, unreadable or damaged, or no such scoring.
+    """
+    described = {}
+    if not isinstance(clip_weights, Mapping):
+        described["clip_name"] = str(clip_weights)
+        clip_weights = weights_path(str(clip_weights), WEIGHTS_FOLDER)
+    events_of(scoring, pyramid := PromptPyramid.from_config(pyramid))  # before the long reading
+    clip = build_clip(clip_weights, trust_archive, clip_activation).requires_grad_(False)
+    config = ProPyConfig(
+        pyramid=pyramid.config, max_words=clip.sizes.context_length,
+        clip_activation=clip.activation, **described,
+    )  # fmt: skip
+    return ZeroShot(clip, config, scoring).eval()
