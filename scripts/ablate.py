@@ -299,7 +299,7 @@ def measure(folder: Path, test: Path | None) -> dict[str, float]:
         test: of the demo, for the scores against a video's twin.
     """
     epochs, evaluation = read_epochs(folder), read_records(folder / "eval.jsonl")[-1]
-    model = load_propy(folder / BEST)
+    model = load_propy(folder / BEST).requires_grad_(False)
     numbers = numbers_of(evaluation["metrics"]) | {
         "epoch": evaluation["epoch"],
         "trainable": read_args(folder)["trainable"] / 1e6,
