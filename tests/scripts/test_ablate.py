@@ -1,4 +1,4 @@
-"""Ablations as a person runs them: grids, resuming, several GPUs, interruptions, a tiny real one."""
+"""Ablations as a person runs them: grids, resuming, GPUs, interruptions, and a tiny real one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,15 +54,12 @@ def stub(tmp_path, monkeypatch):
     measured = lambda folder, test: {"SumR": float(folder.name[5:])}  # noqa: E731
     monkeypatch.setattr(ablate, "measure", measured)
 
-    class Stub:
-        programs = [[sys.executable, str(path), f"--task={task}"] for task in ("train", "evaluate")]
-        corpus = Corpus("stub", *programs, "videos", "A note.")
-
-        @staticmethod
-        def calls() -> list[dict]:
-            return [json.loads(line) for line in log.read_text().splitlines()]
-
-    return Stub
+    programs = [[sys.executable, str(path), f"--task={task}"] for task in ("train", "evaluate")]
+    return SimpleNamespace(
+        programs=programs,
+        corpus=Corpus("stub", *programs, "videos", "A note."),
+        calls=lambda: [json.loads(line) for line in log.read_text().splitlines()],
+    )
 
 
 def runs(folder: Path, variants: list[Variant] = VARIANTS, seeds: tuple = (1, 2)) -> list[Run]:
