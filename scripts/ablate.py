@@ -34,7 +34,7 @@ from scripts.benchmark.harness import CPU_FLOP
 from scripts.demo import run as demo
 from utils import RunError
 from utils.arguments import parse_args
-from utils.command import Parser, run_command
+from utils.command import USER_ERRORS, Parser, run_command
 from utils.evaluation.embeddings import load_embeddings
 from utils.evaluation.ranking import video_scores
 from utils.files import atomic_write, locked_folder, read_records
@@ -45,17 +45,9 @@ from utils.training.checkpoint import BEST
 ROOT = Path(__file__).resolve().parents[1]
 # These belong to the runs of a grid, not to its variants.
 DECIDED = {
-    "output_dir",
-    "resume",
-    "seed",
-    "do_train",
-    "do_eval",
-    "do_plot",
-    "prvr_train_annos",
-    "prvr_val_annos",
-    "video_dir",
-    "frame_store",
-}
+    "do_train", "do_eval", "do_plot", "resume", "output_dir", "seed", "prvr_train_annos",
+    "prvr_val_annos", "video_dir", "frame_store",
+}  # fmt: skip
 NEEDED = "--do_train=1 --prvr_train_annos=x --prvr_val_annos=x --video_dir=x"  # of any training
 SETTING, RESULT, OUTPUT = "setting.json", "result.json", "output.txt"
 EMBEDDINGS = "embeddings.h5"
@@ -106,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     variants = read_grid(args.grid, common)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     output = args.output or ROOT / "logs/ablations" / f"{args.corpus}_{args.grid.stem}"
+    output = output.resolve()
     with locked_folder(output):
         corpus = open_corpus(args.corpus, args.gpus)
         runs = [
@@ -146,8 +139,8 @@ def read_grid(path: Path, common: Sequence[str] = ()) -> list[Variant]:
         given = {flag.removeprefix("--").partition("=")[0] for flag in variant.flags}
         if decided := given & DECIDED:
             raise RunError(f"{path}: {variant.name}: no grid decides {', '.join(sorted(decided))}")
-        if not re.fullmatch(r"\w[\w .+=-]*", variant.name):  # it names a folder
-            raise RunError(f"{path}: {variant.name}: letters, digits and .+=-_ only")
+        if not re.fullmatch(r"\w[\w ,.+=-]*", variant.name):  # it names a folder
+            raise RunError(f"{path}: {variant.name}: letters, digits, spaces and ,.+=-_ only")
         try:
             parse_args([*NEEDED.split(), *variant.flags])
         except SystemExit:  # what is wrong is on the terminal
@@ -207,7 +200,7 @@ class Runner:
                 try:
                     numbers = future.result()
                     bar.set_postfix_str(f"{run.folder.parent.name} SumR {numbers['SumR']:.1f}")
-                except RunError as error:
+                except USER_ERRORS as error:
                     failed.append(str(error))
                     bar.write(str(error), file=sys.stderr)
                 bar.update()
@@ -327,15 +320,17 @@ def report(
     title: str, variants: list[Variant], runs: Sequence[Run], corpus: Corpus, output: Path
 ) -> None:
     """Tables and plot of the runs that are finished."""
-    results: dict[str, dict[int, dict]] = {}
     finished = [run for run in runs if (run.folder / RESULT).is_file()]
+    results: dict[str, dict[int, dict]] = {variant.name: {} for variant in variants}
     for run in finished:
         numbers = json.loads((run.folder / RESULT).read_text())
-        results.setdefault(run.variant.name, {})[run.seed] = numbers
+        results[run.variant.name][run.seed] = numbers
+    results = {name: found for name, found in results.items() if found}
     if not results:
         return
-    revisions = {read_args(run.folder).get("git", "unknown")[:12] for run in finished}
-    notes = [corpus.note, f"Corpus {corpus.name}, at {', '.join(sorted(revisions))}."]
+    revisions = {str(read_args(run.folder).get("git")) for run in finished}
+    shown = sorted(git[:12] + "-dirty" * git.endswith("-dirty") for git in revisions)
+    notes = [corpus.note, f"Corpus {corpus.name}, at {', '.join(shown)}."]
     if len(finished) < len(runs):
         notes.append(f"{len(finished)} of {len(runs)} runs are finished.")
     ablation = Ablation(f"{title} on {corpus.name}", variants, results, notes)

@@ -80,7 +80,7 @@ class Size:
 
 SIZES = {
     "small": Size(SMALL, 600, 100, 100, 18, 16_000, 600, 400),
-    "large": Size(LARGE, 2400, 300, 300, 20, 48_000, 3000, 800),
+    "large": Size(LARGE, 4000, 300, 500, 40, 48_000, 3000, 800),
 }
 FOLDERS = {"small": "demo", "large": "demo_large"}  # of videos; a run's in logs and VIS is alike
 

@@ -79,8 +79,10 @@ def test_nothing_is_called_better_inside_the_spread(own, base, verdict) -> None:
 
 def test_comparisons_are_of_the_seeds_that_both_have() -> None:
     compared = Compared({1: 5.0, 2: 7.0, 9: 100.0}, {2: 4.0, 1: 3.0, 3: 50.0})
-    assert compared.differences == [2.0, 3.0] and compared.p == 0.5
-    assert Compared({1: 5.0}).differences == []
+    assert compared.differences == [2.0, 3.0] and compared.against.startswith(
+        "+2.50 (2 of 2, p 0.5)"
+    )
+    assert Compared({1: 5.0}, {}).differences == [] and Compared({1: 5.0}, {}).against == "–"
     assert spread([1.0]) is None and spread([1.0, 2.0, 6.0]) == stdev([1, 2, 6])
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
@@ -61,23 +61,23 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compared:
-    """One number of a variant over the seeds, and against the base's."""
+    """One number of a variant over the seeds, and against the base's; values by seed."""
 
-    values: dict[int, float]  # by seed
-    base: dict[int, float] = field(default_factory=dict)  # empty: it is the base
+    values: dict[int, float]
+    base: dict[int, float]
 
-    @cached_property
+    def __str__(self) -> str:
+        deviation = spread(self.values.values())
+        return f"{self.mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+
+    @property
     def mean(self) -> float:
         return mean(self.values.values())
 
-    @cached_property
+    @property
     def differences(self) -> list[float]:
         """To the base, of the seeds that both have."""
         return [value - self.base[s] for s, value in self.values.items() if s in self.base]
-
-    @cached_property
-    def p(self) -> float:
-        return sign_flip_test(self.differences)
 
     @property
     def verdict(self) -> str:
@@ -86,11 +86,20 @@ class Compared:
         spreads = [spread(self.values.values()), spread(self.base.values())]
         if None in spreads or abs(difference) <= max(spreads):
             return "="
-        words = ("better", "worse") if self.p <= SURE else ("higher", "lower")
-        return words[difference < 0]
+        sure = sign_flip_test(self.differences) <= SURE
+        return (("higher", "lower"), ("better", "worse"))[sure][difference < 0]
+
+    @property
+    def against(self) -> str:
+        """The comparison in words."""
+        if not self.differences:
+            return "–"
+        higher, p = sum(d > 0 for d in self.differences), sign_flip_test(self.differences)
+        seeds = f"{higher} of {len(self.differences)}"
+        return f"{mean(self.differences):+.2f} ({seeds}, p {p:.2g}) {self.verdict}"
 
 
-def spread(values: Sequence[float]) -> float | None:
+def spread(values: Collection[float]) -> float | None:
     """Sample standard deviation; None of a single value."""
     return stdev(values) if len(values) > 1 else None
 
@@ -121,7 +130,7 @@ class Ablation:
     """Results of variants, the first of which is the base.
 
     Attributes:
-        results: numbers by their name, by seed, by the variant's name.
+        results: numbers by their name, by seed, by the name of the variant; at least one.
         notes: what a reader has to know besides EXPLAINED.
     """
 
@@ -131,19 +140,13 @@ class Ablation:
     notes: Sequence[str] = ()
 
     def compared(self, number: str) -> dict[str, Compared]:
-        """Of every variant that has this number."""
+        """By variant, of those that have this number."""
         values = {
-            variant.name: {
-                seed: run[number]
-                for seed, run in sorted(self.results.get(variant.name, {}).items())
-                if number in run
-            }
-            for variant in self.variants
+            name: {seed: run[number] for seed, run in sorted(runs.items()) if number in run}
+            for name, runs in self.results.items()
         }
-        base = values[self.variants[0].name]
-        return {
-            name: Compared(own, {} if own is base else base) for name, own in values.items() if own
-        }
+        base = values.get(self.variants[0].name, {})
+        return {name: Compared(own, base) for name, own in values.items() if own}
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Compared]]:
@@ -153,36 +156,33 @@ class Ablation:
 
     def tables(self) -> list[dict]:
         """Title, heads and rows of texts: results, comparisons, costs."""
-        names = [variant.name for variant in self.variants if self.results.get(variant.name)]
-        heads = [METRICS[name] for name in self.metrics]
-        costs = {head: self.compared(name) for name, head in COSTS.items()}
+        base, heads = self.variants[0].name, [METRICS[name] for name in self.metrics]
+        costs = [self.compared(name) for name in COSTS]
+        measured: dict[str, list[str]] = {}
+        against: dict[str, list[str]] = {}
+        for name in self.results:
+            cells = [found.get(name) for found in self.metrics.values()]
+            measured[name] = ["–" if cell is None else str(cell) for cell in cells]
+            against[name] = ["–" if cell is None else cell.against for cell in cells]
         return [
             {
                 "title": "Results, in %",
                 "heads": ["variant", "seeds", *heads],
-                "rows": [
-                    [name, str(len(self.results[name]))]
-                    + [_mean(cells.get(name)) for cells in self.metrics.values()]
-                    for name in names
-                ],
+                "rows": [[n, str(len(self.results[n])), *texts] for n, texts in measured.items()],
             },
             {
-                "title": f"Against {self.variants[0].name}, paired by seed",
+                "title": f"Against {base}, paired by seed",
                 "heads": ["variant", *heads],
-                "rows": [
-                    [name, *(_difference(cells.get(name)) for cells in self.metrics.values())]
-                    for name in names
-                    if name != self.variants[0].name
-                ],
+                "rows": [[name, *texts] for name, texts in against.items() if name != base],
             },
             {
                 "title": "What each asks, and costs",
                 "heads": ["variant", "asks", "flags", *COSTS.values()],
                 "rows": [
                     [v.name, v.asks, " ".join(v.flags) or "–"]
-                    + [f"{c[v.name].mean:.3g}" if v.name in c else "–" for c in costs.values()]
+                    + [f"{cost[v.name].mean:.3g}" if v.name in cost else "–" for cost in costs]
                     for v in self.variants
-                    if v.name in names
+                    if v.name in self.results
                 ],
             },
         ]
@@ -200,46 +200,42 @@ class Ablation:
         """A line for every number of every variant, the values of the seeds in the last field."""
         content = io.StringIO()
         writer = csv.writer(content, lineterminator="\n")
-        writer.writerow(
-            ["variant", "number", "seeds", "mean", "sd", "difference", "p", "verdict", "values"]
-        )
+        heads = ["variant", "number", "seeds", "mean", "sd", "difference", "p", "verdict", "values"]
+        writer.writerow(heads)
         for number in [*self.metrics, *COSTS]:
             for name, cell in self.compared(number).items():
-                against = [""] * 3
-                if cell.differences and number in METRICS:
-                    against = [mean(cell.differences), cell.p, cell.verdict]
-                values = " ".join(f"{seed}:{value:.6g}" for seed, value in cell.values.items())
                 own = [len(cell.values), cell.mean, spread(cell.values.values())]
+                against = ["", "", ""]
+                if number in METRICS and name != self.variants[0].name and cell.differences:
+                    p = sign_flip_test(cell.differences)
+                    against = [mean(cell.differences), p, cell.verdict]
+                values = " ".join(f"{seed}:{value:.6g}" for seed, value in cell.values.items())
                 writer.writerow([name, number, *own, *against, values])
         return content.getvalue()
 
     def draw(self) -> Figure:
         """A panel a metric, a line a variant: every seed, the mean, and the spread around it."""
-        names = [v.name for v in self.variants if self.results.get(v.name)]
-        count = len(self.metrics)
-        columns = min(4, count)
-        rows = -(-count // columns)
+        names, base = list(self.results), self.variants[0].name
+        columns = min(4, len(self.metrics))
+        rows = -(-len(self.metrics) // columns)
         size = (2.2 + 2.4 * columns, rows * (0.9 + 0.3 * len(names)))
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-        for panel in panels[count:]:
+        for panel in panels[len(self.metrics) :]:
             panel.set_visible(False)
         for panel, (metric, cells) in zip(panels, self.metrics.items(), strict=False):
-            for y, name in enumerate(names):
-                if name not in cells:
-                    continue
-                cell, colour = cells[name], COLOURS[y > 0]
-                values = list(cell.values.values())
-                panel.plot(values, [y] * len(values), "o", color=colour, alpha=0.35, markersize=4)
+            for name, cell in cells.items():
+                y, colour, values = names.index(name), COLOURS[name != base], cell.values.values()
+                panel.plot([*values], [y] * len(values), "o", color=colour, alpha=0.35, ms=4)
                 bar = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 3}
                 panel.errorbar(cell.mean, y, xerr=spread(values), **bar)
-            if names[0] in cells:
-                panel.axvline(cells[names[0]].mean, color="0.6", linestyle="--", linewidth=1)
+            if base in cells:
+                panel.axvline(cells[base].mean, color="0.6", linestyle="--", linewidth=1)
             panel.set_title(METRICS[metric], fontsize=10)
-            panel.set_yticks(range(len(names)), names)
             panel.grid(axis="x", color="0.92")
             panel.spines[["right", "top"]].set_visible(False)
-        panels[0].invert_yaxis()
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
+        panels[0].set_yticks(range(len(names)), names)
         for label in panels[0].get_yticklabels():
             label.set_parse_math(False)
         return figure
@@ -266,18 +262,3 @@ class Ablation:
             with atomic_write(folder / name) as part:
                 part.write_bytes(content)
         return [folder / name for name in contents]
-
-
-def _mean(cell: Compared | None) -> str:
-    if cell is None:
-        return "–"
-    deviation = spread(cell.values.values())
-    return f"{cell.mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
-
-
-def _difference(cell: Compared | None) -> str:
-    if cell is None or not cell.differences:
-        return "–"
-    higher, count = sum(d > 0 for d in cell.differences), len(cell.differences)
-    text = f"{mean(cell.differences):+.2f} ({higher} of {count}, p {cell.p:.2g})"
-    return f"{text} {cell.verdict}"
