@@ -93,8 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--output", type=Path, help="folder (default logs/ablations/<corpus>_<grid>)")
     # fmt: on
     args, common = parser.parse_known_args(argv)
-    if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > MOST_SEEDS:
-        parser.error(f"--seeds: at most {MOST_SEEDS}, each once")
+    if (
+        len(set(args.seeds)) < len(args.seeds)
+        or len(args.seeds) > MOST_SEEDS
+        or min(args.seeds) < 0
+    ):
+        parser.error(f"--seeds: at most {MOST_SEEDS} numbers from 0, each once")
+    if args.gpus < 1:
+        parser.error(f"--gpus must be at least 1: {args.gpus}")
     variants = read_grid(args.grid, common)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     output = args.output or ROOT / "logs/ablations" / f"{args.corpus}_{args.grid.stem}"
@@ -106,8 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for seed in args.seeds  # all variants of a seed first: early tables compare them all
             for variant in variants
         ]
+        runner = Runner(corpus, args.gpus)
+        runner.check(runs)
         try:
-            failed = Runner(corpus, args.gpus).run_all(runs)
+            failed = runner.run_all(runs)
         finally:
             report(args.grid.stem, variants, runs, corpus, output)
     if failed:
@@ -122,13 +130,16 @@ def read_grid(path: Path, common: Sequence[str] = ()) -> list[Variant]:
     """
     try:
         grid = json.loads(path.read_text(encoding="utf-8"))
-        cells = {"base": grid.pop("base")} | grid.pop("variants")
+        base, others = grid.pop("base"), grid.pop("variants")
+        cells = {"base": base, **others}
         found = [
             Variant(name, cell.pop("asks"), [f"--{k}={v}" for k, v in cell.pop("flags").items()])
             for name, cell in cells.items()
         ]
-        if unknown := {*grid, *(key for cell in cells.values() for key in cell)}:
+        if unknown := [*grid, *(key for cell in cells.values() for key in cell)]:
             raise KeyError(*unknown)
+        if len(cells) == len(others):
+            raise ValueError("a variant is called base")
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -185,10 +196,9 @@ class Runner:
             self.free.put(places)
 
     def run_all(self, runs: Sequence[Run]) -> list[str]:
-        """Returns why runs failed. RunError: a folder has a run of another setting."""
-        waiting = [run for run in runs if not self.is_finished(run)]
-        done = len(runs) - len(waiting)
-        failed = []
+        """Returns why runs failed."""
+        waiting = [run for run in runs if not (run.folder / RESULT).is_file()]
+        done, failed = len(runs) - len(waiting), []
         with (
             tqdm(total=len(runs), initial=done, desc="runs", unit="run") as bar,
             ThreadPoolExecutor(self.free.qsize()) as pool,
@@ -206,16 +216,16 @@ class Runner:
                 bar.update()
         return failed
 
-    def is_finished(self, run: Run) -> bool:
-        """RunError: what the folder has was made with other flags or videos."""
-        setting, path = self.setting(run), run.folder / SETTING
-        if path.is_file() and (before := json.loads(path.read_text())) != setting:
-            changed = [key for key in setting if before.get(key) != setting[key]]
-            raise RunError(
-                f"{run.folder}: a run with other {' and '.join(changed)}: give another --output, "
-                "rename the variant, or remove the folder"
-            )
-        return (run.folder / RESULT).is_file()
+    def check(self, runs: Sequence[Run]) -> None:
+        """RunError: what is in a run's folder was made with other flags or videos."""
+        for run in runs:
+            setting, path = self.setting(run), run.folder / SETTING
+            before = json.loads(path.read_text()) if path.is_file() else setting
+            if changed := [key for key in setting if before.get(key) != setting[key]]:
+                raise RunError(
+                    f"{run.folder}: a run with other {' and '.join(changed)}: give another "
+                    "--output, rename the variant, or remove the folder"
+                )
 
     def setting(self, run: Run) -> dict:
         corpus = {"corpus": self.corpus.name, "videos": self.corpus.made_with}

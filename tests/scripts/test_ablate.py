@@ -103,7 +103,8 @@ def test_runs_of_another_setting_are_refused(stub, tmp_path, other) -> None:
     else:
         corpus = Corpus("stub", *stub.programs, "other videos", "A note.")
     with pytest.raises(RunError, match=rf"a run with other {other}: give another --output"):
-        Runner(corpus, 1).run_all(runs(tmp_path, variants, (1, 2, 3)))
+        Runner(corpus, 1).check(runs(tmp_path, variants, (1, 2, 3)))
+    Runner(stub.corpus, 1).check(runs(tmp_path, seeds=(1, 2, 3)))
     assert len(stub.calls()) == 8
 
 
@@ -180,6 +181,7 @@ BASE = {"asks": "!", "flags": {}}
         ({"base": {"asks": "!"}, "variants": {}}, "not a grid.*flags"),
         ({"base": BASE, "variants": {}, "seeds": [1]}, "not a grid.*seeds"),
         ({"base": BASE, "variants": {"a": BASE | {"flag": 1}}}, "not a grid.*flag"),
+        ({"base": BASE, "variants": {"base": BASE}}, "not a grid.*called base"),
         ({"base": BASE, "variants": {"../a": BASE}}, r"\.\./a: letters"),
         ({"base": {"asks": "!", "flags": {"seed": 1}}, "variants": {}}, "base: no grid decides"),
         ({"base": BASE, "variants": {"a": {"asks": "?", "flags": {"Nvpp": 1}}}}, "a: main.py"),
