@@ -60,7 +60,6 @@ CLIP_SIZES = CLIPSizes(
 ADAPTER_CHANNELS = 64
 PICTURE_BATCH = 128
 BATCH = 12  # videos of a training step
-MAX_WORDS = 16  # tokens; the longest caption has 14
 QUERY_TYPES = ("appearance", "motion", "order")
 
 
@@ -76,11 +75,12 @@ class Size:
     pictures: int  # that CLIP learns from
     image_steps: int
     text_steps: int
+    max_words: int  # tokens of a caption, at least those of the longest
 
 
 SIZES = {
-    "small": Size(SMALL, 600, 100, 100, 18, 16_000, 600, 400),
-    "large": Size(LARGE, 4000, 300, 500, 40, 48_000, 3000, 800),
+    "small": Size(SMALL, 600, 100, 100, 18, 16_000, 600, 400, 16),
+    "large": Size(LARGE, 4000, 300, 500, 40, 48_000, 3000, 800, 20),
 }
 FOLDERS = {"small": "demo", "large": "demo_large"}  # of videos; a run's in logs and VIS is alike
 
@@ -229,6 +229,7 @@ def run_main(folder: Path, run: Path, pictures: Path, args: argparse.Namespace) 
     run_program("main", flags(training_flags(folder, args) | common))
     run_program("main", flags(evaluation_flags(folder, args) | common | evaluation))
     report = {"plots": pictures, "queries": 3, "video_dir": folder / "videos"}
+    report["annotations"] = folder / "test.jsonl"
     run_program("scripts.report", [str(run), *flags(report)])
 
 
@@ -256,7 +257,7 @@ def model_flags(folder: Path, args: argparse.Namespace) -> dict[str, object]:
         "pretrained_clip_name": folder / "clip.pt",
         "clip_activation": "quick_gelu",
         "adapter_channels": ADAPTER_CHANNELS,
-        "max_words": MAX_WORDS,
+        "max_words": SIZES[args.size].max_words,
     }
 
 
@@ -284,7 +285,8 @@ def all_scores(
     clips = draw_clips("test", args.test_videos, args.seed, SIZES[args.size].scale)
     clear = clear_frames(clips, num_frames)
     cpu = torch.device("cpu")
-    texts = evaluation_text_batches(split.queries, MAX_WORDS, len(split.queries))
+    max_words = SIZES[args.size].max_words
+    texts = evaluation_text_batches(split.queries, max_words, len(split.queries))
 
     def embed(model: nn.Module, videos: Tensor) -> Tensor:
         batches = [{"frames": some} for some in videos.split(16)]

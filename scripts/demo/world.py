@@ -100,14 +100,14 @@ class Meaning:
     """What a caption claims: its type and the fields that must hold.
 
     appearance: `thing` over `background`; motion: `thing` does `action`, perhaps over `background`;
-    order: `thing` comes before `later`, another thing.
+    order: that appearance comes before `later`, another one.
     """
 
     query_type: str
     thing: Thing
     action: str | None = None
     background: str | None = None
-    later: Thing | None = None
+    later: Meaning | None = None
 
 
 @dataclass(frozen=True)
@@ -248,10 +248,10 @@ def _in_place(subject: str, place: str, rng: np.random.Generator) -> str:
 
 def _sentence(meaning: Meaning, rng: np.random.Generator) -> str:
     """One of the grammar's sentences with this meaning."""
-    subject = _phrase(meaning.thing, rng)
     if meaning.later:
-        later = _phrase(meaning.later, rng)
-        return str(rng.choice((f"{subject} before {later}", f"{later} after {subject}")))
+        first, later = _sentence(replace(meaning, later=None), rng), _sentence(meaning.later, rng)
+        return str(rng.choice((f"{first} before {later}", f"{later} after {first}")))
+    subject = _phrase(meaning.thing, rng)
     if meaning.action:
         subject = f"{subject} {rng.choice(VERBS[meaning.action])}"
     if meaning.background is None:
@@ -280,7 +280,9 @@ def _order_captions(shots: Sequence[Shot], rng: np.random.Generator) -> tuple[Ca
     for distance in range(1, len(moving)):
         i = int(rng.integers(len(moving) - distance))
         first, last = moving[i], moving[i + distance]
-        meaning = Meaning("order", shots[first].thing, later=shots[last].thing)
+        shot, later = shots[first], shots[last]
+        meaning = Meaning("appearance", later.thing, background=later.background)
+        meaning = Meaning("order", shot.thing, background=shot.background, later=meaning)
         captions.append(Caption(_sentence(meaning, rng), meaning, first, last))
     return tuple(captions)
 

@@ -61,6 +61,7 @@ def test_the_demo_from_its_first_step_to_its_table(tmp_path, given, name, chosen
         tmp_path / name / f"{chosen_on}.jsonl"
     )
     assert ("order captions" in table) == (name == "demo_large")
+    assert "left out" not in done.stderr, "a part of the report"
     assert "videos and CLIP of an earlier run" in again
 
 

@@ -104,11 +104,13 @@ def test_order_captions_are_true_of_a_clip_and_false_of_its_twin() -> None:
                 continue
             for one in (clip, by_name[clip.twin]):
                 things = [shot.thing for shot in one.shots]
-                first, later = things.index(meaning.thing), things.index(meaning.later)
+                first, later = things.index(meaning.thing), things.index(meaning.later.thing)
                 assert (first < later) == (one is clip)
-            first, later = (clip.shots[i].thing for i in (caption.shot, caption.last_shot))
-            assert (first, later) == (meaning.thing, meaning.later)
-            said = [caption.text.index(f"{t.colour} {t.shape}") for t in (first, later)]
+            first, later = clip.shots[caption.shot], clip.shots[caption.last_shot]
+            assert (first.thing, first.background) == (meaning.thing, meaning.background)
+            assert later.background == meaning.later.background
+            things = (first.thing, later.thing)
+            said = [caption.text.index(f"{thing.colour} {thing.shape}") for thing in things]
             assert (said[0] < said[1]) == (" before " in caption.text)
             assert (said[0] > said[1]) == (" after " in caption.text)
     assert len(np.histogram(shares, [0, 1 / 11, 1 / 6, 1 / 3, 2 / 3, 1.01])[0].nonzero()[0]) == 5
