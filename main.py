@@ -30,6 +30,7 @@ from dataloaders.tokenizer import count_cut
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
 from modules.pyramid import PromptPyramid
+from modules.readout import ranking_name, readout_of
 from utils import RunError
 from utils.arguments import config_from, parse_args
 from utils.command import USER_ERRORS, run_command
@@ -173,7 +174,7 @@ def build(args: argparse.Namespace, train_split: Split | None) -> ProPy:
     trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
     clip = build_clip(path, trust, args.clip_activation)
     given = {"clip_activation": clip.activation, "clip_seconds": seconds}
-    config = config_from(ProPyConfig, args, pyramid=pyramid, readout="max", **given)
+    config = config_from(ProPyConfig, args, pyramid=pyramid, **given)
     context = clip.sizes.context_length
     if args.max_words > context:
         raise RunError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")
@@ -225,13 +226,18 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
         reasons = dict.fromkeys(sorted(absent), f"{args.load_embeddings}: made without it")
     missing = from_main(lambda: MissingVideos(args.output_dir, [(split, reasons)]))
     split = missing.remaining(split)
-    proposals = PromptPyramid.from_config(args.pyr_config_path).proposals
+    pyramid = PromptPyramid.from_config(args.pyr_config_path)
+    proposals, ranking = pyramid.proposals, ranking_name(args.readout, args.rank_readout)
     try:
         saved.check(split.queries, proposals, max_words=args.max_words, checkpoint=args.resume)
     except RunError as error:
         raise RunError(f"{args.load_embeddings}: {error}") from None
-    logger.info("using %s: %s, epoch %d", args.load_embeddings, saved.checkpoint, saved.epoch)
-    evaluator = Evaluator(split, proposals, config_from(EvalConfig, args), missing)
+    logger.info(
+        "using %s: %s, epoch %d; videos ranked by their %s",
+        *(args.load_embeddings, saved.checkpoint, saved.epoch, ranking),
+    )
+    readout = readout_of(ranking, pyramid, device)
+    evaluator = Evaluator(split, proposals, config_from(EvalConfig, args), missing, readout)
     evaluator.check_times(training=False)
     report(args, evaluator, saved.embeddings.to(device), saved.checkpoint, saved.epoch)
 

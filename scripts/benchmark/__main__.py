@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from modules.readout import READOUTS
 from scripts.benchmark import loader, model, tails
 from scripts.benchmark.harness import Options, Stage, measure, ratio, relative_error, set_up, table
 from utils.command import Parser, run_command
@@ -71,6 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N", help="frames of a video; several: one row for each (default 32)")
     add("--split", choices=["charades", "tvr", "activitynet"], default="charades",
         help="whose number of videos the tails have (default charades)")
+    add("--readout", choices=list(READOUTS), default="max",
+        help="by which the tails rank videos; seconds compare between two calls (default max)")
     add("--clips", type=Path, metavar="DIR",
         help="loading: a folder of prepared clips whose frames the measured clips show, since what "
         "they show counts (default: rendered ones)")

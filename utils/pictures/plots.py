@@ -189,7 +189,8 @@ def _draw_query(
     from utils.pictures import draw
 
     event, pyramid = int(scores.argmax()), model.pyramid
-    row = draw.EventAttention.of_event(attention, event, pyramid, model.num_prompts)
+    seen = model.num_prompts, model.config.visibility
+    row = draw.EventAttention.of_event(attention, event, pyramid, *seen)
     subtitle = (
         f"query {query.desc_id} · video {query.vid_name}, rank {meta['rank']} · event {event}, "
         f"{score_name} {scores[event]:.3f} · {how} · attention goes to "
