@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -9,18 +10,25 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from models import ProPy, ProPyConfig
+from models.clip import CLIP
+from modules.pyramid import PromptPyramid
 from scripts import ablate
 from scripts.ablate import Corpus, Run, Runner, gpu_groups, open_corpus, read_grid, report
+from scripts.demo import run as demo
 from scripts.demo.run import against_twin
 from tests.corpus import FLAGS, TinyRun, tiny_corpus
 from utils import RunError
+from utils.arguments import config_from, parse_args
 from utils.report.ablation import Variant
+from utils.training.engine import TrainConfig
 
 GRIDS = sorted((ablate.ROOT / "scripts/ablations").glob("*.json"))
 VARIANTS = [Variant("base", "a", []), Variant("more", "b", ["--Nvp=2"])]
@@ -197,11 +205,24 @@ def test_a_grid_that_is_none_is_refused(tmp_path, content, message) -> None:
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
-def test_shipped_grids_have_flags_that_main_takes(path) -> None:
-    variants = read_grid(path)
-    assert len(variants) > 1
-    assert len({tuple(v.flags) for v in variants}) == len(variants), "two variants are the same"
-    assert all(variant.asks for variant in variants)
+def test_shipped_grids_are_of_models_that_differ(path, monkeypatch) -> None:
+    """With flags that main.py takes, also on the demo's small CLIP."""
+    monkeypatch.chdir(ablate.ROOT)
+    clip, settings = CLIP(replace(demo.CLIP_SIZES, vocab_size=99)), []
+    clip.initialize()
+    for variant in read_grid(path):
+        args = parse_args([*ablate.NEEDED.split(), *variant.flags])
+        pyramid = PromptPyramid.from_config(args.pyr_config_path).config
+        given = {"clip_activation": "quick_gelu", "clip_seconds": None, "adapter_channels": 8}
+        config = config_from(ProPyConfig, args, pyramid=pyramid, **given)
+        model = ProPy(copy.deepcopy(clip), config)
+        frames = torch.zeros(1, pyramid["Nf"], 3, demo.SIZE, demo.SIZE, dtype=torch.uint8)
+        with torch.inference_mode():
+            assert model.encode_video(frames).shape == (1, model.pyramid.num_events, 64)
+        channels = args.adapter_channels
+        settings.append((model.config, channels, config_from(TrainConfig, args)))
+    assert len(settings) > 1
+    assert all(a != b for a, b in itertools.combinations(settings, 2)), "two variants are the same"
 
 
 def test_a_corpus_is_the_demo_or_a_split() -> None:
