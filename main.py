@@ -31,6 +31,7 @@ from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
 from models.zero_shot import ZeroShot, events_of
 from modules.pyramid import PromptPyramid
+from modules.readout import ranking_name, readout_of
 from utils import RunError
 from utils.arguments import config_from, parse_args
 from utils.command import USER_ERRORS, run_command
@@ -184,7 +185,7 @@ def build(args: argparse.Namespace, train_split: Split | None) -> ProPy | ZeroSh
     trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
     clip = build_clip(args.pretrained_clip_name, trust, args.clip_activation)
     given = clip.settings.as_fields() | {"clip_seconds": seconds}
-    config = config_from(ProPyConfig, args, pyramid=pyramid, readout="max", **given)
+    config = config_from(ProPyConfig, args, pyramid=pyramid, **given)
     context = clip.sizes.context_length
     if args.max_words > context:
         raise RunError(f"--max_words {args.max_words}: CLIP reads at most {context} tokens")
@@ -253,7 +254,10 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
     missing = from_main(lambda: MissingVideos(args.output_dir, [(split, reasons)]))
     split = missing.remaining(split)
     pyramid = PromptPyramid.from_config(args.pyr_config_path)
-    proposals = (events_of(args.zero_shot, pyramid) if args.zero_shot else pyramid).proposals
+    events, ranking = pyramid, ranking_name(args.readout, args.rank_readout)
+    if args.zero_shot:
+        events, ranking = events_of(args.zero_shot, pyramid), "max"
+    proposals = events.proposals
     try:
         saved.check(
             split.queries, proposals,
@@ -261,9 +265,12 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
         )  # fmt: skip
     except RunError as error:
         raise RunError(f"{args.load_embeddings}: {error}") from None
-    logger.info("using %s: %s, epoch %d", args.load_embeddings, saved.checkpoint, saved.epoch)
-    config, scoring = config_from(EvalConfig, args), args.zero_shot
-    evaluator = Evaluator(split, proposals, config, missing, scoring=scoring)
+    logger.info(
+        "using %s: %s, epoch %d; videos ranked by their %s",
+        *(args.load_embeddings, saved.checkpoint, saved.epoch, ranking),
+    )
+    config, readout = config_from(EvalConfig, args), readout_of(ranking, events, device)
+    evaluator = Evaluator(split, proposals, config, missing, readout, scoring=args.zero_shot)
     evaluator.check_times(training=False)
     report(args, evaluator, saved.embeddings.to(device), saved.checkpoint, saved.epoch)
 

@@ -11,6 +11,7 @@ import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -116,23 +117,11 @@ def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         uint8 [n, 3, size, size].
     """
+    from torchvision.transforms import functional  # slow to import
+
     if frames.shape[-1] == 3:
         frames = frames.permute(0, 3, 1, 2)
-    n, channels, height, width = frames.shape
-    source_y, target_y = _overlap(height, size)
-    source_x, target_x = _overlap(width, size)
-    square = frames.new_zeros((n, channels, size, size))
-    square[:, :, target_y, target_x] = frames[:, :, source_y, source_x]
-    return square
-
-
-def _overlap(side: int, size: int) -> tuple[slice, slice]:
-    """Which pixels of the frame are kept, and where they go in the square."""
-    if side < size:
-        start = (size - side) // 2
-        return slice(0, side), slice(start, start + side)
-    start = round((side - size) / 2)
-    return slice(start, start + size), slice(0, size)
+    return functional.center_crop(frames, [size, size]).contiguous()
 
 
 def _load(
@@ -198,27 +187,22 @@ def _check_file(path: Path) -> Header | None:
 def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
     # A thread, because a signal does not interrupt decord's C++ code. One that hangs is left behind
     # as a daemon: it cannot be stopped.
-    result: list[T] = []
-    errors: list[BaseException] = []
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            result.append(function())
+            result.set_result(function())
         except BaseException as error:
-            errors.append(error)
+            result.set_exception(error)
 
     if path not in _timed_out:
-        thread = threading.Thread(target=run, name=f"decode {path.name}", daemon=True)
-        thread.start()
-        thread.join(DECODE_TIME_LIMIT)
-        if thread.is_alive():
+        threading.Thread(target=run, name=f"decode {path.name}", daemon=True).start()
+        if wait([result], DECODE_TIME_LIMIT).not_done:
             _timed_out.add(path)
     if path in _timed_out:
         raise DataError(f"not decoded within {DECODE_TIME_LIMIT:g} seconds")
-    if errors:
-        _release(errors[0])
-        raise errors[0]
-    return result[0]
+    _release(result.exception())
+    return result.result()
 
 
 def _release(error: BaseException | None) -> None:

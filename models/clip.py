@@ -108,8 +108,9 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, sizes.embed_dim))
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] to the first layer's input, [N, 1+G², D_v]."""
+    def embed(self, images: Tensor, added: Tensor | None = None) -> Tensor:
+        """Normalised images [N, 3, H, W] to the first layer's input, [N, 1+G², D_v]; before its
+        norm, `added` [N, D_v] is added to all tokens of an image."""
         # The convolution's stride is its size, so it is a linear map of the patches, which a CPU
         # computes almost three times as fast.
         side = self.conv1.stride[0]
@@ -117,7 +118,8 @@ class VisionTransformer(nn.Module):
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [N, G², 3·patch²]
         patches = linear(patches, self.conv1.weight.flatten(1))  # [N, G², D_v]
         tokens = torch.cat([self.class_embedding.expand(len(patches), 1, -1), patches], dim=1)
-        return self.ln_pre(tokens + self.positional_embedding)
+        tokens = tokens + self.positional_embedding
+        return self.ln_pre(tokens if added is None else tokens + added.unsqueeze(1))
 
     def head(self, tokens: Tensor) -> Tensor:
         """ln_post and the projection into the joint space, [..., D_v] to [..., D]."""

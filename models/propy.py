@@ -22,6 +22,7 @@ from models.clip import CLIP, CLIPSettings, end_of_text
 from models.clip_weights import build_clip
 from modules import ModelError
 from modules.adapter import TemporalAdapter
+from modules.frame_groups import FrameGroups
 from modules.interaction import (
     event_key_counts,
     expand_attention,
@@ -29,14 +30,16 @@ from modules.interaction import (
     text_layer,
     video_layer,
 )
+from modules.lora import LoRA
 from modules.prompts import PyramidPrompts
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
-from modules.readout import readout_of
+from modules.readout import ranking_name, readout_of
 from modules.similarity import event_scores
 from modules.transformer import QUICK_GELU
 
 # The logit scale (before exp) stays in this range while it is trained.
 MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.1, 4.6052
+TEXT_PROMPTS = ("projected", "none")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,13 @@ class ProPyConfig:
     adapter_channels: int = 384  # C of the temporal adapters
     adapter_kernel: int = 5  # k of the temporal adapters, in frames
     num_adapter_layers: int = 12  # the first so many layers have an adapter
-    readout: str = "max"  # of a video's score, see modules.readout
+    visibility: str = "relatives"  # which events an event sees, of modules.pyramid.VISIBILITIES
+    text_prompts: str = "projected"  # from the visual ones; or none
+    lora_rank: int = 0  # r of low-rank adaptation of both towers' q, k and v; 0: without
+    frame_groups: str = ""  # "2,4": frames attend in groups in the last blocks that use them
+    frame_embedding: int = 0  # 1: a learned vector a frame
+    readout: str = "max"  # of a video's score in training, see modules.readout
+    rank_readout: str | None = None  # of its score in ranking; None: what suits the other
     max_words: int = 32  # tokens of a caption that training reads, start and end included
     clip_name: str = "ViT-B/32"  # OpenAI's or open_clip's name, or the file of the weights
     # What no tensor of CLIP shows, see `models.clip.CLIPSettings`.
@@ -64,8 +73,9 @@ class ProPyConfig:
     clip_seconds: float | None = None  # mean length of the training videos, if it is known
 
 
-# The pyramid is compared by its events, max_words with a warning; the others describe, no more.
-NOT_COMPARED = {"pyramid", "max_words", "clip_name", "clip_seconds"}
+# The pyramid is compared by its events, max_words and rank_readout with a warning; the others
+# describe, no more.
+NOT_COMPARED = {"pyramid", "max_words", "rank_readout", "clip_name", "clip_seconds"}
 
 
 class ProPy(nn.Module):
@@ -89,35 +99,36 @@ class ProPy(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = clip.sizes
-        if sizes.text_layers > sizes.vision_layers:
-            raise ModelError(
-                f"this CLIP has {sizes.text_layers} text layers, but only {sizes.vision_layers} "
-                "visual ones whose prompts they could take"
-            )
-        for name, value in clip.settings.as_fields().items():
-            if value != getattr(config, name):
-                raise ModelError(f"this CLIP has {name} {value}, not {getattr(config, name)}")
-        if min(config.num_prompts, config.num_adapter_layers) < 0:
-            raise ModelError("the numbers of visual prompts and adapter layers cannot be negative")
+        _check(clip, config)
         adapters = min(config.num_adapter_layers, sizes.vision_layers)
-        self.config = config = replace(config, num_adapter_layers=adapters)
+        ranking = ranking_name(config.readout, config.rank_readout)
+        self.config = config = replace(config, num_adapter_layers=adapters, rank_readout=ranking)
         self.clip = clip.requires_grad_(not freeze_clip)
         self.pyramid = pyramid = PromptPyramid.from_config(config.pyramid)
         self.num_prompts = config.num_prompts
-        self.readout = readout_of(config.readout)
+        self.training_readout = readout_of(config.readout, pyramid)
+        self.readout = readout_of(ranking, pyramid)
         self.checkpoint_activations = checkpoint_activations
         self.prompts = PyramidPrompts(
             pyramid.num_events, config.num_prompts, sizes.vision_layers, sizes.vision_width,
-            sizes.text_width, sizes.patch_size,
+            sizes.text_width, sizes.patch_size, config.text_prompts == "projected",
         )  # fmt: skip
         self.adapters = nn.ModuleList(
             TemporalAdapter(sizes.vision_width, config.adapter_channels, config.adapter_kernel)
             for _ in range(adapters)
         )
-        grid_tokens = sizes.grid**2 + 1
+        self.vision_lora = _loras(config.lora_rank, sizes.vision_width, sizes.vision_layers)
+        self.text_lora = _loras(config.lora_rank, sizes.text_width, sizes.text_layers)
+        groups = _group_sizes(config.frame_groups, pyramid.num_frames, sizes.vision_layers - 1)
+        self.frame_groups = nn.ModuleList(map(FrameGroups, groups))
+        self.frame_embedding = None
+        if config.frame_embedding:
+            embedding = torch.zeros(pyramid.num_frames, sizes.vision_width)
+            self.frame_embedding = nn.Parameter(embedding)
+        seen = (self.num_prompts, sizes.grid**2 + 1, config.visibility)
         constants = {
-            "visibility": pyramid.visibility(self.num_prompts, grid_tokens),
-            "event_key_counts": event_key_counts(pyramid, self.num_prompts, grid_tokens),
+            "visibility": pyramid.visibility(*seen),
+            "event_key_counts": event_key_counts(pyramid, *seen),
         }
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
@@ -161,16 +172,20 @@ class ProPy(nn.Module):
         if head is not None and not 0 <= head < self.num_heads:
             raise ValueError(f"head {head} of {self.num_heads}")
         visual, prompts = self.clip.visual, self.prompts
-        x = visual.embed(self.clip.normalize(frames).flatten(0, 1))  # [B·N_f, 1+G², D_v]
+        added = self.frame_embedding
+        added = None if added is None else added.repeat(len(frames), 1)
+        x = visual.embed(self.clip.normalize(frames).flatten(0, 1), added)  # [B·N_f, 1+G², D_v]
         events = prompts.event_prompts.expand(len(frames), -1, -1)  # [B, N_e, D_v]
         blocks = visual.transformer.resblocks
         bias = self.event_key_counts.double().log()
-        attention = []
+        attention, last = [], len(blocks) - 1  # the last layer's frames reach no one
         for layer, block in enumerate(blocks):
-            adapter = self.adapters[layer] if layer < len(self.adapters) else None
+            adapter = _at(self.adapters, layer)
             x, events, weights = self._layer(
                 video_layer, block, adapter, x, events, prompts.visual_prompts[layer], bias,
-                last=layer == len(blocks) - 1, return_attention=return_attention, head=head,
+                last=layer == last, lora=_at(self.vision_lora, layer),
+                groups=_at(self.frame_groups, layer - (last - len(self.frame_groups))),
+                return_attention=return_attention, head=head,
             )  # fmt: skip
             if return_attention:
                 attention.append(expand_attention(weights, self.pyramid, self.num_prompts))
@@ -190,13 +205,15 @@ class ProPy(nn.Module):
         for layer, block in enumerate(blocks):
             # nothing but the end-of-text token is read after the last layer
             read = end if layer == len(blocks) - 1 else None
-            x = self._layer(text_layer, block, x, prefixes[layer], read)
+            lora = _at(self.text_lora, layer)
+            x = self._layer(text_layer, block, x, prefixes[layer], read, lora)
         return self.clip.text_head(x.squeeze(1))
 
     def scores(self, texts: Tensor, events: Tensor) -> Tensor:
-        """Scaled similarity of texts [T, D] and videos [B, N_e, D]: the read-out of the cosines ×
-        exp(logit_scale), [T, B], at least float32."""
-        return self.readout(event_scores(texts, events)) * self.clip.logit_scale.exp()
+        """What training compares of texts [T, D] and videos [B, N_e, D]: its read-out of the
+        cosines × exp(logit_scale), [T, B], at least float32. ``readout`` ranks."""
+        cosines = event_scores(texts, events)
+        return self.training_readout(cosines) * self.clip.logit_scale.exp()
 
     def forward(self, frames: Tensor, token_ids: Tensor) -> Tensor:
         """Scores of every text against every video of a batch, [T, B]."""
@@ -217,9 +234,12 @@ class ProPy(nn.Module):
         """Names of parameters that never get a gradient, kept for the authors' checkpoint format.
 
         Text postfixes stand after the token that is read, and nothing reads the last layer's frames
-        beyond their keys and values, so its adapter has no effect.
+        beyond their keys and values, so its adapter has no effect. No visual prompts project to no
+        text prompts.
         """
         dead = ("prompts.postfix_proj.", f"adapters.{self.clip.sizes.vision_layers - 1}.")
+        if not self.num_prompts:
+            dead += ("prompts.prefix_proj.", "prompts.visual_prompts")
         return {name for name, _ in self.named_parameters() if name.startswith(dead)}
 
     def parameter_counts(self) -> dict[str, int]:
@@ -241,6 +261,45 @@ class ProPy(nn.Module):
         if self.checkpoint_activations:
             return recomputed(layer, *arguments, **settings)
         return layer(*arguments, **settings)
+
+
+def _check(clip: CLIP, config: ProPyConfig) -> None:
+    """ModelError: a setting out of range, or not of this CLIP."""
+    sizes = clip.sizes
+    if sizes.text_layers > sizes.vision_layers:
+        raise ModelError(
+            f"this CLIP has {sizes.text_layers} text layers, but only {sizes.vision_layers} "
+            "visual ones whose prompts they could take"
+        )
+    for name, value in clip.settings.as_fields().items():
+        if value != getattr(config, name):
+            raise ModelError(f"this CLIP has {name} {value}, not {getattr(config, name)}")
+    if min(config.num_prompts, config.num_adapter_layers, config.lora_rank) < 0:
+        raise ModelError("numbers of visual prompts, of adapter layers, a rank are 0 or more")
+    if config.text_prompts not in TEXT_PROMPTS:
+        raise ModelError(f"text_prompts {config.text_prompts!r} is none of {TEXT_PROMPTS}")
+
+
+def _at(modules: nn.ModuleList, index: int) -> nn.Module | None:
+    return modules[index] if 0 <= index < len(modules) else None
+
+
+def _loras(rank: int, width: int, layers: int) -> nn.ModuleList:
+    return nn.ModuleList(LoRA(width, rank) for _ in range(layers if rank else 0))
+
+
+def _group_sizes(groups: str, num_frames: int, layers: int) -> list[int]:
+    """The sizes in "2,4". ModelError: they are none, or do not fit the frames and layers."""
+    try:
+        sizes = [int(size) for size in groups.split(",") if groups]
+    except ValueError:
+        sizes = [0]
+    if len(sizes) > layers or any(size < 1 or num_frames % size for size in sizes):
+        raise ModelError(
+            f"frame_groups {groups!r}: sizes such as 2,4 that divide the {num_frames} frames, "
+            f"for at most {layers} layers"
+        )
+    return sizes
 
 
 def build_model(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import ProPy
+from models.propy import ProPy
+from modules.pyramid import PromptPyramid
 
 
 def heads_of(x: Tensor) -> Tensor:
@@ -19,13 +20,20 @@ def heads_of(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 64)).transpose(1, 2)
 
 
-def attention(block, queries: Tensor, others: Tensor, visible: Tensor | None) -> tuple:
-    """Explicit multi-head attention of normalised queries over normalised others."""
+def attention(
+    block, queries: Tensor, others: Tensor, visible: Tensor | None = None, lora=None,
+    added: Tensor | float = 0.0,
+) -> tuple:  # fmt: skip
+    """Explicit multi-head attention of normalised queries over normalised others; `added` to its
+    logits."""
     attn = block.attn
-    weight, bias = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+    weight, bias = attn.in_proj_weight, attn.in_proj_bias.chunk(3)
+    if lora is not None:
+        weight = weight + 2 * lora.up @ lora.down
+    weight = weight.chunk(3)
     q = heads_of(F.linear(queries, weight[0], bias[0])) / 8
     k, v = (heads_of(F.linear(others, weight[i], bias[i])) for i in (1, 2))
-    logits = q @ k.transpose(-1, -2)
+    logits = q @ k.transpose(-1, -2) + added
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     weights = logits.softmax(dim=-1)
@@ -60,22 +68,25 @@ def encode_video(model: ProPy, frames: Tensor) -> tuple[Tensor, Tensor]:
     grid = model.clip.sizes.grid
     x = visual.conv1(frames.flatten(0, 1)).flatten(2).transpose(1, 2)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1)
-    x = visual.ln_pre(x + visual.positional_embedding)
+    x = x + visual.positional_embedding
+    if model.config.frame_embedding:
+        x = x + model.frame_embedding.repeat(batch, 1).unsqueeze(1)
+    x = visual.ln_pre(x)
     events = model.prompts.event_prompts.expand(batch, -1, -1)
     all_weights = []
     for layer, block in enumerate(visual.transformer.resblocks):
+        lora = model.vision_lora[layer] if model.config.lora_rank else None
         copies = model.prompts.visual_prompts[layer].repeat_interleave(
             pyramid.num_bottom_events, dim=0
         )  # prompt-major, as the columns of the visibility
         tokens = x.unflatten(0, (batch, num_frames)).transpose(1, 2).flatten(1, 2)  # token-major
         everything = torch.cat([events, copies.expand(batch, -1, -1), tokens], dim=1)
         seen, weights = attention(
-            block, block.ln_1(events), block.ln_1(everything), model.visibility
+            block, block.ln_1(events), block.ln_1(everything), model.visibility, lora
         )
         all_weights.append(weights)
         carried = torch.cat([events + seen, copies.expand(batch, -1, -1)], dim=1)
-        normed = block.ln_1(x)
-        attended, _ = attention(block, normed, normed, None)
+        attended = attend_frames(model, layer, block.ln_1(x), lora)
         if layer < len(model.adapters):
             mixed = adapt(model.adapters[layer], attended[:, 1:], num_frames, grid)
             attended = torch.cat([attended[:, :1], attended[:, 1:] + mixed], dim=1)
@@ -86,31 +97,81 @@ def encode_video(model: ProPy, frames: Tensor) -> tuple[Tensor, Tensor]:
     return everything[:, : pyramid.num_events], torch.stack(all_weights)
 
 
+def attend_frames(model: ProPy, layer: int, normed: Tensor, lora) -> Tensor:
+    """Every frame by itself, or a group of frames together: [B·N_f, 1+G², D_v]."""
+    block = model.clip.visual.transformer.resblocks[layer]
+    sizes = [int(size) for size in model.config.frame_groups.split(",") if size]
+    index = layer - (len(model.clip.visual.transformer.resblocks) - 1 - len(sizes))
+    if not 0 <= index < len(sizes):
+        return attention(block, normed, normed, lora=lora)[0]
+    size, bias = sizes[index], model.frame_groups[index].bias
+    num_frames, tokens = model.pyramid.num_frames, normed.shape[1]
+    frame = torch.arange(num_frames).repeat_interleave(tokens).to(normed.device)
+    together = frame // size == (frame // size).unsqueeze(1)
+    distance = (frame - frame.unsqueeze(1)).clamp(1 - size, size - 1)  # key − query
+    video = normed.unflatten(0, (-1, num_frames)).flatten(1, 2)
+    attended, _ = attention(block, video, video, together, lora, bias[distance + size - 1])
+    return attended.unflatten(1, (num_frames, tokens)).flatten(0, 1)
+
+
 def encode_text(model: ProPy, token_ids: Tensor) -> Tensor:
     """Token ids [T,W] to features [T,D], prefix and postfix prompts in the sequence."""
     clip, prompts = model.clip, model.prompts
     x = clip.token_embedding(token_ids) + clip.positional_embedding[: token_ids.shape[1]]
-    length = x.shape[1] + 2 * model.num_prompts
+    visual_prompts = prompts.visual_prompts
+    if model.config.text_prompts == "none":
+        visual_prompts = visual_prompts[:, :0]
+    num_prompts = visual_prompts.shape[1]
+    length = x.shape[1] + 2 * num_prompts
     causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
     for layer, block in enumerate(clip.transformer.resblocks):
-        before = prompts.prefix_proj(prompts.visual_prompts[layer]).expand(len(x), -1, -1)
-        after = prompts.postfix_proj(prompts.visual_prompts[layer]).expand(len(x), -1, -1)
-        sequence = torch.cat([x[:, :1], before, x[:, 1:], after], dim=1)
+        sequence = x
+        if num_prompts:
+            before = prompts.prefix_proj(visual_prompts[layer]).expand(len(x), -1, -1)
+            after = prompts.postfix_proj(visual_prompts[layer]).expand(len(x), -1, -1)
+            sequence = torch.cat([x[:, :1], before, x[:, 1:], after], dim=1)
         normed = block.ln_1(sequence)
-        sequence = mlp(block, sequence + attention(block, normed, normed, causal)[0])
-        words = sequence[:, 1 + model.num_prompts : length - model.num_prompts]
+        lora = model.text_lora[layer] if model.config.lora_rank else None
+        sequence = mlp(block, sequence + attention(block, normed, normed, causal, lora)[0])
+        words = sequence[:, 1 + num_prompts : length - num_prompts]
         x = torch.cat([sequence[:, :1], words], dim=1)
     x = clip.ln_final(x)
     end = [row.index(max(row)) for row in token_ids.tolist()]
     return x[torch.arange(len(x)), end] @ clip.text_projection
 
 
+def readout(name: str, cosines: Tensor, pyramid: PromptPyramid) -> Tensor:
+    """[..., N_e] to [...]: the score of a video in training or in ranking."""
+    best = cosines.max(dim=-1).values
+    if name == "max":
+        return best
+    level, spans = pyramid.level_of_event, pyramid.spans
+    if name == "levels":
+        levels = [cosines[..., level == k].max(dim=-1).values for k in level.unique()]
+        return torch.stack(levels).mean(dim=0)
+    if name in ("consensus", "half"):
+        slots = []
+        for first, last in spans[level == 1].tolist():
+            covers = (spans[:, 0] <= first) & (last <= spans[:, 1])
+            heard = [covers & (level == k) for k in level[covers].unique()]
+            slots.append(sum(cosines[..., here].max(dim=-1).values for here in heard) / len(heard))
+        consensus = torch.stack(slots).max(dim=0).values
+        return consensus if name == "consensus" else (best + consensus) / 2
+    if name == "top4_bottom":
+        cosines = cosines[..., level == 1]
+    if name != "soft":
+        cosines = cosines.sort(dim=-1, descending=True).values[..., :4]
+    weights = torch.exp(cosines / 0.05)
+    return (weights * cosines).sum(dim=-1) / weights.sum(dim=-1)
+
+
 def scores(model: ProPy, texts: Tensor, events: Tensor) -> Tensor:
-    """[T, B]: the largest cosine over a video's events, scaled."""
+    """[T, B]: the training's read-out of a video's cosines, scaled."""
     texts = texts / texts.norm(dim=-1, keepdim=True)
     events = events / events.norm(dim=-1, keepdim=True)
     cosines = torch.stack([texts @ video.T for video in events], dim=1)
-    return cosines.max(dim=-1).values * model.clip.logit_scale.exp()
+    similarity = readout(model.config.readout, cosines, model.pyramid)
+    return similarity * model.clip.logit_scale.exp()
 
 
 def loss(similarity: Tensor, text_to_video: Tensor) -> Tensor:

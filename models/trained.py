@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from models.authors import convert_authors_state
-from models.clip import CLIPSettings
 from models.clip_weights import build_clip
 from models.propy import NOT_COMPARED, ProPy, ProPyConfig
 from modules import ModelError
@@ -29,6 +28,8 @@ logger = logging.getLogger("propy.trained")
 
 FORMAT = "propy-3"
 WITHOUT_CONFIG = "propy-2"  # written before checkpoints held their configuration
+# Settings that the shapes of a checkpoint's tensors show.
+SEEN_IN_TENSORS = {"num_prompts", "adapter_channels", "adapter_kernel", "num_adapter_layers"}
 NOT_FINITE = "has values that are not finite"
 
 # The one type outside of torch's safe list that the authors' VCMR checkpoints need: the best score
@@ -116,8 +117,8 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     state, ours = content["state_dict"], not is_from_authors(content)
     has_clip = bool(model.backbone_names() & set(state))
     with naming(path):
-        weights = _check_tensors(state, model)
         _check_config(content, model)
+        weights = _check_tensors(state, model)
         if ours and not has_clip and content["backbone"] != backbone_fingerprint(model.clip):
             raise ModelError(
                 "trained on other CLIP weights than the model's: give the same "
@@ -223,9 +224,10 @@ def _config_of(content: Mapping) -> ProPyConfig:
 
 
 def _check_config(content: Mapping, model: ProPy) -> None:
-    # Whatever does not say it was trained with a CLIP like OpenAI's: there was nothing else.
-    theirs = CLIPSettings().as_fields() | content.get("config", {})
     ours = asdict(model.config)
+    # What a file does not name was written when there was no other setting than the published one.
+    published = {f.name: f.default for f in fields(model.config) if f.name not in SEEN_IN_TENSORS}
+    theirs = published | content.get("config", {})
     different = [
         f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
         for name in theirs
@@ -249,10 +251,13 @@ def _check_config(content: Mapping, model: ProPy) -> None:
 
 def _differences(content: Mapping, model: ProPy) -> list[str]:
     """Where the model reads more or less of a video or a sentence than in its training."""
-    before = content.get("facts", {}) | content.get("args", {})
+    before = {"rank_readout": ProPyConfig.readout}
+    before |= content.get("facts", {}) | content.get("args", {})
     if config := content.get("config"):
         before = {"frames of a video": config["pyramid"]["Nf"], "max_words": config["max_words"]}
+        before["rank_readout"] = config.get("rank_readout", ProPyConfig.readout)
     now = {"frames of a video": model.pyramid.num_frames, "max_words": model.config.max_words}
+    now["rank_readout"] = model.config.rank_readout
     return [
         f"{name} {before[name]}, but is used with {value}"
         for name, value in now.items()

@@ -9,6 +9,7 @@ compute for no one is not computed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from modules.adapter import TemporalAdapter
+from modules.frame_groups import FrameGroups
+from modules.lora import LoRA
 from modules.pyramid import PromptPyramid
 from modules.transformer import ResidualAttentionBlock
 
 
-def event_key_counts(pyramid: PromptPyramid, num_prompts: int, grid_tokens: int) -> Tensor:
+def event_key_counts(
+    pyramid: PromptPyramid, num_prompts: int, grid_tokens: int, visibility: str = "relatives"
+) -> Tensor:
     """How many copies of each key an event sees, over the keys as this module orders them.
 
     A prompt has one copy per bottom-level event. n visible copies weigh as much as one key with
@@ -30,13 +35,15 @@ def event_key_counts(pyramid: PromptPyramid, num_prompts: int, grid_tokens: int)
     Args:
         num_prompts: N_p.
         grid_tokens: 1+G² tokens of a frame.
+        visibility: which events, see `PromptPyramid.sees`.
 
     Returns:
         int64 [N_e, N_e + N_p + N_f·(1+G²)]. Keys: events; prompts; tokens of frame 0, of frame 1, …
     """
     copies = pyramid.related[:, -pyramid.num_bottom_events :].sum(dim=1, keepdim=True)
     frames = pyramid.frames_of_event.repeat_interleave(grid_tokens, dim=1)
-    return torch.cat([pyramid.related, copies.expand(-1, num_prompts), frames], dim=1)
+    events = pyramid.sees(visibility)
+    return torch.cat([events, copies.expand(-1, num_prompts), frames], dim=1)
 
 
 def expand_attention(weights: Tensor, pyramid: PromptPyramid, num_prompts: int) -> Tensor:
@@ -61,7 +68,8 @@ def expand_attention(weights: Tensor, pyramid: PromptPyramid, num_prompts: int) 
 def video_layer(
     block: ResidualAttentionBlock, adapter: TemporalAdapter | None,
     frames: Tensor, events: Tensor, prompts: Tensor, bias: Tensor,
-    *, last: bool = False, return_attention: bool = False, head: int | None = None,
+    *, last: bool = False, lora: LoRA | None = None, groups: FrameGroups | None = None,
+    return_attention: bool = False, head: int | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """Both sides of one layer; each sees what the layer before has left.
 
@@ -72,6 +80,8 @@ def video_layer(
         prompts: this layer's visual prompts, [N_p, D_v].
         bias: the log of ``event_key_counts``, added to the events' attention logits.
         last: frames are not needed after this layer, only their keys and values in it.
+        lora: of the block's projection, for frames, events and prompts.
+        groups: in which frames attend together, in place of each by itself.
         return_attention: also the events' attention, averaged over heads, or of one `head`.
 
     Returns:
@@ -80,9 +90,9 @@ def video_layer(
     attn = block.attn
     num_frames = len(frames) // len(events)
     first = "k" if last else "q"
-    *frame_queries, keys, values = attn.project(block.ln_1(frames), first)
-    q, *event_keys_values = attn.project(block.ln_1(events))
-    prompt_keys_values = attn.project(block.ln_1(prompts).unsqueeze(0), "k")
+    *frame_queries, keys, values = attn.project(block.ln_1(frames), first, lora=lora)
+    q, *event_keys_values = attn.project(block.ln_1(events), lora=lora)
+    prompt_keys_values = attn.project(block.ln_1(prompts).unsqueeze(0), "k", lora=lora)
     keys_of, values_of = zip(event_keys_values, prompt_keys_values, (keys, values), strict=True)
     bias = bias.to(q.dtype)
 
@@ -97,7 +107,8 @@ def video_layer(
     if last:
         return None, events, attention
 
-    attended = attn.attend(*frame_queries, keys, values)  # [B·N_f, 1+G², D_v]
+    attend = partial(groups.attend, attn) if groups else attn.attend
+    attended = attend(*frame_queries, keys, values)  # [B·N_f, 1+G², D_v]
     frames = frames + attended
     if adapter is not None:
         mixed = adapter(attended[:, 1:], num_frames)
@@ -116,8 +127,9 @@ def recomputed(function: Callable, *arguments: Any, **settings: Any) -> Any:
 
 
 def text_layer(
-    block: ResidualAttentionBlock, words: Tensor, prefix: Tensor, read: Tensor | None = None
-) -> Tensor:
+    block: ResidualAttentionBlock, words: Tensor, prefix: Tensor, read: Tensor | None = None,
+    lora: LoRA | None = None,
+) -> Tensor:  # fmt: skip
     """CLIP's text block over [SOS, prefix, words …] whose prefix outputs are dropped again.
 
     Since the prefix is replaced before the next layer, it only serves as keys and values. A postfix
@@ -127,6 +139,7 @@ def text_layer(
         words: SOS and the other tokens, [T, W, D_t].
         prefix: this layer's text prompts, [N_p, D_t].
         read: int64 [T]; compute this one position of each text only.
+        lora: of the block's projection.
 
     Returns:
         [T, W, D_t], or [T, 1, D_t] with ``read``.
@@ -135,14 +148,14 @@ def text_layer(
     normed = block.ln_1(words)
     position = torch.arange(words.shape[1], device=words.device)
     if read is None:
-        q, *keys_values = attn.project(normed)
+        q, *keys_values = attn.project(normed, lora=lora)
         rows = position.unsqueeze(0)  # [1, W]
     else:
-        keys_values = attn.project(normed, "k")
+        keys_values = attn.project(normed, "k", lora=lora)
         row = torch.arange(batch, device=words.device), read
-        (q,) = attn.project(normed[row].unsqueeze(1), "q", "q")
+        (q,) = attn.project(normed[row].unsqueeze(1), "q", "q", lora)
         words, rows = words[row].unsqueeze(1), read.unsqueeze(1)  # [T, 1]
-    prefix_keys_values = attn.project(block.ln_1(prefix).unsqueeze(0), "k")
+    prefix_keys_values = attn.project(block.ln_1(prefix).unsqueeze(0), "k", lora=lora)
     k, v = (
         torch.cat([p.expand(batch, -1, -1, -1), w], dim=1)
         for p, w in zip(prefix_keys_values, keys_values, strict=True)

@@ -19,6 +19,10 @@ from modules import ModelError
 # The paper's: 32 frames; 16, 15, 7, 3 and 1 events (scripts/pyramids/cfg_32.json).
 PUBLISHED_PYRAMID = {"Nf": 32, "H": [[2, 2], [2, 1], [3, 2], [3, 2], [3, 1]]}
 
+# Which other events an event may attend to; the published rule first. Frames and prompts are seen
+# alike under each.
+VISIBILITIES = ("relatives", "ancestors", "descendants", "all", "self")
+
 # Guards against typing errors: far beyond what fits in a GPU's memory.
 MAX_FRAMES = 4096
 MAX_EVENTS = 10_000
@@ -30,6 +34,7 @@ class PromptPyramid:
     Args:
         num_frames: N_f.
         levels: (c, o) of every level over the one below, bottom level first.
+        drop_top: so many of the highest levels are then left out.
 
     Attributes:
         config: these arguments as a configuration file holds them.
@@ -40,10 +45,13 @@ class PromptPyramid:
         level_of_event: int64 [N_e], 1 (bottom) … K (top).
 
     Raises:
-        ModelError: a window does not fit, a level's count is not whole, the top is not one event.
+        ModelError: a window does not fit, a level's count is not whole, the top is not one event;
+            no level is left.
     """
 
-    def __init__(self, num_frames: int, levels: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, num_frames: int, levels: Sequence[tuple[int, int]], drop_top: int = 0
+    ) -> None:
         if not _is_count(num_frames) or num_frames > MAX_FRAMES:
             raise ModelError(
                 f"Nf must be a whole number from 1 to {MAX_FRAMES}: {_show(num_frames)}"
@@ -72,7 +80,15 @@ class PromptPyramid:
             raise ModelError(
                 f"level {len(levels)} (the top) has {len(below)} events; it must be the whole video"
             )
+        if type(drop_top) is not int or not 0 <= drop_top < len(levels):
+            raise ModelError(
+                f"drop_top is a whole number of the {len(levels)} levels, not all: "
+                f"{_show(drop_top)}"
+            )
         self.config = {"Nf": num_frames, "H": [list(level) for level in levels]}
+        if drop_top:
+            self.config["drop_top"] = drop_top
+            del spans_bottom_up[-drop_top:], self.events_per_level[-drop_top:]
         self.num_events = sum(self.events_per_level)
         self.num_bottom_events = self.events_per_level[0]
         top_first = list(enumerate(spans_bottom_up, start=1))[::-1]
@@ -88,6 +104,7 @@ class PromptPyramid:
         ``{"Nf": 32, "offset": [0, 1, …]}`` halves the number of segments from level to level
         (Nf = 2^K); at level k segments of 2^k frames start 2^k (0, no overlap) or 2^(k-1) frames
         apart (1, half overlap). The last entry is ignored: the top level is the whole video.
+        Either may also have ``"drop_top": n``; lower levels are left out by another H.
 
         Raises:
             ModelError: with the file's name, for anything that is not a pyramid.
@@ -108,14 +125,20 @@ class PromptPyramid:
 
     @classmethod
     def _from_mapping(cls, config: Mapping) -> PromptPyramid:
-        if not isinstance(config, Mapping) or set(config) not in ({"Nf", "H"}, {"Nf", "offset"}):
+        forms = ({"Nf", "H"}, {"Nf", "offset"})
+        if not isinstance(config, Mapping) or set(config) - {"drop_top"} not in forms:
             raise ModelError('a pyramid is {"Nf": …, "H": […]} or {"Nf": …, "offset": […]}')
         num_frames, levels = config["Nf"], config.get("H", config.get("offset"))
         if not isinstance(levels, Sequence) or isinstance(levels, str):
             raise ModelError(f"H and offset are lists, one entry a level: {_show(levels)}")
         if "offset" in config:
             levels = _levels_of_offsets(num_frames, levels)
-        return cls(num_frames, levels)
+        return cls(num_frames, levels, config.get("drop_top", 0))
+
+    @property
+    def contains(self) -> Tensor:
+        """bool [N_e, N_e]: an event (row) spans another (column) or is that one."""
+        return _contains(self.spans, self.spans)
 
     @property
     def related(self) -> Tensor:
@@ -123,7 +146,27 @@ class PromptPyramid:
 
         Two nodes are related exactly when one frame span contains the other.
         """
-        return _contains(self.spans, self.spans) | _contains(self.spans, self.spans).T
+        return self.contains | self.contains.T
+
+    def sees(self, visibility: str = "relatives") -> Tensor:
+        """bool [N_e, N_e]: the events that each event may attend to, itself always among them.
+
+        Args:
+            visibility: "relatives", ancestors and descendants; one of the two; "all"; or "self".
+
+        Raises:
+            ModelError: another one.
+        """
+        if visibility not in VISIBILITIES:
+            raise ModelError(f"visibility {visibility!r} is none of {', '.join(VISIBILITIES)}")
+        below = self.level_of_event.unsqueeze(1) >= self.level_of_event
+        return {
+            "relatives": self.related,
+            "ancestors": self.contains.T & below.T,
+            "descendants": self.contains & below,
+            "all": torch.ones_like(below),
+            "self": torch.eye(self.num_events, dtype=torch.bool),
+        }[visibility]
 
     @property
     def frames_of_event(self) -> Tensor:
@@ -131,12 +174,16 @@ class PromptPyramid:
         frames = torch.arange(self.num_frames)
         return _contains(self.spans, torch.stack([frames, frames + 1], dim=1))
 
-    def visibility(self, num_prompts: int, tokens_per_frame: int) -> Tensor:
+    def visibility(
+        self, num_prompts: int, tokens_per_frame: int, visibility: str = "relatives"
+    ) -> Tensor:
         """What an event may attend to (ProPy, §3.3), True = visible.
 
         Args:
             num_prompts: N_p visual prompts, repeated once per bottom-level event.
             tokens_per_frame: 1+G².
+            visibility: which events, see `sees`; an event sees its own span's frames, and the
+                prompts of the bottom-level events related to it, whatever the rule.
 
         Returns:
             bool [N_e, N_e + N_p·n_1 + (1+G²)·N_f]. Columns: the events; N_e + p·n_1 + i for prompt
@@ -144,7 +191,7 @@ class PromptPyramid:
         """
         prompts = self.related[:, -self.num_bottom_events :].repeat(1, num_prompts)
         frames = self.frames_of_event.repeat(1, tokens_per_frame)
-        return torch.cat([self.related, prompts, frames], dim=1)
+        return torch.cat([self.sees(visibility), prompts, frames], dim=1)
 
 
 def _contains(outer: Tensor, inner: Tensor) -> Tensor:

@@ -1,18 +1,24 @@
 """Read-outs: from the cosines of a video's events to the video's one score.
 
-Training, evaluation and search ask the model for its read-out; nothing else decides what the score
+Training, evaluation and search ask the model for its read-outs; nothing else decides what the score
 of a video is. Moments are ranked by event, whatever the read-out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from functools import partial, reduce
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from modules import ModelError
+from modules.pyramid import PromptPyramid
 
 Readout = Callable[[Tensor], Tensor]  # cosines [T, B, N_e] -> scores [T, B]
+
+SOFT_TEMPERATURE = 0.05  # of the soft read-outs; ITA's
 
 
 def best_event(cosines: Tensor) -> Tensor:
@@ -20,11 +26,129 @@ def best_event(cosines: Tensor) -> Tensor:
     return cosines.amax(dim=-1)
 
 
-READOUTS: dict[str, Readout] = {"max": best_event}
+class Consensus(nn.Module):
+    """max_τ C(τ), where C(τ) is the mean over levels of the largest cosine of that level's events
+    which cover bottom slot τ; levels without an event there do not count.
+
+    After TF-PRVR's moment-aware scoring. The sums walk up the pyramid: slots that no higher level
+    tells apart are one from there on, represented by the best of them, which changes no number.
+
+    Args:
+        with_best: ½ (max_e c(e) + max_τ C(τ)) instead.
+    """
+
+    def __init__(self, pyramid: PromptPyramid, with_best: bool = False) -> None:
+        super().__init__()
+        self.with_best = with_best
+        covers = _covering_events(pyramid)  # per level, per slot
+        slots = list(range(pyramid.num_bottom_events))
+        levels = [sum(bool(cover[slot]) for cover in covers) for slot in slots]
+        self.has_gaps = min(levels) < len(covers)
+        self.steps = []
+        for number, cover in enumerate(covers):
+            alike: dict[tuple, list[int]] = {}  # positions of slots that are one from here on
+            for position, slot in enumerate(slots):
+                key = (levels[slot], *(here[slot] for here in covers[number:]))
+                alike.setdefault(key, []).append(position)
+            merged = self._keep(f"merge_{number}", alike.values())
+            slots = [slots[first] for first, *_ in alike.values()]
+            # a level without an event there adds the zero that stands after the events
+            seen = [cover[slot] or [pyramid.num_events] for slot in slots]
+            self.steps.append((self._keep(f"cover_{number}", seen), merged))
+        counts = torch.tensor([[float(levels[slot])] for slot in slots])
+        self.register_buffer("counts", counts, persistent=False)
+
+    def _keep(self, name: str, rows: Collection[Sequence[int]]) -> list[slice | str]:
+        """The columns of ragged rows, short ones ending in their first: slices, where they are
+        regular, which need no copy, else names of buffers [n]."""
+        width = max(map(len, rows))
+        kept: list[slice | str] = []
+        for i in range(width):
+            column = [row[i] if i < len(row) else row[0] for row in rows]
+            step = column[1] - column[0] if len(column) > 1 else 1
+            regular = slice(column[0], column[-1] + 1, max(step, 1))
+            if column == list(range(regular.start, regular.stop, regular.step)):
+                kept.append(regular)
+            else:
+                kept.append(f"{name}_{i}")
+                self.register_buffer(kept[-1], torch.tensor(column), persistent=False)
+        return kept
+
+    def _largest(self, rows: Tensor, columns: Sequence[slice | str]) -> Tensor:
+        chosen = (rows[c if isinstance(c, slice) else getattr(self, c)] for c in columns)
+        return reduce(torch.maximum, chosen)
+
+    def forward(self, cosines: Tensor) -> Tensor:
+        # Events first: every operation runs over whole rows of memory.
+        events = cosines.reshape(-1, cosines.shape[-1]).T.contiguous()  # [N_e, T·B]
+        rows = F.pad(events, (0, 0, 0, 1)) if self.has_gaps else events
+        (cover, _), *steps = self.steps
+        total = self._largest(rows, cover)  # [n_1, T·B]
+        for cover, merged in steps:
+            if len(merged) > 1:
+                total = self._largest(total, merged)
+            total = total + self._largest(rows, cover)
+        scores = (total / self.counts).amax(dim=0)
+        if self.with_best:
+            scores = (scores + events.amax(dim=0)) / 2
+        return scores.reshape(cosines.shape[:-1])
 
 
-def readout_of(name: str) -> Readout:
-    """The read-out of that name. ModelError: there is none."""
+def mean_of_levels(cosines: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The mean over levels of their largest cosine; sizes are the levels' numbers of events."""
+    levels = [level.amax(dim=-1) for level in cosines.split(list(sizes), dim=-1)]
+    return torch.stack(levels).mean(dim=0)
+
+
+def soft_maximum(cosines: Tensor, count: int | None = None, last: int | None = None) -> Tensor:
+    """Σ w c with w = softmax(c / 0.05), over the `count` largest of the `last` events.
+
+    With 4 of the events it is ITA's aggregation without the sum's normalisation, which would need
+    the embeddings.
+    """
+    chosen = cosines if last is None else cosines[..., -last:]
+    if count is not None:
+        chosen = chosen.topk(min(count, chosen.shape[-1])).values
+    return ((chosen / SOFT_TEMPERATURE).softmax(dim=-1) * chosen).sum(dim=-1)
+
+
+READOUTS: dict[str, Callable[[PromptPyramid], Readout]] = {
+    "max": lambda pyramid: best_event,
+    "consensus": Consensus,
+    "half": partial(Consensus, with_best=True),
+    "levels": lambda pyramid: partial(mean_of_levels, sizes=pyramid.events_per_level[::-1]),
+    "soft": lambda pyramid: soft_maximum,
+    "top4": lambda pyramid: partial(soft_maximum, count=4),
+    "top4_bottom": lambda pyramid: partial(
+        soft_maximum, count=4, last=pyramid.num_bottom_events
+    ),
+}  # fmt: skip
+RANKED_BY = {"consensus": "half", "soft": "max"}  # after such a training; others rank as they train
+
+
+def readout_of(name: str, pyramid: PromptPyramid, device: torch.device | None = None) -> Readout:
+    """The read-out of that name, for cosines on a device; a model takes its own along when it is
+    moved. ModelError: there is none."""
     if name not in READOUTS:
         raise ModelError(f"read-out {name!r} is none of {', '.join(READOUTS)}")
-    return READOUTS[name]
+    readout = READOUTS[name](pyramid)
+    return readout.to(device) if isinstance(readout, nn.Module) else readout
+
+
+def ranking_name(training: str, ranking: str | None = None) -> str:
+    """The read-out that ranks videos: the one named, or what suits the one of training."""
+    return ranking or RANKED_BY.get(training, training)
+
+
+def _covering_events(pyramid: PromptPyramid) -> list[list[tuple[int, ...]]]:
+    """Per level, bottom first, and bottom slot: the level's events whose spans contain it."""
+    slots = range(pyramid.num_bottom_events)
+    below = pyramid.contains[:, -len(slots) :]  # [N_e, n_1]
+    covers = []
+    for number in range(1, len(pyramid.events_per_level) + 1):
+        found: list[list[int]] = [[] for _ in slots]
+        for event in (pyramid.level_of_event == number).nonzero().flatten().tolist():
+            for slot in below[event].nonzero().flatten().tolist():
+                found[slot].append(event)
+        covers.append([tuple(events) for events in found])
+    return covers

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modules.linear import Linear, linear
+from modules.lora import LoRA
 
 HEAD_WIDTH = 64  # channels per head of every CLIP model of OpenAI's
 QUICK_GELU, GELU = "quick_gelu", "gelu"  # transformers' names of the activations
@@ -50,19 +51,23 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
 
-    def project(self, x: Tensor, first: str = "q", last: str = "v") -> tuple[Tensor, ...]:
+    def project(
+        self, x: Tensor, first: str = "q", last: str = "v", lora: LoRA | None = None
+    ) -> tuple[Tensor, ...]:
         """Queries, keys and values of tokens, from the first to the last letter asked for.
 
         Args:
             x: normalised tokens, [B, N, D].
             first, last: a range of the letters q, k, v; the default is all three, in one product.
+            lora: what is added to the frozen projection.
 
         Returns:
             One [B, N, heads, c] view per letter.
         """
         start, stop = "qkv".index(first), "qkv".index(last) + 1
         rows = slice(start * self.width, stop * self.width)
-        x = linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])  # [B, N, m·D]
+        weight, bias = self.in_proj_weight[rows], self.in_proj_bias[rows]
+        x = lora.project(x, weight, bias, rows) if lora else linear(x, weight, bias)  # [B, N, m·D]
         return x.unflatten(-1, (stop - start, self.num_heads, -1)).unbind(-3)
 
     def attend(

@@ -13,7 +13,7 @@ from dataloaders.sampling import share
 from tests.golden_model import GoldenModel, inputs
 from utils.distributed import is_main, process_group, rank, world_size
 from utils.training.checkpoint import load_checkpoint
-from utils.training.engine import batch_gradient, train_step
+from utils.training.engine import LossWeights, batch_gradient, train_step
 from utils.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 CAPTIONS = [1, 4, 2, 1, 5, 3]  # of the six videos: ragged
@@ -44,6 +44,18 @@ def gradients(folder: Path, name: str, micro_batches: int, freeze_clip: int) -> 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = random_batch(model, torch.float64)
     loss = batch_gradient(model, batch, scaler, "fp32", micro_batches)
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    save(folder, found | {"loss": loss})
+
+
+def more_losses(folder: Path, micro_batches: int, share: float) -> None:
+    """The same with every further term of the loss, and another read-out."""
+    torch.manual_seed(0)
+    model = GoldenModel.read("m3").build(readout="consensus").double()
+    weights = LossWeights(0.7, 3.0, 0.3, share)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch = random_batch(model, torch.float64)
+    loss = batch_gradient(model, batch, scaler, "fp32", micro_batches, weights)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     save(folder, found | {"loss": loss})
 
@@ -104,6 +116,10 @@ WORKS = {
         f"gradients-{micro_batches}-{freeze_clip}": (gradients, "m3", micro_batches, freeze_clip)
         for micro_batches in (1, 2)
         for freeze_clip in (1, 0)
+    },
+    **{
+        f"more-{micro_batches}-{share}": (more_losses, micro_batches, share)
+        for micro_batches, share in ((1, 0.5), (2, 0.5), (1, 0.2))
     },
     **{f"steps-{precision}": (steps, precision) for precision in ("fp32", "bf16", "amp")},
     "inf": (steps, "amp", 1),

@@ -51,6 +51,8 @@ def computed(tmp_path_factory) -> Path:
 
 
 GRADIENTS = [f"gradients-{micro}-{freeze}" for micro in (1, 2) for freeze in (1, 0)]
+# One video of six is embedded backwards with a share of 0.2: by one process alone.
+GRADIENTS += ["more-1-0.5", "more-2-0.5", "more-1-0.2"]
 
 
 def saved(folder: Path, work: str, processes: int) -> list[dict]:

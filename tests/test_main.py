@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scripts import score_predictions
+from scripts.plot.plot_run import flags_of
 from tests.corpus import FLAGS, TRAIN, TinyRun, make_run
 from utils.arguments import build_parser, parse_args
 from utils.evaluation.published import split_size_warning
@@ -337,3 +338,37 @@ def test_scripts_find_the_checkout_through_a_link(name, program, stubbed_scripts
     link.parent.mkdir()
     link.symlink_to(stubbed_scripts / f"{name}.sh")
     assert words_of(link, input_dir="a", video_dir="b")[: len(program)] == program
+
+
+OPTIONS = (
+    "--readout", "consensus", "--visibility", "all", "--text_prompts", "none", "--Nvp", "0",
+    "--lora_rank", "2", "--frame_groups", "2", "--frame_embedding", "1",
+)  # fmt: skip
+LOSSES = ("--hard_negatives", "0.5", "--text_relations", "1", "--reversed_negatives", "0.3")
+
+
+def test_all_options_at_once(run) -> None:
+    """Trained in parts, resumed, evaluated, also from saved embeddings, ranked by the read-out."""
+    training = (*TRAIN, *OPTIONS, *LOSSES, "--gradient_accumulation_steps", "2")
+    run.works(*training, "--epochs", "1")
+    run.works(*training, "--epochs", "2", "--resume", "auto")
+    best = max(run.lines(), key=lambda record: (record["SumR"], record["epoch"]))
+    assert len(run.lines()) == 2 and best["loss"] > 0
+    saved = str(run.logs / "e.h5")
+    run.works("--do_eval", "1", *resume(run), *OPTIONS, "--save_embeddings", saved)
+    told = run.works("--do_eval", "1", *OPTIONS, "--load_embeddings", saved)
+    assert "videos ranked by their half" in told
+    for record in run.lines("eval.jsonl"):
+        assert record["metrics"]["cosine"]["MeanR"] == best["MeanR"]
+    told = run.stops("--do_eval", "1", *resume(run))
+    assert "trained with " in told and "readout 'consensus', not 'max'" in told
+    flags = flags_of(run.logs)
+    assert {f"--{OPTIONS[i][2:]}={OPTIONS[i + 1]}" for i in range(0, len(OPTIONS), 2)} <= set(flags)
+    run.works(*flags, "--plot_limit", "1", "--plot_dir", str(run.logs / "plots"))
+
+
+def test_text_relations_need_a_frozen_clip(capsys) -> None:
+    flags = ("--video_dir", "videos", "--freeze_clip", "0", "--text_relations", "1")
+    with pytest.raises(SystemExit):
+        parse_args([*FLAGS, *TRAIN, *flags])
+    assert "--text_relations compares with a frozen CLIP" in capsys.readouterr().err

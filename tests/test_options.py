@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from utils.training.progress import Progress
 
 CONFIGS = (ProPyConfig, LoaderConfig, TrainConfig, EvalConfig)
 NO_FLAGS = {  # main.py decides these
-    "pyramid", "readout", "clip_seconds", "clip_head_widths", "clip_image_mean", "clip_image_std",
+    "pyramid", "clip_seconds", "clip_head_widths", "clip_image_mean", "clip_image_std",
 }  # fmt: skip
 
 
@@ -46,8 +47,7 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
     parser.add_argument("--dummy", type=float, default=0.0)  # 2. the flag
     args = parser.parse_args(["--prvr_val_annos", "x", "--adapter_channels", "48", "--dummy", "2"])
     golden = GoldenModel.read("m3")
-    # by main.py:
-    decided = CLIPSettings().as_fields() | {"readout": "max", "clip_seconds": None}
+    decided = CLIPSettings().as_fields() | {"clip_seconds": None}  # by main.py
     config = config_from(WithDummy, args, pyramid=golden.config["pyramid"], **decided)
     assert (config.dummy, config.adapter_channels, config.num_prompts) == (2, 48, 4)
 
@@ -58,14 +58,59 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
     texts, events = torch.randn(2, 64), torch.randn(3, 8, 64)
     without = ProPy.scores(model, texts, events)
     assert torch.equal(model.scores(texts, events), without + 2)
-    optimizer, scaler = build_optimizer(model, 1e-3, 1e-3, 0.2), torch.amp.GradScaler("cpu")
-    save_checkpoint(tmp_path / "c", model, optimizer, scaler, Progress())
+    saved(tmp_path / "c", model)
     with pytest.raises(ModelError, match=r"trained with dummy 2\.0, not 0\.0"):
         load_checkpoint(tmp_path / "c", build(replace(config, dummy=0.0)))
     monkeypatch.setattr(models.trained, "ProPy", DummyProPy)
     monkeypatch.setattr(models.trained, "ProPyConfig", WithDummy)
     opened = load_propy(tmp_path / "c", golden.clip_state())
     assert opened.config == model.config and torch.equal(opened.scores(texts, events), without + 2)
+
+
+NETWORK = {
+    "visibility": "self", "text_prompts": "none", "lora_rank": 2, "frame_groups": "2",
+    "frame_embedding": 1, "readout": "consensus",
+}  # fmt: skip
+
+
+def saved(path: Path, model: ProPy) -> Path:
+    optimizer, scaler = build_optimizer(model, 1e-3, 1e-3, 0.2), torch.amp.GradScaler("cpu")
+    save_checkpoint(path, model, optimizer, scaler, Progress())
+    return path
+
+
+@pytest.mark.parametrize("name", NETWORK)
+def test_an_option_of_the_network_is_in_the_checkpoint(tmp_path, name: str) -> None:
+    """It opens as it was; a model of another setting refuses it, also one that is older than the
+    option, and a checkpoint that is older than the option has the published setting."""
+    golden = GoldenModel.read("m3")
+    published, other = golden.build(), golden.build(**{name: NETWORK[name]})
+    with pytest.raises(ModelError, match=f"trained with .*{name} .*give the same settings"):
+        load_checkpoint(saved(tmp_path / "other", other), published)
+    opened = load_propy(tmp_path / "other", golden.clip_state())
+    assert opened.config == other.config
+    frames = golden.video(torch.float32)
+    with torch.no_grad():
+        assert torch.equal(opened.encode_video(frames), other.eval().encode_video(frames))
+    saved(tmp_path / "old", published)
+    content = torch.load(tmp_path / "old", weights_only=True)
+    for option in (*NETWORK, "rank_readout"):
+        del content["config"][option]
+    torch.save(content, tmp_path / "old")
+    load_checkpoint(tmp_path / "old", golden.build())
+    with pytest.raises(ModelError, match=f"trained with {name} "):
+        load_checkpoint(tmp_path / "old", other)
+
+
+def test_another_ranking_is_no_other_network(tmp_path, caplog) -> None:
+    golden = GoldenModel.read("m3")
+    model = golden.build(readout="consensus")
+    assert model.config.rank_readout == "half"
+    path = saved(tmp_path / "c", model)
+    load_checkpoint(path, golden.build(readout="consensus", rank_readout="half"))
+    assert "rank_readout" not in caplog.text
+    load_checkpoint(path, golden.build(readout="consensus", rank_readout="max"))
+    assert "trained with rank_readout half, but is used with max" in caplog.text
 
 
 def test_every_flag_fills_a_field_or_is_read_by_main() -> None:

@@ -7,19 +7,20 @@ A flag is added with its reader and removed with it: a field of one of the confi
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.command import Parser
+from utils.command import Parser, number
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
 from utils.evaluation.rows import ZERO_SHOT
 from utils.misc import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOT_STYLES = ("readable", "authors")  # of utils.pictures.draw, which imports matplotlib
+# Of modules.pyramid and modules.readout, which import torch.
+VISIBILITIES = ("relatives", "ancestors", "descendants", "all", "self")
+READOUTS = ("max", "consensus", "half", "levels", "soft", "top4", "top4_bottom")
 AUTO = "auto"  # --resume: the output folder's own checkpoint; a file of that name is ./auto
 
 # Fields of configurations whose flags have other names, those of the authors' program.
@@ -80,6 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"no such checkpoint: {checkpoint}")
     if args.save_predictions and not args.do_eval:
         parser.error("--save_predictions 1 needs --do_eval 1")
+    if args.text_relations and not args.freeze_clip:
+        parser.error("--text_relations compares with a frozen CLIP: give --freeze_clip 1")
     if args.temp_kernel_sz % 2 == 0:
         parser.error(f"--temp_kernel_sz must be odd: {args.temp_kernel_sz}")
     name = args.datatype + (f"_zero_shot_{args.zero_shot}" if args.zero_shot else "")
@@ -97,20 +100,6 @@ class _Help(argparse.HelpFormatter):
         if action.default in (None, argparse.SUPPRESS, []):
             return action.help
         return f"{action.help} (default {str(action.default).removeprefix(f'{ROOT}/')})"
-
-
-def number(kind: type, lowest: float, highest: float = math.inf) -> Callable[[str], float]:
-    """A flag's type: a number of a kind, the bounds among what is allowed; NaN is not."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not lowest <= value <= highest:
-            wanted = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"must be {wanted}: {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # of argparse's message for what is no number
-    return parse
 
 
 def checkpoint(text: str) -> Path | str:
@@ -195,6 +184,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temp_kernel_sz", type=number(int, 1), default=5,
         help="frames an adapter's convolution spans, odd [published: 5; Charades 3]")
 
+    add("--visibility", choices=VISIBILITIES, default="relatives",
+        help="which events an event attends to besides itself: ancestors and descendants, one of "
+        "the two, all, or none (self) [published: relatives]")
+    add("--text_prompts", choices=["projected", "none"], default="projected",
+        help="of the text tower, projected from the visual ones [published: projected]")
+    add("--lora_rank", type=number(int, 0), default=0, metavar="R",
+        help="of a low-rank adaptation of both towers' queries, keys and values [published: 0, "
+        "without]")
+    add("--frame_groups", default="", metavar="SIZES",
+        help="2,4: groups of 2, then of 4 neighbouring frames attend together in the last two "
+        "blocks whose frames are used [published: none, each frame by itself]")
+    add("--frame_embedding", **switch, default=0,
+        help="1 adds a learned vector to the tokens of each frame [published: 0]")
+    add("--readout", choices=READOUTS, default="max",
+        help="a video's score in training, from its events' cosines: models/README.md#options "
+        "explains it and the other options of the network and the loss [published: max]")
+    add("--rank_readout", choices=READOUTS,
+        help="its score when videos are ranked (default: consensus: half; soft: max; else that of "
+        "training)")
+
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=10, help="[published: 10]")
     add("--batch_size", type=number(int, 1), default=24,
@@ -206,6 +215,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="factor on lr for CLIP's own parameters, only with --freeze_clip 0")
     add("--wd", type=number(float, 0, 1e3), default=0.2,
         help="weight decay of everything but biases [published: 0.2]")
+    add("--hard_negatives", type=number(float, 0, 1e3), default=0.0, metavar="WEIGHT",
+        help="of a hinge on each text's and video's hardest negative [published: 0, without]")
+    add("--text_relations", type=number(float, 0, 1e3), default=0.0, metavar="WEIGHT",
+        help="of keeping frozen CLIP's distances and angles among a batch's texts, with "
+        "--freeze_clip 1 [published: 0]")
+    add("--reversed_negatives", type=number(float, 0, 1e3), default=0.0, metavar="WEIGHT",
+        help="of telling videos from themselves played backwards, 0.3 to start [published: 0]")
+    add("--reversed_share", type=number(float, 1e-6, 1), default=0.5,
+        help="of a step's videos that --reversed_negatives embeds backwards too")
     add("--clip_grad_norm", type=number(float, 1e-12), default=1.0,
         help="largest norm of the gradient, inf for no limit [published: 1.0]")
     add("--gradient_accumulation_steps", type=number(int, 1), default=1, metavar="K",

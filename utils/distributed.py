@@ -77,31 +77,37 @@ def own_share(count: int) -> slice:
     return share(count, rank(), world_size())
 
 
+def shares(count: int) -> list[range]:
+    """Every process's rows of `count`."""
+    return [range(count)[share(count, r, world_size())] for r in range(world_size())]
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, count: int) -> Tensor:
-        ctx.own = own_share(count)
-        return gather(rows, count)
+    def forward(ctx, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        first = sum(counts[: rank()])
+        ctx.own = slice(first, first + len(rows))
+        return gather(rows, counts)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient[ctx.own], None
 
 
-def gather_rows(rows: Tensor, count: int) -> Tensor:
+def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """The rows of all processes in the order of their ranks; backward keeps the own ones.
 
     The loss over all rows is computed by every process, so nothing is added up on the way back: the
     gradient of the own rows is whole.
 
     Args:
-        rows: [own share of count, …].
-        count: rows of all processes.
+        rows: [own count, …].
+        counts: rows of each process.
 
     Returns:
-        [count, …].
+        [sum of the counts, …].
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows, count)
+    return rows if world_size() == 1 else _GatherRows.apply(rows, counts)
 
 
 @torch.no_grad()
@@ -114,8 +120,7 @@ def gather(rows: Tensor, count: int | Sequence[int]) -> Tensor:
     if world_size() == 1:
         return rows
     if isinstance(count, int):
-        cuts = (share(count, r, world_size()) for r in range(world_size()))
-        count = [cut.stop - cut.start for cut in cuts]
+        count = [len(cut) for cut in shares(count)]
     # All send as many: gloo takes nothing else.
     padded = rows.new_zeros(max(count), *rows.shape[1:])
     padded[: len(rows)] = rows

@@ -52,6 +52,7 @@ class Options:
     words: int = 32
     frames: int = 32
     split: str = "charades"
+    readout: str = "max"
     clips: Path | None = None
     precision: str = "fp32"
     device: str = "cpu"

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from dataloaders.annotations import Query, Video
+from models.reference import readout
+from modules.pyramid import PromptPyramid
+from modules.readout import Readout, readout_of
 from scripts.benchmark.harness import Options
 from scripts.benchmark.model import pyramid_of
 from utils.evaluation.embed import Embeddings
@@ -34,13 +37,19 @@ class Corpus:
     target: Tensor  # int64 [T]
     queries: list[Query]
     videos: list[Video]
-    proposals: Tensor  # [N_e, 2]
+    pyramid: PromptPyramid
+    readout: str
+
+    @property
+    def ranking(self) -> Readout:
+        return readout_of(self.readout, self.pyramid, self.embeddings.texts.device)
 
 
 def draw(options: Options) -> Corpus:
     """Embeddings with every text near one event of its video; equal for equal options."""
     num_videos, num_texts = options.videos, options.texts
-    proposals = pyramid_of(options.frames).proposals
+    pyramid = pyramid_of(options.frames)
+    proposals = pyramid.proposals
     generator = torch.Generator().manual_seed(0)
     events = torch.randn(num_videos, len(proposals), WIDTH, generator=generator)
     events += torch.randn(num_videos, 1, WIDTH, generator=generator)  # of one video, so alike
@@ -56,14 +65,15 @@ def draw(options: Options) -> Corpus:
         for row, (column, window) in enumerate(zip(target.tolist(), windows.tolist(), strict=True))
     ]
     embeddings = Embeddings(events.to(options.device), texts.to(options.device))
-    return Corpus(embeddings, target, queries, videos, proposals)
+    return Corpus(embeddings, target, queries, videos, pyramid, options.readout)
 
 
 def prvr(options: Options, ours: bool) -> Callable[[], dict]:
     """Ranks of the right videos among all, and their recalls."""
     corpus = draw(options)
     if ours:
-        return lambda: recall_metrics(rank_videos(corpus.embeddings, corpus.target))
+        ranking = {"readout": corpus.ranking}
+        return lambda: recall_metrics(rank_videos(corpus.embeddings, corpus.target, **ranking))
     return partial(_plain_prvr, corpus)
 
 
@@ -78,18 +88,19 @@ def vcmr(options: Options, ours: bool) -> Callable[[], dict]:
 
 def _our_vcmr(corpus: Corpus) -> dict:
     predictions = predict_moments(
-        corpus.embeddings, corpus, corpus.proposals, per_video=PER_VIDEO, limit=READ
-    )
+        corpus.embeddings, corpus, corpus.pyramid.proposals,
+        per_video=PER_VIDEO, limit=READ, readout=corpus.ranking,
+    )  # fmt: skip
     recalls = vcmr_rows(predictions, corpus.queries)["VCMR"]
     return recalls | {"cosines": predictions.scores.cpu()}
 
 
 def _plain_prvr(corpus: Corpus) -> dict[str, float]:
-    """Unit vectors, all cosines, their maximum; then a full sort of every text's videos."""
+    """Unit vectors, all cosines, their read-out; then a full sort of every text's videos."""
     similarity = []
     for texts in corpus.embeddings.texts.split(BATCH):
         row = [
-            _cosines(texts, events).max(dim=-1).values.cpu().numpy()
+            readout(corpus.readout, _cosines(texts, events), corpus.pyramid).cpu().numpy()
             for events in corpus.embeddings.events.split(BATCH)
         ]
         similarity.append(np.concatenate(row, axis=1))
@@ -106,7 +117,7 @@ def _plain_vcmr(corpus: Corpus) -> dict:
     """
     device = corpus.embeddings.texts.device
     durations = torch.tensor([video.duration for video in corpus.videos], device=device)
-    proposals, predictions = corpus.proposals.to(device), []
+    proposals, predictions = corpus.pyramid.proposals.to(device), []
     for texts in corpus.embeddings.texts.split(BATCH):
         scores, moments, videos = [], [], []
         for first in range(0, len(durations), BATCH):

@@ -12,18 +12,22 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import main as propy
+from models import ProPyConfig
 from utils import RunError
+from utils.arguments import FLAG_OF_FIELD
 from utils.command import Parser, run_command
 from utils.training.checkpoint import BEST, read_checkpoint
 
+NO_FLAGS = {"pyramid", "clip_seconds"}
 # Of a run: what its pictures depend on.
 FLAGS = (
-    "datatype", "prvr_val_annos", "video_dir", "frame_store", "allow_missing", "max_words",
-    "pretrained_clip_name", "clip_activation", "pyr_config_path", "Nvp", "num_adapter_layers",
-    "adapter_channels", "temp_kernel_sz", "batch_size_val", "seed", "event_scores", "plot_dir",
+    "datatype", "prvr_val_annos", "video_dir", "frame_store", "allow_missing", "pyr_config_path",
+    *(FLAG_OF_FIELD.get(f.name, f.name) for f in fields(ProPyConfig) if f.name not in NO_FLAGS),
+    "batch_size_val", "seed", "event_scores", "plot_dir",
 )  # fmt: skip
 VARIABLES = (
     *FLAGS, "num_thread_reader", "plot_limit", "plot_layer", "plot_head", "plot_style",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dataloaders.tokenizer import tokenize
-from models import build_model, reference
+from models import ProPy, build_model, reference
 from modules import ModelError
 from modules.losses import video_text_loss
+from modules.pyramid import VISIBILITIES
+from modules.readout import READOUTS
 from tests.golden_model import GoldenModel
 from utils.training.engine import train_step
 from utils.training.optim import build_optimizer
@@ -16,14 +20,14 @@ from utils.training.optim import build_optimizer
 PYRAMID = {"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]}
 
 
-def random_model(seed: int = 0, pyramid: dict = PYRAMID, **settings) -> torch.nn.Module:
+def random_model(seed: int = 0, pyramid: dict = PYRAMID, **chosen) -> ProPy:
     """A tiny model whose adapters, zero at the start of training, do something."""
     torch.manual_seed(seed)
-    settings = {"num_prompts": 3, "adapter_channels": 16, "adapter_kernel": 3} | settings
-    model = build_model(GoldenModel.read("m3").clip_state(), pyramid, **settings)
+    chosen = {"num_prompts": 3, "adapter_channels": 16, "adapter_kernel": 3} | chosen
+    model = build_model(GoldenModel.read("m3").clip_state(), pyramid, **chosen)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith(("prompts.", "adapters.")):
+            if name not in model.backbone_names():
                 parameter.normal_(std=0.2)
     return model.double()
 
@@ -48,7 +52,39 @@ def random_batch(model, videos: int = 3, seed: int = 1) -> dict:
     [(0, "quick_gelu"), (2, "quick_gelu"), (3, "quick_gelu"), (3, "gelu")],
 )
 def test_equals_plain_definition(pyramid, adapters: int, activation: str) -> None:
-    model = random_model(pyramid=pyramid, num_adapter_layers=adapters, clip_activation=activation)
+    assert_equals_plain(
+        random_model(pyramid=pyramid, num_adapter_layers=adapters, clip_activation=activation)
+    )
+
+
+@settings(max_examples=25)
+@given(
+    pyramid=st.sampled_from([
+        PYRAMID, PYRAMID | {"drop_top": 1}, {"Nf": 8, "offset": [1, 1, 0], "drop_top": 2},
+        {"Nf": 8, "H": [[2, 3], [2, 1], [2, 1]]}, {"Nf": 4, "H": [[2, 2], [1, 1], [2, 1]]},
+    ]),
+    visibility=st.sampled_from(VISIBILITIES),
+    num_prompts=st.sampled_from([0, 1, 4]),
+    text_prompts=st.sampled_from(["projected", "none"]),
+    num_adapter_layers=st.integers(0, 3),
+    adapter_kernel=st.sampled_from([1, 3, 7]),
+    adapter_channels=st.sampled_from([1, 16]),
+    lora_rank=st.sampled_from([0, 2]),
+    frame_groups=st.sampled_from(["", "2", "4", "2,4", "1,2"]),
+    frame_embedding=st.integers(0, 1),
+    readout=st.sampled_from(list(READOUTS)),
+)  # fmt: skip
+def test_every_option_equals_its_plain_definition(**chosen) -> None:
+    """In numbers and gradients, the latter also as far as any parameter is reached."""
+    model = random_model(**chosen)
+    gradients = assert_equals_plain(model)
+    reached = {name for name, gradient in gradients.items() if gradient.any()}
+    dead = model.unreachable_parameters()
+    assert reached == gradients.keys() - dead
+
+
+def assert_equals_plain(model: ProPy) -> dict[str, torch.Tensor]:
+    """Numbers and gradients are those of models.reference; returns the latter, zeros for none."""
     batch = random_batch(model)
     events, attention = model.encode_video(batch["frames"], return_attention=True)
     texts = model.encode_text(batch["token_ids"])
@@ -62,9 +98,10 @@ def test_equals_plain_definition(pyramid, adapters: int, activation: str) -> Non
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ours = torch.autograd.grad(loss, trained.values(), allow_unused=True)
     plain = torch.autograd.grad(plain_loss, trained.values(), allow_unused=True)
+    ours, plain = ([torch.zeros(1) if g is None else g for g in x] for x in (ours, plain))
     for name, a, b in zip(trained, ours, plain, strict=True):
-        a, b = (torch.zeros(()) if g is None else g for g in (a, b))
-        assert (a - b).abs().max() < 1e-10, name
+        assert not (a - b).numel() or (a - b).abs().max() < 1e-10, name
+    return dict(zip(trained, ours, strict=True))
 
 
 def test_uint8_frames_are_normalised_on_the_device() -> None:
@@ -107,12 +144,18 @@ def test_events_see_their_own_frames_only() -> None:
     torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
 
 
-@pytest.mark.parametrize("parts", [2, 5])
-def test_a_batch_in_parts_is_the_whole_batch(parts: int) -> None:
+EVERYTHING = {
+    "lora_rank": 2, "frame_groups": "2,4", "frame_embedding": 1, "readout": "consensus",
+    "visibility": "all",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "chosen"), [(2, {}), (5, {}), (2, EVERYTHING)])
+def test_a_batch_in_parts_is_the_whole_batch(parts: int, chosen: dict) -> None:
     """Accumulation gives loss and gradients of one batch, negatives of all parts included."""
     results = []
     for count in (1, parts):
-        model = random_model()
+        model = random_model(**chosen)
         optimizer = build_optimizer(model, 0.0, 1.0, 0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         step = train_step(
@@ -162,6 +205,43 @@ def test_initial_values() -> None:
         assert adapter.fc1.weight.abs().max() > 0 and adapter.fc2.weight.abs().max() > 0
 
 
+def test_options_of_the_tower_start_as_nothing() -> None:
+    """Whatever is drawn for them; with LoRA merged, which is without gradients, the same."""
+    state, models = GoldenModel.read("m3").clip_state(), []
+    for chosen in ({}, {"lora_rank": 4, "frame_embedding": 1}):
+        torch.manual_seed(0)
+        models.append(build_model(state, PYRAMID, **chosen).double())
+    batch = random_batch(models[0])
+    for encode, inputs in (("encode_video", "frames"), ("encode_text", "token_ids")):
+        plain, *others = (getattr(model, encode)(batch[inputs]) for model in models)
+        torch.testing.assert_close(others[0], plain, rtol=0, atol=0)
+        changed = random_model(lora_rank=4)
+        apart = getattr(changed, encode)(batch[inputs])
+        with torch.no_grad():
+            merged = getattr(changed, encode)(batch[inputs])
+        torch.testing.assert_close(merged, apart, rtol=0, atol=1e-12)
+        assert not torch.allclose(merged, getattr(random_model(), encode)(batch[inputs]))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"frame_groups": "3"}, r"frame_groups '3': .* divide the 8 frames"),
+        ({"frame_groups": "2,2,2"}, "for at most 2 layers"),
+        ({"frame_groups": "two"}, "frame_groups 'two'"),
+        ({"frame_groups": "0"}, "frame_groups '0'"),
+        ({"lora_rank": -1}, "a rank are 0 or more"),
+        ({"text_prompts": "learned"}, "text_prompts 'learned' is none of"),
+        ({"visibility": "none"}, "visibility 'none' is none of"),
+        ({"readout": "mean"}, "read-out 'mean' is none of"),
+        ({"rank_readout": "mean"}, "read-out 'mean' is none of"),
+    ],
+)
+def test_settings_that_make_no_model(chosen: dict, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        random_model(**chosen)
+
+
 def test_more_visual_than_text_layers() -> None:
     """As in ViT-L/14: text layer l takes the prompts of visual layer l."""
     state = GoldenModel.read("m3").clip_state()
@@ -196,10 +276,11 @@ def test_missing_weights_name_the_remedy(tmp_path) -> None:
         build_model(tmp_path / "ViT-B-32.pt", PYRAMID)
 
 
-def test_checkpointed_activations_change_no_number() -> None:
+@pytest.mark.parametrize("chosen", [{}, EVERYTHING])
+def test_checkpointed_activations_change_no_number(chosen: dict) -> None:
     results = []
     for checkpointed in (False, True):
-        model = random_model(checkpoint_activations=checkpointed).float()
+        model = random_model(checkpoint_activations=checkpointed, **chosen).float()
         batch, kept = random_batch(model), []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x

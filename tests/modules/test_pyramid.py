@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modules import ModelError
-from modules.pyramid import MAX_EVENTS, PromptPyramid
+from modules.pyramid import MAX_EVENTS, VISIBILITIES, PromptPyramid
+from tests.golden_model import ROOT
+from utils import arguments
 
 
 @st.composite
@@ -57,6 +59,12 @@ def test_events_see_who_contains_them_and_whom_they_contain(config, num_prompts,
     related = torch.tensor([[a <= b or b <= a for b in frames] for a in frames])
     assert torch.equal(pyramid.related, related)
     assert torch.equal(pyramid.related, pyramid.related.T)
+    level = pyramid.level_of_event
+    above = level.unsqueeze(0) > level.unsqueeze(1)  # the column's event is of a higher level
+    own_self = torch.eye(len(frames), dtype=torch.bool)
+    assert torch.equal(pyramid.sees("ancestors"), related & above | own_self)
+    assert torch.equal(pyramid.sees("descendants"), related & above.T | own_self)
+    assert torch.equal(pyramid.sees("self"), own_self) and pyramid.sees("all").all()
     own = torch.tensor([[f in span for f in range(pyramid.num_frames)] for span in frames])
     visible = pyramid.visibility(num_prompts, tokens)
     events, bottom = pyramid.num_events, pyramid.num_bottom_events
@@ -65,6 +73,54 @@ def test_events_see_who_contains_them_and_whom_they_contain(config, num_prompts,
     assert all(torch.equal(prompts[:, p], related[:, -bottom:]) for p in range(num_prompts))
     seen = visible[:, events + num_prompts * bottom :].unflatten(1, (tokens, -1))
     assert all(torch.equal(seen[:, t], own) for t in range(tokens))
+    for rule in VISIBILITIES:  # which is about events only
+        ruled = pyramid.visibility(num_prompts, tokens, rule)
+        assert torch.equal(ruled[:, :events], pyramid.sees(rule))
+        assert torch.equal(ruled[:, events:], visible[:, events:])
+
+
+@settings(max_examples=40)
+@given(pyramids(), st.data())
+def test_levels_left_out_at_the_top(config, data) -> None:
+    whole = PromptPyramid(*config)
+    drop = data.draw(st.integers(0, len(config[1]) - 1))
+    pyramid = PromptPyramid.from_config(whole.config | {"drop_top": drop})
+    kept = whole.level_of_event <= len(config[1]) - drop
+    assert torch.equal(pyramid.spans, whole.spans[kept])
+    assert torch.equal(pyramid.level_of_event, whole.level_of_event[kept])
+    assert pyramid.num_events == sum(pyramid.events_per_level) == int(kept.sum())
+    assert torch.equal(PromptPyramid.from_config(pyramid.config).spans, pyramid.spans)
+
+
+SHIPPED = {
+    "cfg_8": [4, 3, 1],
+    "cfg_16": [8, 7, 3, 1],
+    "cfg_32": [16, 15, 7, 3, 1],
+    "cfg_64": [32, 31, 15, 7, 3, 1],
+    "cfg_32_no_overlap": [16, 8, 4, 2, 1],
+    "cfg_32_overlap": [31, 15, 7, 3, 1],
+    **{f"cfg_32_without_top_{n}": [16, 15, 7, 3, 1][:-n] for n in (1, 2, 3, 4)},
+    **{f"cfg_32_without_bottom_{n}": [16, 15, 7, 3, 1][n:] for n in (1, 2, 3, 4)},
+}
+
+
+def test_shipped_pyramids() -> None:
+    """Without a level the others are those of cfg_32."""
+    paths = {path.stem: path for path in (ROOT / "scripts/pyramids").iterdir()}
+    assert paths.keys() == SHIPPED.keys()
+    spans = PromptPyramid.from_config(paths["cfg_32"]).spans.tolist()
+    for name, counts in SHIPPED.items():
+        pyramid = PromptPyramid.from_config(paths[name])
+        assert pyramid.events_per_level == counts
+        if "without" in name:
+            first = len(spans) - pyramid.num_events if "top" in name else 0
+            assert pyramid.spans.tolist() == spans[first : first + pyramid.num_events]
+
+
+def test_rules_have_names() -> None:
+    assert VISIBILITIES == arguments.VISIBILITIES
+    with pytest.raises(ModelError, match="visibility 'none' is none of relatives, ancestors"):
+        PromptPyramid(1, [(1, 1)]).sees("none")
 
 
 @settings(max_examples=40)
@@ -118,6 +174,8 @@ def test_unusual_pyramids_work(config, events, tmp_path):
         ({"Nf": 8, "H": [[3, 2], [3, 1]]}, r"level 1 \[3, 2\] does not fit the 8 nodes"),
         ({"Nf": 8, "H": [[2, 2], [2, 2]]}, "level 2 .the top. has 2 events"),
         ({"Nf": 32, "H": [[1, 1]] * 1000}, f"level 313: more than {MAX_EVENTS} events"),
+        ({"Nf": 8, "H": [[2, 2], [4, 1]], "drop_top": 2}, "drop_top is .* of the 2 levels"),
+        ({"Nf": 8, "H": [[2, 2], [4, 1]], "drop_top": True}, "drop_top is"),
         ({"Nf": 0, "offset": []}, "power of two"),
         ({"Nf": 1, "offset": []}, "at least one"),
         ({"Nf": 8, "offset": [0, 0]}, r"log2\(Nf\) = 3 levels"),

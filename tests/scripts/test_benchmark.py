@@ -43,6 +43,12 @@ def test_both_sides_give_the_same(name: str) -> None:
     assert harness.ratio(result) > 0
 
 
+@pytest.mark.parametrize("name", ["prvr_tail", "vcmr_tail"])
+def test_both_sides_rank_by_the_same_readout(name: str) -> None:
+    options = harness.Options(**SMALL, texts=30, videos=20, readout="half")
+    harness.measure(name, benchmark.STAGES[name], options, repeats=1, memory=False)
+
+
 @pytest.mark.parametrize("name", ["encode_video", "train_step"])
 def test_a_wrong_result_is_noticed(name: str, monkeypatch) -> None:
     right = reference.mlp

@@ -127,7 +127,12 @@ class EventAttention:
 
     @classmethod
     def of_event(
-        cls, attention: np.ndarray, event: int, pyramid: PromptPyramid, num_prompts: int
+        cls,
+        attention: np.ndarray,
+        event: int,
+        pyramid: PromptPyramid,
+        num_prompts: int,
+        visibility: str = "relatives",
     ) -> EventAttention:
         """Args: attention: [N_e, keys] of a layer, in the column order of ``visibility``."""
         row = attention[event]
@@ -136,7 +141,7 @@ class EventAttention:
         grid = round((tokens.shape[1] - 1) ** 0.5)
         return cls(
             events=row[: pyramid.num_events],
-            visible=pyramid.related[event].numpy(),
+            visible=pyramid.sees(visibility)[event].numpy(),
             prompts=float(row[pyramid.num_events : first_token].sum()),
             class_tokens=tokens[:, 0],
             patches=tokens[:, 1:].reshape(-1, grid, grid),

@@ -211,7 +211,8 @@ def _draw_query(
     )
     row = None
     if attention is not None:
-        row = draw.EventAttention.of_event(attention, event, pyramid, model.num_prompts)
+        seen = model.num_prompts, model.config.visibility
+        row = draw.EventAttention.of_event(attention, event, pyramid, *seen)
         subtitle += (
             f" · attention goes to patches {row.patches.sum():.0%}, class tokens "
             f"{row.class_tokens.sum():.0%}, events {row.events.sum():.0%}, prompts "

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from modules.losses import video_text_loss
+from modules.losses import (
+    hardest_negative_loss,
+    reversed_negative_loss,
+    text_relation_loss,
+    video_text_loss,
+)
 from utils import RunError
-from utils.distributed import gather_rows, is_main, own_share, sum_gradients
+from utils.distributed import gather, gather_rows, is_main, rank, shares, sum_gradients
 from utils.misc import autocast, peak_memory_gib, to_device
 from utils.training.optim import set_learning_rate
 from utils.training.progress import EpochSums
@@ -27,7 +32,20 @@ SMALLEST_LOSS_SCALE = 2.0**-20
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class LossWeights:
+    """The terms besides `video_text_loss`, see modules.losses; 0 is without."""
+
+    hard_negatives: float = 0.0
+    text_relations: float = 0.0
+    reversed_negatives: float = 0.0
+    reversed_share: float = 0.5  # of the videos of a step, which are embedded backwards too
+
+
+PUBLISHED_LOSS = LossWeights()
+
+
+@dataclass(frozen=True)
+class TrainConfig(LossWeights):
     """How a run trains; the fields are main.py's flags of the same names, which explain them."""
 
     epochs: int = 10
@@ -52,6 +70,7 @@ class StepResult:
 def train_step(
     model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     *, precision: str = "fp32", micro_batches: int = 1, clip_grad_norm: float = 1.0,
+    weights: LossWeights = PUBLISHED_LOSS,
 ) -> StepResult:  # fmt: skip
     """One optimizer step on one batch of videos with all their captions.
 
@@ -60,13 +79,14 @@ def train_step(
         precision: of the forward; similarity and loss are float32 in any case.
         micro_batches: see `batch_gradient`.
         clip_grad_norm: largest norm of the gradient after unscaling.
+        weights: of the loss's terms.
 
     Raises:
         RunError: loss or gradient is not finite and no loss scaler is there to skip the step, or
             it has skipped so many that it never will find a scale. The weights are as before.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = batch_gradient(model, batch, scaler, precision, micro_batches)
+    loss = batch_gradient(model, batch, scaler, precision, micro_batches, weights)
     if not scaler.is_enabled() and not loss.isfinite():
         raise _not_finite("loss", loss, batch)
     scaler.unscale_(optimizer)
@@ -85,8 +105,9 @@ def train_step(
 
 
 def batch_gradient(
-    model: nn.Module, batch: dict, scaler: torch.amp.GradScaler, precision: str, micro_batches: int
-) -> Tensor:
+    model: nn.Module, batch: dict, scaler: torch.amp.GradScaler, precision: str,
+    micro_batches: int, weights: LossWeights = PUBLISHED_LOSS,
+) -> Tensor:  # fmt: skip
     """The gradient of the whole batch's loss, scaled, into the parameters; returns the loss.
 
     Own rows are embedded, those of all processes gathered, the loss is that of all; its gradient of
@@ -95,23 +116,33 @@ def batch_gradient(
     and each once more for its gradient. A third more work, the same numbers, where adding up the
     losses of small batches would be another loss: a text would meet those of its own batch only.
     """
-    device = batch["frames"].device
+    frames, token_ids = batch["frames"], batch["token_ids"]
 
     def embed(encode: Callable, inputs: Tensor) -> Tensor:
-        with autocast(device, precision):
+        with autocast(frames.device, precision):
             return encode(inputs)
 
-    own_texts = batch["token_ids"][own_share(len(batch["token_ids"]))]
+    videos, text_rows = shares(len(batch.get("vid_names", frames))), shares(len(token_ids))
+    turned = _reversed_videos(videos[-1].stop, weights)
+    if own_turned := [v - videos[rank()].start for v in turned if v in videos[rank()]]:
+        frames = torch.cat([frames, frames[own_turned].flip(1)])
+    own_texts = token_ids[text_rows[rank()].start : text_rows[rank()].stop]
     sides = [
-        (model.encode_video, batch["frames"].chunk(micro_batches)),
+        (model.encode_video, frames.chunk(micro_batches)),
         (model.encode_text, own_texts.chunk(micro_batches)),
     ]
-    counts = [len(batch.get("vid_names", batch["frames"])), len(batch["token_ids"])]
+    counts = [[len(v) + len(set(v) & set(turned)) for v in videos], [len(t) for t in text_rows]]
     with torch.set_grad_enabled(micro_batches == 1):
         embedded = [[embed(encode, rows) for rows in inputs] for encode, inputs in sides]
     own = [torch.cat(rows).detach().requires_grad_() for rows in embedded]
     events, texts = map(gather_rows, own, counts)
-    loss = video_text_loss(model.scores(texts, events), batch["text_to_video"])
+    events, backwards = _apart(events, videos, turned)
+    frozen = None
+    if weights.text_relations:
+        with torch.no_grad():
+            frozen = torch.cat([embed(model.clip.encode_text, rows) for rows in sides[1][1]])
+        frozen = gather(frozen, counts[1])
+    loss = _loss(model, batch["text_to_video"], events, texts, weights, turned, backwards, frozen)
     scaler.scale(loss).backward()
     if not is_main():  # the whole loss's own gradients, of a trained logit scale, count once
         model.zero_grad(set_to_none=True)
@@ -124,6 +155,51 @@ def batch_gradient(
                 embedding.backward(gradient)
     sum_gradients(model)
     return loss.detach()
+
+
+def _reversed_videos(num_videos: int, weights: LossWeights) -> list[int]:
+    """Those of a batch that are embedded backwards too, spread evenly; batches are shuffled."""
+    if not weights.reversed_negatives:
+        return []
+    count = max(1, round(weights.reversed_share * num_videos))
+    return [i * num_videos // count for i in range(count)]
+
+
+def _apart(rows: Tensor, videos: list[range], turned: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Gathered rows, which are each process's videos and then those of them that were turned, to
+    events [B, N_e, D] of the videos, and of the turned ones."""
+    if not turned:
+        return rows, None
+    order = [
+        (v, again) for own in videos for again in (0, 1) for v in own if v in turned or not again
+    ]
+    position = {row: i for i, row in enumerate(order)}
+    return (
+        rows[[position[v, 0] for v in range(videos[-1].stop)]],
+        rows[[position[v, 1] for v in turned]],
+    )
+
+
+def _loss(
+    model: nn.Module, text_to_video: Tensor, events: Tensor, texts: Tensor, weights: LossWeights,
+    turned: list[int], backwards: Tensor | None, frozen: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The whole batch's; `backwards` are the events of the videos `turned`, `frozen` CLIP's own
+    text features."""
+    scores = model.scores(texts, events)
+    loss = video_text_loss(scores, text_to_video)
+    if weights.hard_negatives:
+        cosines = scores / model.clip.logit_scale.exp()
+        loss = loss + weights.hard_negatives * hardest_negative_loss(cosines, text_to_video)
+    if backwards is not None:
+        position = {video: i for i, video in enumerate(turned)}
+        own = [(t, v, position[v]) for t, v in enumerate(text_to_video.tolist()) if v in position]
+        text, video, column = torch.tensor(own, device=scores.device).T
+        pairs = scores[text, video], model.scores(texts, backwards)[text, column]
+        loss = loss + weights.reversed_negatives * reversed_negative_loss(*pairs)
+    if frozen is not None:
+        loss = loss + weights.text_relations * text_relation_loss(texts, frozen)
+    return loss
 
 
 def _not_finite(what: str, value: Tensor, batch: dict) -> RunError:
@@ -169,7 +245,7 @@ def train_one_epoch(
                 result = train_step(
                     model, batch, optimizer, scaler,
                     precision=config.precision, clip_grad_norm=config.clip_grad_norm,
-                    micro_batches=config.gradient_accumulation_steps,
+                    micro_batches=config.gradient_accumulation_steps, weights=config,
                 )  # fmt: skip
             except RunError as error:
                 raise RunError(f"step {step + 1}: {error}") from None

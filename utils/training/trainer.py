@@ -45,7 +45,7 @@ logger = logging.getLogger("propy.trainer")
 # Settings that leave a run's results as they are.
 HARMLESS = {"precision", "save_every_steps", "datatype", "subtask_type"}
 CHANGE_A_RUN = {field.name for cls in (TrainConfig, EvalConfig) for field in fields(cls)}
-CHANGE_A_RUN = (CHANGE_A_RUN | {"batch_size", "max_words", "seed"}) - HARMLESS
+CHANGE_A_RUN = (CHANGE_A_RUN | {"batch_size", "max_words", "seed", "rank_readout"}) - HARMLESS
 # Zero-shot rows depend on these.
 CHANGE_ZERO_SHOT = {"max_words", "event_scores", "npev", "window_rule", VAL_ANNOTATIONS}
 # The order of an epoch's videos depends on these.
@@ -107,7 +107,8 @@ def _measure(settings: Mapping, task: str) -> tuple:
     """The settings that the score which chooses the best epoch depends on."""
     if task == VCMR:
         return settings.get("npev"), settings.get("window_rule"), settings.get(VAL_ANNOTATIONS)
-    return settings.get("event_scores") == "dot", settings.get(VAL_ANNOTATIONS)
+    ranking = settings.get("event_scores") == "dot", settings.get("rank_readout")
+    return *ranking, settings.get(VAL_ANNOTATIONS)
 
 
 class Trainer:
