@@ -54,8 +54,6 @@ from utils.training.progress import run_facts
 from utils.training.signals import Stopped
 from utils.training.trainer import LESS_MEMORY_EVALUATING, Trainer, checkpoint_to_resume
 
-ROOT = Path(__file__).resolve().parent
-
 logger = logging.getLogger("propy.main")
 
 
@@ -125,7 +123,7 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     if not (args.do_eval or args.do_plot):
         return
     if args.zero_shot:
-        epoch, best = 0, clip_weights(args)
+        epoch, best = 0, weights_path(args.pretrained_clip_name)
         logger.info("using %s", source := zero_shot_name(args.zero_shot, best))
         if is_main() and not (args.output_dir / "log.jsonl").exists():  # else training's stay
             write_args(args, {})
@@ -180,18 +178,13 @@ def read_split(path: Path, name: str, datatype: str) -> Split:
     return split
 
 
-def clip_weights(args: argparse.Namespace) -> Path:
-    """The file of CLIP's weights."""
-    return weights_path(args.pretrained_clip_name, ROOT / "CLIP_weights")
-
-
 def build(args: argparse.Namespace, train_split: Split | None) -> ProPy | ZeroShot:
     """The model of the flags, its CLIP read and its new parameters, if it has any, drawn."""
     pyramid = PromptPyramid.from_config(args.pyr_config_path).config
     seconds = train_split and sum(v.duration for v in train_split.videos) / len(train_split.videos)
     trust = os.environ.get("TRUST_CLIP_ARCHIVE") == "1"
-    clip = build_clip(clip_weights(args), trust, args.clip_activation)
-    given = {"clip_activation": clip.activation, "clip_seconds": seconds}
+    clip = build_clip(args.pretrained_clip_name, trust, args.clip_activation)
+    given = clip.settings.as_fields() | {"clip_seconds": seconds}
     config = config_from(ProPyConfig, args, pyramid=pyramid, **given)
     context = clip.sizes.context_length
     if args.max_words > context:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer te
 # Seconds: less between two times is rounding; so much between two durations of a video may come of
 # writing whole seconds, more cannot.
 TIME_TOLERANCE, ROUNDING = 1e-3, 1.0
+MAX_SECONDS = 1e15  # what is more was never a time
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
 
 
@@ -49,6 +49,11 @@ class Video:
 
     vid_name: str
     duration: float
+
+
+def read_videos(paths: Iterable[Path]) -> list[Video]:
+    """The videos of several annotation files together. DataError: see `read_annotations`."""
+    return corpus_videos(query for path in paths for query in read_annotations(path))
 
 
 def corpus_videos(queries: Iterable[Query]) -> list[Video]:
@@ -268,9 +273,7 @@ def _check_name(value: object) -> str:
 def _check_id(value: object) -> str | int:
     if type(value) is int:
         return value
-    if not isinstance(value, str):
-        raise ValueError(f"{_show(value)} is neither a text nor a whole number: give it a name")
-    if not value:
+    if value == "":
         raise ValueError("it is empty: give the query a name of its own")
     return _check_text(value)
 
@@ -287,13 +290,9 @@ def _check_caption(value: object) -> str:
 def _check_seconds(value: object) -> float:
     if type(value) not in (int, float):
         raise ValueError(f"{_show(value)} is not a number: write seconds, without quotes")
-    try:
-        seconds = float(value)
-    except OverflowError:
-        seconds = math.inf
-    if not 0 <= seconds < math.inf:
+    if not 0 <= value <= MAX_SECONDS:
         raise ValueError(f"{_show(value)} is not a time: write seconds from 0 on")
-    return seconds
+    return float(value)
 
 
 def _check_duration(value: object) -> float:

@@ -11,7 +11,7 @@ import re
 import unicodedata
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +27,22 @@ MEASURES = ("bytes", "crc32", "frames")  # of the file, in every line
 VIDEO_ENDING = re.compile(r"\.(mp4|m4v|mkv|webm|avi|mov|flv|wmv|mpe?g|3gp|ts)$", re.IGNORECASE)
 
 
-def lookalikes(missing: Sequence[str], present: Iterable[str]) -> dict[str, str]:
-    """Of missing clips those that are there under a name which is easily confused, and a remedy.
+def missing_names(
+    names: Sequence[str], present: Collection[str], ending: str = ""
+) -> dict[str, str]:
+    """Which names are not among those present, in order, each with what there is to say of it: also
+    what is there under a name that is easily confused with it, and the remedy.
 
     Args:
-        missing: names of videos.
-        present: names of files, or of clips.
+        names: of videos.
+        present: names of clips, or of files if there is an ending.
     """
-    alike = {_alike(name): name for name in sorted(present, reverse=True)}
+    missing = [name for name in names if name + ending not in present]
+    alike = {_alike(name): name for name in sorted(present, reverse=True)} if missing else {}
     found = {name: alike[_alike(name)] for name in missing if _alike(name) in alike}
-    return {
-        name: f"but {other!r} is there: {_remedy(name, other)}" for name, other in found.items()
+    return dict.fromkeys(missing, "missing") | {
+        name: f"missing, but {other!r} is there: {_remedy(name, other)}"
+        for name, other in found.items()
     }
 
 
@@ -65,21 +70,19 @@ class ClipSource(ABC):
     """Clips by video name. Instances travel to worker processes, so they hold no open files."""
 
     kind: str  # what kind of thing the frames are read from: resuming says if it is another
+    place: Path  # the folder or file
+    remedy: str  # where clips are missing
     check_command = ""  # finds every clip that does not decode, if there is such a command
 
     @abstractmethod
-    def missing(self, names: Sequence[str]) -> list[str]:
-        """Those of the names that have no clip here, in order.
+    def missing(self, names: Sequence[str]) -> dict[str, str]:
+        """Those of the names that have no clip here, see `missing_names`.
 
         Cheap: no clip is opened.
 
         Raises:
             DataError: the source itself is not there or unusable.
         """
-
-    @abstractmethod
-    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
-        """See the function of this name."""
 
     @abstractmethod
     def label(self, name: str) -> str:
@@ -116,22 +119,15 @@ class ClipSource(ABC):
             DataError: it cannot.
         """
 
-    @abstractmethod
-    def missing_message(self, missing: Sequence[str], total: int) -> str:
-        """One line: how many of ``total`` clips are missing, and the remedy."""
-
     def check(self, names: Sequence[str], size: int) -> None:
         """Raises a DataError that lists the clips which are not there, or do not fit ``size``.
 
         Cheap too: a folder's clips are only read when they are loaded.
         """
-        missing = self.missing(names)
-        if missing:
-            alike = self.lookalikes(missing)
-            lines = [
-                f"{name}: missing, {alike[name]}" if name in alike else name for name in missing
-            ]
-            raise DataError(f"{self.missing_message(missing, len(names))}:\n{listed(lines)}")
+        if missing := self.missing(names):
+            lines = listed([f"{name}: {reason}" for name, reason in missing.items()])
+            count = f"{len(missing)} of {len(names)} clips are missing from the {self.kind}"
+            raise DataError(f"{self.place}: {count}: {self.remedy}:\n{lines}")
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
@@ -184,9 +180,10 @@ class VideoFolder(ClipSource):
     """
 
     kind = "video folder"
+    remedy = "set video_dir, or make them with `bash scripts/prepare.sh`"
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.place = self.folder = Path(folder)
         self.noted = read_manifest(self.folder)
         if not self.noted and self.folder.is_dir():
             logger.info(
@@ -201,21 +198,11 @@ class VideoFolder(ClipSource):
     def path(self, name: str) -> Path:
         return self.folder / f"{name}.mp4"
 
-    def missing(self, names: Sequence[str]) -> list[str]:
+    def missing(self, names: Sequence[str]) -> dict[str, str]:
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such video folder: set video_dir")
         present = {path.name for path in self.folder.iterdir()}  # one listing, however many names
-        return [name for name in names if self.path(name).name not in present]
-
-    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
-        present = self.folder.iterdir() if missing else ()
-        return lookalikes(missing, (path.name for path in present))
-
-    def missing_message(self, missing: Sequence[str], total: int) -> str:
-        return (
-            f"{self.folder}: {len(missing)} of {total} video files are missing: set video_dir,"
-            " or make them with `bash scripts/prepare.sh`"
-        )
+        return missing_names(names, present, ".mp4")
 
     def label(self, name: str) -> str:
         return str(self.path(name))

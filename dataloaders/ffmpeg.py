@@ -208,6 +208,56 @@ def run_ffmpeg(
         return Completed(status, _read_back(output), messages)
 
 
+def stream_output(
+    arguments: list[str], size: int, patience: float = DEFAULT_TIME_LIMIT
+) -> Iterator[bytes]:
+    """What ffmpeg writes to standard output, in pieces of `size` bytes, as it comes.
+
+    Args:
+        arguments: as for `run_ffmpeg`.
+        patience: seconds that a piece may take; the time that the caller takes does not count.
+
+    Returns:
+        By way of ``yield from``, ffmpeg's end: a `Completed` without output.
+
+    Raises:
+        DataError: a piece took longer, or the process was killed.
+    """
+    command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
+        _running.add(process)
+        timed_out = threading.Event()
+        try:
+            if prlimit is not None:
+                _limit_memory(process)
+            while True:
+                timer = threading.Timer(patience, lambda: (timed_out.set(), process.kill()))
+                timer.start()
+                piece = process.stdout.read(size)
+                timer.cancel()
+                if len(piece) < size:
+                    break
+                yield piece
+            status = process.wait()
+        finally:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+            _running.discard(process)
+        if timed_out.is_set():
+            raise DataError(f"no frame within {patience:g} s, and stopped")
+        if status < 0:
+            raise DataError(f"ffmpeg was ended by signal {-status}")
+        return Completed(status, "", _read_back(errors, MAX_MESSAGES))
+
+
 def _limit_memory(process: subprocess.Popen) -> None:
     # It may be gone already, and a container may forbid this.
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -303,17 +353,18 @@ def decode_frames(
         DataError: as `read_packets`, and where not even the decoder's output is known.
     """
     arguments = ["-v", "level+info", *input_arguments(path)]
-    arguments += ["-vf", "setpts=N", *_every_frame()] if by_number else []
+    arguments += ["-vf", "setpts=N", *every_frame()] if by_number else []
     return parse_track(run_ffmpeg([*arguments, *listing_arguments(limit)], time_limit))
 
 
-def listing_arguments(limit: int | None = None) -> list[str]:
+def listing_arguments(limit: int | None = None, to: str = "pipe:1") -> list[str]:
     """Arguments of an output that lists the decoded frames for `parse_track`."""
-    return ["-map", "0:V:0", "-c:v", "wrapped_avframe", *_first(limit), "-f", "framecrc", "pipe:1"]
+    return ["-map", "0:V:0", "-c:v", "wrapped_avframe", *_first(limit), "-f", "framecrc", to]
 
 
 @functools.cache
-def _every_frame() -> list[str]:
+def every_frame() -> list[str]:
+    """Arguments of an output that gets every frame once, whatever its time."""
     return ["-fps_mode" if "-fps_mode" in _help() else "-vsync", "passthrough"]  # before ffmpeg 5.1
 
 
@@ -333,7 +384,7 @@ def decode_chosen(
         DataError: as `read_packets`, or a frame is damaged or not there.
     """
     chosen = "+".join(rf"eq(n\,{i})" for i in indices.tolist())
-    picked = ["-vf", f"select={chosen},setpts=N", *_every_frame()]
+    picked = ["-vf", f"select={chosen},setpts=N", *every_frame()]
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "frames"
         output = ["-map", "0:V:0", *picked, "-pix_fmt", "rgb24", "-f", "rawvideo", f"file:{raw}"]

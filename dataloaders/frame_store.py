@@ -7,7 +7,7 @@ same for a clip of any length. The format is described at `FrameStore`.
 from __future__ import annotations
 
 import contextlib
-import glob
+import hashlib
 import io
 import json
 import logging
@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 
 from dataloaders import DataError
-from dataloaders.clips import ClipSource, lookalikes
+from dataloaders.clips import ClipSource, missing_names
 from dataloaders.ffmpeg import decode_frames
 from dataloaders.sampling import sampled_indices
-from dataloaders.storage import if_supported, lock, open_hdf5, sync
+from dataloaders.storage import commit, if_supported, lock, open_hdf5, temporary_sibling
 from dataloaders.video import DECODE_TIME_LIMIT, PREPARE, load_every_frame
 
 logger = logging.getLogger("propy.frame_store")
@@ -65,13 +65,6 @@ class PackedClip:
         """Whether the file it was made from has not changed since."""
         stat = path.stat()
         return (stat.st_size, stat.st_mtime_ns) == (self.source_bytes, self.source_mtime_ns)
-
-    def same_frames(self, other: PackedClip | None) -> bool:
-        return (
-            other is not None
-            and np.array_equal(self.lengths, other.lengths)
-            and np.array_equal(self.checksums, other.checksums)
-        )
 
 
 def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedClip, bytes]:
@@ -146,20 +139,23 @@ class FrameStore(ClipSource):
     """
 
     kind = "frame store"
+    remedy = "add them with `.venv/bin/python -m scripts.data.pack_frames`"
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.place = self.path = Path(path)
         if not self.path.is_file():
-            unfinished = packing_path(self.path).is_file() or packed_parts(self.path)
+            unfinished = packing_path(self.path).is_dir()
             state = "is not finished" if unfinished else "no such frame store"
             raise DataError(f"{self.path}: {state}: {PACK}")
         with self._opened() as file:
             self.clips = self._places = self._read_index(file)
             self._identity = file_identity(file)
 
-    def _opened(self) -> BinaryIO:
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
         try:
-            return self.path.open("rb", buffering=0)
+            with self.path.open("rb", buffering=0) as file:
+                yield file
         except OSError as error:
             raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
 
@@ -180,17 +176,8 @@ class FrameStore(ClipSource):
                 f"{self.path}: no readable frame store ({reason}): give another, or {PACK}"
             ) from error
 
-    def missing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if name not in self.clips]
-
-    def lookalikes(self, missing: Sequence[str]) -> dict[str, str]:
-        return lookalikes(missing, self.clips)
-
-    def missing_message(self, missing: Sequence[str], total: int) -> str:
-        return (
-            f"{self.path}: {len(missing)} of {total} clips are missing from the frame store: add"
-            " them with `.venv/bin/python -m scripts.data.pack_frames`"
-        )
+    def missing(self, names: Sequence[str]) -> dict[str, str]:
+        return missing_names(names, self.clips)
 
     def label(self, name: str) -> str:
         return f"{self.path}: clip {name!r}"
@@ -238,12 +225,10 @@ class FrameStore(ClipSource):
             if file_identity(file) != self._identity:  # extended; frames may lie elsewhere now
                 self._places, self._identity = self._read_index(file), file_identity(file)
             clip = self._places.get(name)
-            if clip is not self.clips[name] and not self.clips[name].same_frames(clip):
+            if not (clip and np.array_equal(clip.checksums, self.clips[name].checksums)):
                 raise DataError(f"{self.label(name)}: changed while it was in use: start again")
             try:
                 return read_frames(file, clip, frames)
-            except OSError as error:
-                raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
             except DataError as error:
                 remedy = f"remove the file and {PACK}"
                 raise DataError(f"{self.label(name)}: {error}: {remedy}") from error
@@ -251,12 +236,11 @@ class FrameStore(ClipSource):
 
 def _read_clips(file) -> dict[str, PackedClip]:
     """The index of an open HDF5 file."""
-    lengths, checksums = file["frame_bytes"][:], file["frame_crc32"][:]
-    ends = file["first_frame"][:] + file["num_frames"][:]
+    starts = file["first_frame"][1:]
     columns = {
         "name": file["name"].asstr()[:],
-        "lengths": [lengths[a:b] for a, b in zip(file["first_frame"][:], ends, strict=True)],
-        "checksums": [checksums[a:b] for a, b in zip(file["first_frame"][:], ends, strict=True)],
+        "lengths": np.split(file["frame_bytes"][:], starts),
+        "checksums": np.split(file["frame_crc32"][:], starts),
         "source": file["source"].asstr()[:],
         **{f: file[f][:].tolist() for f in ("psnr", "source_bytes", "source_mtime_ns")},
         "first_byte": (file["jpeg"].id.get_offset() + file["first_byte"][:]).tolist(),
@@ -298,16 +282,16 @@ def file_identity(file: BinaryIO) -> tuple[int, ...]:
 class FrameStoreWriter:
     """Builds a frame store, or extends one; whatever ends the process, what was added is kept.
 
-    Clips are collected beside the store, see `Packing`. `finish` writes them and what an earlier
-    store has to a new file, which takes the store's place in one step: until then readers have the
+    Each clip becomes a file of its own in the folder ``<store>.packing``: a line that describes it,
+    followed by its JPEGs. `finish` writes them and what an earlier store has to a new file, in the
+    order of their names, which takes the store's place in one step: until then readers have the
     earlier one. So there has to be room for both.
 
     Args:
         path: the store.
         size, quality: of the frames, see `FrameStore`.
-        part: of a process that packs a part of the clips, at the same time as others pack theirs:
-            what its own file is called by. It does not `finish`; a writer without a part takes in
-            what all of them have packed.
+        shared: other processes, also on other machines, may add clips at the same time, if they are
+            told so too. None of them may `finish`.
 
     Attributes:
         clips: what is packed already, by name.
@@ -317,40 +301,39 @@ class FrameStoreWriter:
             process is packing it.
     """
 
-    def __init__(self, path: Path, size: int, quality: int, part: str = ""):
-        self.path = path
+    def __init__(self, path: Path, size: int, quality: int, shared: bool = False):
+        self.path, self._packing = path, packing_path(path)
         self._settings = {"format": FORMAT, "version": VERSION, "size": size, "quality": quality}
         if path.is_file():
             check_settings(path, vars(FrameStore(path)), self._settings)
-        with contextlib.ExitStack() as stack:
-            self._packings = [
-                stack.enter_context(contextlib.closing(Packing(file, path, self._settings)))
-                for file in [*([] if part else packed_parts(path)), packing_path(path, part)]
-            ]
+        with self._writing():
+            self._lock = self._take_lock(shared)
+        try:
             self._store = FrameStore(path) if path.is_file() else None
-            self._opened = stack.pop_all()
-        self._added = {name: packing for packing in self._packings for name in packing.clips}
-        self.clips = dict(self._store.clips if self._store else {})
-        self.clips |= {name: packing.clips[name] for name, packing in self._added.items()}
+            self._added = {clip.name: clip for clip in self._read_packing()}
+        except BaseException:
+            self._lock.close()
+            raise
+        self.clips = (self._store.clips if self._store else {}) | self._added
 
     def __enter__(self) -> FrameStoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._opened.close()
+        self._lock.close()
 
     def add(self, clip: PackedClip, jpegs: bytes) -> None:
         """Keep a clip; it replaces one of the same name."""
-        own = self._packings[-1]
-        with self._writing():
-            self.clips[clip.name] = own.add(clip, jpegs)
-        self._added[clip.name] = own
+        arrays = {"lengths": clip.lengths.tolist(), "checksums": clip.checksums.tolist()}
+        line = json.dumps(self._settings | vars(clip) | arrays).encode() + b"\n"
+        path = self._file_of(clip.name)
+        with self._writing(), temporary_sibling(path) as part:
+            part.write_bytes(line + jpegs)
+            commit(part, path)
+        self.clips[clip.name] = self._added[clip.name] = replace(clip, first_byte=len(line))
 
-    def finish(self, order: Sequence[str] = ()) -> None:
+    def finish(self) -> None:
         """Give the complete store its name; nothing can be added any more.
-
-        Args:
-            order: of the clips in it, by name; others follow in the order in which they came.
 
         Raises:
             DataError: there is not one clip, or no room, or what was packed is damaged by now.
@@ -364,19 +347,10 @@ class FrameStoreWriter:
                 " what is packed is kept"
             )
         if self._added:
-            place = {name: i for i, name in enumerate(order)}
-            clips = sorted(self.clips.values(), key=lambda c: place.get(c.name, len(place)))
-            part = self.path.with_name(f".{packing_path(self.path).name}")
-            try:
-                with self._writing():
-                    self._write_hdf5(part, clips)
-                    with part.open("rb") as file:
-                        sync(file.fileno())
-                    part.replace(self.path)
-            finally:
-                part.unlink(missing_ok=True)
-        for packing in self._packings:
-            packing.path.unlink()
+            with self._writing(), temporary_sibling(self._packing / "store") as part:
+                self._write_hdf5(part)
+                commit(part, self.path)
+        shutil.rmtree(self._packing)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -386,12 +360,16 @@ class FrameStoreWriter:
             reason = " ".join(str(error).split())[-200:]
             raise DataError(
                 f"{self.path}: cannot be written ({reason}): make room in {self.path.parent}, and"
-                f" run again; what is packed is kept, in {self._packings[-1].path.name}"
+                f" run again; what is packed is kept, in {self._packing.name}"
             ) from error
 
-    def _write_hdf5(self, path: Path, clips: Sequence[PackedClip]) -> None:
+    def _file_of(self, name: str) -> Path:
+        return self._packing / f"{hashlib.sha256(os.fsencode(name)).hexdigest()}.frames"
+
+    def _write_hdf5(self, path: Path) -> None:
         import h5py
 
+        clips = [self.clips[name] for name in sorted(self.clips)]
         sizes = np.array([clip.lengths.sum() for clip in clips], np.int64)
         counts = np.array([len(clip.lengths) for clip in clips], np.int64)
         first_byte = sizes.cumsum() - sizes
@@ -402,7 +380,7 @@ class FrameStoreWriter:
             jpeg = file.create_dataset("jpeg", (sizes.sum(),), "u1")
             for clip, start, size in zip(clips, first_byte, sizes, strict=True):
                 if clip.name in self._added:
-                    jpegs = self._added[clip.name].frames(clip)
+                    jpegs = self._read_added(clip)
                 else:
                     jpegs = self._store.jpegs(clip.name)
                 jpeg[start : start + size] = np.frombuffer(b"".join(jpegs), np.uint8)
@@ -414,102 +392,47 @@ class FrameStoreWriter:
                 values = [getattr(clip, name) for clip in clips]
                 file.create_dataset(name, data=values, dtype=types.get(name, "i8"))
 
+    def _read_packing(self) -> Iterator[PackedClip]:
+        """What was added before; a file that does not hold what it should is packed again."""
+        for path in self._packing.glob("*.frames"):
+            with path.open("rb") as file, contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line := file.readline())
+                check_settings(self._packing, record, self._settings)
+                record |= {f: np.array(record[f], np.uint32) for f in ("lengths", "checksums")}
+                fields = {name: record[name] for name in PackedClip.__dataclass_fields__}
+                clip = PackedClip(**fields | {"first_byte": len(line)})
+                if path.stat().st_size == len(line) + int(clip.lengths.sum()):
+                    yield clip
 
-class Packing:
-    """Clips that are packed and not in a store yet: a file of its own beside it.
-
-    A line of settings, then for each clip a line that describes it, followed by its JPEGs.
-
-    Attributes:
-        clips: what is in it, by name; ``first_byte`` counts in this file.
-
-    Raises:
-        DataError: another process is packing into it, or it cannot be continued.
-    """
-
-    def __init__(self, path: Path, store: Path, settings: Mapping):
-        self.path, self._store, self._settings = path, store, settings
-        self.clips: dict[str, PackedClip] = {}
-        # O_CREAT, and nothing cut off: it may be another process's
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    def _read_added(self, clip: PackedClip) -> list[bytes]:
+        path = self._file_of(clip.name)
         try:
-            self._lock()
-            self._read()
-        except BaseException:
-            self._file.close()
-            raise
+            with path.open("rb") as file:
+                return read_frames(file, clip)
+        except DataError as error:
+            raise DataError(f"{path}: {error}: remove it and run again") from error
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # it tries again to write what found no room
-            self._file.close()
-
-    def add(self, clip: PackedClip, jpegs: bytes) -> PackedClip:
-        """Append a clip and see it on the disk; returns it as it lies in this file."""
-        arrays = {"lengths": clip.lengths.tolist(), "checksums": clip.checksums.tolist()}
-        self._write(json.dumps(vars(clip) | arrays).encode() + b"\n" + jpegs)
-        clip = replace(clip, first_byte=self._file.tell() - len(jpegs))
-        self.clips[clip.name] = clip
-        return clip
-
-    def frames(self, clip: PackedClip) -> list[bytes]:
-        """The JPEGs of a clip that is in it. DataError: they are damaged."""
-        return read_frames(self._file, clip)
-
-    def _read(self) -> None:
-        """What an earlier process added, without the clip over which it was killed."""
-        length = self._file.seek(0, os.SEEK_END)
-        self._file.seek(0)
-        begin = json.dumps({"format": FORMAT})[:-1].encode()
-        if not begin.startswith(self._file.read(len(begin))):  # a whole one, or the file ends
+    def _take_lock(self, shared: bool) -> BinaryIO:
+        folder, path = self._packing, self._packing / "packing.lock"
+        ours = {".lock", ".frames", ".part"}
+        if folder.exists() and not (
+            folder.is_dir() and {p.suffix for p in folder.iterdir()} <= ours
+        ):
             raise DataError(
-                f"{self.path}: is no unfinished frame store, which has that name: move it away,"
+                f"{folder}: is no unfinished frame store, which has that name: move it away,"
                 " or give another --frame_store"
             )
-        end = self._file.seek(0)
-        try:
-            while (line := self._file.readline()).endswith(b"\n"):
-                record = json.loads(line)
-                if end == 0:
-                    check_settings(self.path, record, self._settings)
-                else:
-                    record |= {f: np.array(record[f], np.uint32) for f in ("lengths", "checksums")}
-                    clip = PackedClip(**record | {"first_byte": end + len(line)})
-                    stop = self._file.seek(clip.first_byte + int(clip.lengths.sum()))
-                    if stop > length or (stop == length and not self._is_whole(clip)):
-                        break
-                    self.clips[clip.name] = clip
-                end = self._file.tell()
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise DataError(
-                f"{self.path}: cannot be continued ({error}): remove it and start again"
-            ) from error
-        self._file.truncate(end)
-        self._file.seek(end)
-        if end == 0:
-            self._write(json.dumps(self._settings).encode() + b"\n")
-
-    def _is_whole(self, clip: PackedClip) -> bool:
-        """The end of the file need not have come to the disk with its length."""
-        try:
-            return bool(self.frames(clip))
-        except DataError:
-            return False
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-        sync(self._file.fileno())
-
-    def _lock(self) -> None:
-        locked = lock(self._file.fileno())
+        folder.mkdir(exist_ok=True)
+        file = path.open("ab+")  # nothing cut off, and readable: so either kind can be had
+        locked = lock(file.fileno(), shared=shared)
         if locked is None:
-            logger.warning("%s: its file system has no locks; pack it once at a time", self._store)
-        try:  # did the one who had it finish, and remove this file?
-            same = os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            same = False
+            logger.warning("%s: its file system has no locks; pack it once at a time", self.path)
+        # Did the one who had it finish, and remove this file?
+        same = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         if locked is False or not same:
-            raise DataError(f"{self._store}: another process is packing it, in {self.path.name}")
+            file.close()
+            raise DataError(f"{self.path}: another process is packing it, in {folder.name}")
+        return file
 
 
 def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
@@ -522,11 +445,6 @@ def check_settings(path: Path, found: Mapping, wanted: Mapping) -> None:
         )
 
 
-def packing_path(path: Path, part: str = "") -> Path:
-    """Where a store, or a part of its clips, is until it is finished."""
-    return path.with_name(f"{path.name}.{part + '.' if part else ''}packing")
-
-
-def packed_parts(path: Path) -> list[Path]:
-    """What is there of the parts of a store that is not finished."""
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.*-of-*.packing"))
+def packing_path(path: Path) -> Path:
+    """The folder where a store's clips are until it is finished."""
+    return path.with_name(f"{path.name}.packing")

@@ -92,13 +92,6 @@ class ClipLoader:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, key) -> dict | DataError:
-        """For DataLoader, which replaces the message of an error by the worker's traceback."""
-        try:
-            return self.batch(key)
-        except DataError as error:
-            return error
-
     def __iter__(self) -> Iterator[dict]:
         """The workers start reading now, not when the first batch is asked for.
 
@@ -112,7 +105,7 @@ class ClipLoader:
             sampler=list(enumerate(self.keys)),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH if self.num_workers else None,
-            collate_fn=_as_it_is,
+            collate_fn=lambda batch: batch,  # not tensors, which go through /dev/shm
             pin_memory=torch.cuda.is_available(),
             timeout=WORKER_TIME_LIMIT if self.num_workers else 0,
             # DataLoader draws a seed for its workers that nothing here uses; drawn from a generator
@@ -226,8 +219,11 @@ class _Reader:
 
     def __getitem__(self, item: tuple) -> dict | DataError | _Parcel:
         self.number, key = item
-        batch = self.loader[key]
-        if self.memory is None or isinstance(batch, DataError):
+        try:
+            batch = self.loader.batch(key)
+        except DataError as error:  # raised, its message would be the worker's traceback
+            return error
+        if self.memory is None:
             return batch
         shape = batch.pop("frames").shape
         # Arrays, since torch would send tensors through /dev/shm.
@@ -263,11 +259,6 @@ class _Parcel:
     def pin_memory(self) -> dict:
         """For DataLoader, whose thread opens it where there is a GPU to copy the frames to."""
         return self.open(pin=True)
-
-
-def _as_it_is(batch: object) -> object:
-    """DataLoader would make tensors of arrays, and send them through /dev/shm."""
-    return batch
 
 
 @contextlib.contextmanager

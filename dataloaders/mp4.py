@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from dataloaders import DataError
 
 MAX_HEADER = 2**26  # bytes of one header box; an hour at 3 fps takes about 100 KiB
 PARENTS = {b"trak", b"edts", b"mdia", b"minf", b"stbl"}
+WHOLE = {b"moov", b"moof", b"mdat"} | PARENTS  # what others are cut short is skipped
 
 
 @dataclass
@@ -47,17 +49,15 @@ def read_header(path: Path) -> Header:
     fragmented = found = False
     with path.open("rb") as file:
         length = file.seek(0, os.SEEK_END)
-        for kind, start, end in _top_boxes(file, length):
+        for kind, start, end in _boxes(file, 0, length):
             fragmented |= kind == b"moof"
             if kind != b"moov":
                 continue
             found = True
             if end - start > MAX_HEADER:
                 raise DataError(f"its header claims {end - start} bytes")
-            file.seek(start)
-            box = file.read(end - start)
-            for name, first, last in _boxes(box, 0, len(box)):
-                if name == b"trak" and (track := _read_track(box, first, last, length)):
+            for name, first, last in _boxes(file, start, end):
+                if name == b"trak" and (track := _read_track(file, first, last, length)):
                     tracks.append(track)
     if not found:
         raise DataError("its header (the moov box) is missing: the file was cut short")
@@ -69,43 +69,29 @@ def read_header(path: Path) -> Header:
     return Header(tracks[0].width, tracks[0].height, num_frames, fragmented)
 
 
-def _top_boxes(file, length: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, first byte of the content, last + 1) of the boxes that make up the file."""
-    place = 0
-    while place + 8 <= length:
-        file.seek(place)
-        start = file.read(16)
-        size, kind, inner = int.from_bytes(start[:4], "big"), start[4:8], 8
-        if size == 1:
-            size, inner = int.from_bytes(start[8:16], "big"), 16
-        elif size == 0:
-            size = length - place
-        if size < inner:
-            raise DataError(f"a box of {size} bytes at byte {place}")
-        end = place + size
-        if end > length and kind in (b"moov", b"moof", b"mdat"):
-            raise DataError(f"it ends {end - length} bytes before its last box does")
-        yield kind, place + inner, end
-        place = end
-
-
-def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, first byte of the content, last + 1) of the boxes inside of another."""
+def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """(type, first byte of the content, last + 1) of the boxes between two places of a file."""
     while start + 8 <= end:
-        size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
-        if size == 0:  # some writers end a list so
-            return
-        if size < 8 or start + size > end:
-            raise DataError(f"its header is damaged: a {_name(kind)} box of {size} bytes")
-        yield kind, start + 8, start + size
+        file.seek(start)
+        head = file.read(16)
+        size, kind, inner = int.from_bytes(head[:4], "big"), head[4:8], 8
+        if size == 1:
+            size, inner = int.from_bytes(head[8:], "big"), 16
+        elif size == 0:
+            size = end - start
+        if size < inner or (start + size > end and kind in WHOLE):
+            told = f"a {_name(kind)} box of {size} bytes at byte {start}, with {end - start} left"
+            raise DataError(f"it was cut short or is damaged: {told}")
+        yield kind, start + inner, start + size
         start += size
 
 
-def _read_track(data: bytes, start: int, end: int, length: int) -> Header | None:
+def _read_track(file: BinaryIO, start: int, end: int, length: int) -> Header | None:
     """None for a track that is no video."""
     tables: dict[bytes, bytes] = {}
-    for kind, first, last in _leaves(data, start, end):
-        tables.setdefault(kind, data[first:last])  # QuickTime has a second hdlr, of the data
+    for kind, first, last in _leaves(file, start, end):
+        file.seek(first)
+        tables.setdefault(kind, file.read(last - first))  # QuickTime has a second hdlr, of the data
     if tables.get(b"hdlr", b"")[8:12] != b"vide":
         return None
     durations = _table(tables, b"stts", 2)
@@ -129,14 +115,11 @@ def _check_edits(edits: bytes, duration: int) -> None:
     Args:
         duration: of all frames, in the track's unit of time.
     """
-    width = 8 if edits[:1] == b"\1" else 4
-    rows = (len(edits) - 8) // (2 * width + 4)
-    starts = [
-        int.from_bytes(edits[place : place + width], "big", signed=True)
-        for place in range(8 + width, 8 + width + rows * (2 * width + 4), 2 * width + 4)
-    ]
-    shown = [start for start in starts if start != -1]  # -1: a pause
-    if shown and not any(0 <= start < duration for start in shown):
+    number, rest = (">u8", ">i8") if edits[:1] == b"\1" else (">u4", ">i4")
+    entry = np.dtype([("length", number), ("start", rest), ("rate", ">u4")])
+    starts = np.frombuffer(edits[8:], entry, len(edits[8:]) // entry.itemsize)["start"]
+    shown = starts[starts != -1]  # -1: a pause
+    if shown.size and not ((shown >= 0) & (shown < duration)).any():
         raise DataError("its edit list hides every frame")
 
 
@@ -163,10 +146,10 @@ def _check_end(tables: dict[bytes, bytes], frames: int, length: int) -> None:
         raise DataError(f"it was cut short: {length} of {end} bytes")
 
 
-def _leaves(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    for kind, inner, last in _boxes(data, start, end):
+def _leaves(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    for kind, inner, last in _boxes(file, start, end):
         if kind in PARENTS:
-            yield from _leaves(data, inner, last)
+            yield from _leaves(file, inner, last)
         else:
             yield kind, inner, last
 

@@ -30,11 +30,7 @@ def probe_all(
         fewer frames than 3 a second.
     """
     missing = clips.missing([video.vid_name for video in videos])
-    alike = clips.lookalikes(missing)
-    unusable = {
-        name: f"{clips.label(name)}: missing{', ' + alike[name] if name in alike else ''}"
-        for name in missing
-    }
+    unusable = {name: f"{clips.label(name)}: {reason}" for name, reason in missing.items()}
 
     def probe(video: Video) -> int | DataError | None:
         try:

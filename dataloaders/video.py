@@ -1,4 +1,4 @@
-"""Reads the sampled frames of one prepared clip with decord: uint8, cropped to the model's square.
+"""Reads the sampled frames of one prepared clip with decord: uint8, as the model's square.
 
 A clip gives the frames that were asked for or a DataError. decord by itself repeats a neighbour
 where a frame does not come out, and miscounts where an edit list hides frames: both are caught.
@@ -11,15 +11,17 @@ import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from dataloaders import DataError
-from dataloaders.ffmpeg import decode_chosen, decode_frames
+from dataloaders.ffmpeg import PREPARED_SHORT_SIDE, decode_chosen, decode_frames
 from dataloaders.mp4 import Header, read_header
 from dataloaders.sampling import sampled_indices
 
@@ -45,14 +47,15 @@ def load_clip(
     size: int,
     generator: np.random.RandomState | None = None,
 ) -> torch.Tensor:
-    """The sampled frames of a clip, centre-cropped.
+    """The sampled frames of a clip, centre-cropped, and resized (bicubic, antialiased) if the model
+    reads another size than clips are prepared in.
 
     n, which the frames are sampled from, is the number of frames that really decode, whatever the
     container says (the authors' program takes the smaller of the two, which may be 0).
 
     Args:
-        path: a video file as ``scripts/prepare.sh`` writes it: 3 fps, short side equal to ``size``;
-            a portrait clip squashed to width ``size`` and a smaller height is accepted too.
+        path: a video file as ``scripts/prepare.sh`` writes it: 3 fps, short side 224, or ``size``;
+            a portrait clip squashed to that width and a smaller height is accepted too.
         num_frames: N_f, frames to take.
         size: side of the square, pixels.
         generator: draws the training frames; None takes the evaluation frames.
@@ -85,10 +88,10 @@ def probe_clip(path: str | Path, size: int) -> int | None:
         header = _check_file(path)
         if header is None:
             track = decode_frames(path, DECODE_TIME_LIMIT, limit=1)
-            _check_size(track.height, track.width, size)
+            _clip_side(track.height, track.width, size)
             return None
         if size not in (header.width, header.height):  # which is which depends on the rotation
-            _check_size(header.height, header.width, size)
+            _clip_side(header.height, header.width, size)
         return header.num_frames
 
 
@@ -114,23 +117,11 @@ def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         uint8 [n, 3, size, size].
     """
+    from torchvision.transforms import functional  # slow to import
+
     if frames.shape[-1] == 3:
         frames = frames.permute(0, 3, 1, 2)
-    n, channels, height, width = frames.shape
-    source_y, target_y = _overlap(height, size)
-    source_x, target_x = _overlap(width, size)
-    square = frames.new_zeros((n, channels, size, size))
-    square[:, :, target_y, target_x] = frames[:, :, source_y, source_x]
-    return square
-
-
-def _overlap(side: int, size: int) -> tuple[slice, slice]:
-    """Which pixels of the frame are kept, and where they go in the square."""
-    if side < size:
-        start = (size - side) // 2
-        return slice(0, side), slice(start, start + side)
-    start = round((side - size) / 2)
-    return slice(start, start + size), slice(0, size)
+    return functional.center_crop(frames, [size, size]).contiguous()
 
 
 def _load(
@@ -142,7 +133,11 @@ def _load(
     path = path.absolute()  # so that no name is taken for a protocol such as "concat:"
     with _named(path):
         frames = _within_time_limit(path, lambda: _decode(path, size, choose, generator))
-    return center_crop(torch.from_numpy(frames), size)
+    side = _clip_side(*frames.shape[1:3], size)
+    square = center_crop(torch.from_numpy(frames), side)
+    if side == size:
+        return square
+    return functional.interpolate(square, (size, size), mode="bicubic", antialias=True)
 
 
 @contextlib.contextmanager
@@ -192,27 +187,22 @@ def _check_file(path: Path) -> Header | None:
 def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
     # A thread, because a signal does not interrupt decord's C++ code. One that hangs is left behind
     # as a daemon: it cannot be stopped.
-    result: list[T] = []
-    errors: list[BaseException] = []
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            result.append(function())
+            result.set_result(function())
         except BaseException as error:
-            errors.append(error)
+            result.set_exception(error)
 
     if path not in _timed_out:
-        thread = threading.Thread(target=run, name=f"decode {path.name}", daemon=True)
-        thread.start()
-        thread.join(DECODE_TIME_LIMIT)
-        if thread.is_alive():
+        threading.Thread(target=run, name=f"decode {path.name}", daemon=True).start()
+        if wait([result], DECODE_TIME_LIMIT).not_done:
             _timed_out.add(path)
     if path in _timed_out:
         raise DataError(f"not decoded within {DECODE_TIME_LIMIT:g} seconds")
-    if errors:
-        _release(errors[0])
-        raise errors[0]
-    return result[0]
+    _release(result.exception())
+    return result.result()
 
 
 def _release(error: BaseException | None) -> None:
@@ -234,7 +224,7 @@ def _decode(
         return _read_with_ffmpeg(path, size, choose)
     reader = _open(path)
     height, width, _ = reader.next().shape
-    _check_size(height, width, size)
+    _clip_side(height, width, size)
     state = generator.get_state() if generator is not None else None
     frames = _read_by_index(reader, choose, height * width)
     if frames is None:
@@ -252,10 +242,15 @@ def _open(path: Path) -> decord.VideoReader:
     return decord.VideoReader(str(path), num_threads=1, fault_tol=NO_REPLACED_FRAMES)
 
 
-def _check_size(height: int, width: int, size: int) -> None:
-    squashed_portrait = width == size and height < size  # the authors' preparation of portraits
-    if min(height, width) != size and not squashed_portrait:
-        raise DataError(f"{width}×{height} pixels, but the short side has to be {size}")
+def _clip_side(height: int, width: int, size: int) -> int:
+    """The side that a clip was prepared with: the model's, or the usual one."""
+    sides = (size, PREPARED_SHORT_SIDE)
+    if min(height, width) in sides:
+        return min(height, width)
+    if width in sides and height < width:  # the authors' preparation squashes portraits
+        return width
+    wanted = " or ".join(map(str, dict.fromkeys(sides)))
+    raise DataError(f"{width}×{height} pixels, but the short side has to be {wanted}")
 
 
 def _read_by_index(
@@ -294,7 +289,7 @@ def _read_with_ffmpeg(path: Path, size: int, choose: Callable[[int], np.ndarray]
     track = decode_frames(path, DECODE_TIME_LIMIT, by_number=True)
     if track.error or not len(track.times):
         raise DataError(f"cannot be decoded ({track.error or 'no frame comes out'})")
-    _check_size(track.height, track.width, size)
+    _clip_side(track.height, track.width, size)
     chosen = choose(len(track.times))
     needed = np.unique(chosen)
     frames = decode_chosen(path, needed, DECODE_TIME_LIMIT, track.height, track.width)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modules import ModelError
 from modules.linear import linear
-from modules.transformer import QUICK_GELU, LayerNorm, Transformer
+from modules.transformer import HEAD_WIDTH, QUICK_GELU, LayerNorm, Transformer
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,7 +24,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class CLIPSizes:
-    """Everything that distinguishes one CLIP ViT from another."""
+    """What the tensors show of a CLIP ViT."""
 
     embed_dim: int  # D
     vision_width: int  # D_v
@@ -34,6 +35,8 @@ class CLIPSizes:
     text_layers: int
     context_length: int
     vocab_size: int
+    vision_hidden: int | None = None  # within the MLPs; None: four times the width
+    text_hidden: int | None = None
 
     @property
     def input_resolution(self) -> int:
@@ -69,20 +72,39 @@ class CLIPSizes:
             text_layers=depth("transformer.resblocks."),
             context_length=shape("positional_embedding", 2)[0],
             vocab_size=vocab_size,
+            vision_hidden=shape("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
+            text_hidden=shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         )
+
+
+@dataclass(frozen=True)
+class CLIPSettings:
+    """What no tensor shows of a CLIP ViT; the defaults are those of OpenAI's."""
+
+    activation: str = QUICK_GELU  # of the MLPs, or GELU
+    head_widths: tuple[int, int] = (HEAD_WIDTH, HEAD_WIDTH)  # channels of a head: vision, text
+    image_mean: tuple[float, float, float] = IMAGE_MEAN  # of RGB in [0, 1]
+    image_std: tuple[float, float, float] = IMAGE_STD
+
+    def as_fields(self) -> dict[str, Any]:
+        """As the fields of `models.propy.ProPyConfig`."""
+        return {f"clip_{name}": value for name, value in asdict(self).items()}
 
 
 class VisionTransformer(nn.Module):
     """CLIP's image tower."""
 
-    def __init__(self, sizes: CLIPSizes, activation: str) -> None:
+    def __init__(self, sizes: CLIPSizes, settings: CLIPSettings) -> None:
         super().__init__()
         width, patch = sizes.vision_width, sizes.patch_size
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(sizes.grid**2 + 1, width))
         self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(width, sizes.vision_layers, activation)
+        self.transformer = Transformer(
+            width, sizes.vision_layers, settings.activation, settings.head_widths[0],
+            sizes.vision_hidden,
+        )  # fmt: skip
         self.ln_post = LayerNorm(width)
         self.proj = nn.Parameter(torch.empty(width, sizes.embed_dim))
 
@@ -108,14 +130,17 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Plain CLIP: both towers, of one activation (see modules.transformer), and the scale."""
+    """Plain CLIP: both towers and the scale."""
 
-    def __init__(self, sizes: CLIPSizes, activation: str = QUICK_GELU) -> None:
+    def __init__(self, sizes: CLIPSizes, settings: CLIPSettings = CLIPSettings()) -> None:
         super().__init__()
-        self.sizes, self.activation = sizes, activation
+        self.sizes, self.settings = sizes, settings
         self.fingerprint: str | None = None  # of its weights, once it was asked for
-        self.visual = VisionTransformer(sizes, activation)
-        self.transformer = Transformer(sizes.text_width, sizes.text_layers, activation)
+        self.visual = VisionTransformer(sizes, settings)
+        self.transformer = Transformer(
+            sizes.text_width, sizes.text_layers, settings.activation, settings.head_widths[1],
+            sizes.text_hidden,
+        )  # fmt: skip
         self.token_embedding = nn.Embedding(sizes.vocab_size, sizes.text_width)
         self.positional_embedding = nn.Parameter(
             torch.empty(sizes.context_length, sizes.text_width)
@@ -123,6 +148,9 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(sizes.text_width)
         self.text_projection = nn.Parameter(torch.empty(sizes.text_width, sizes.embed_dim))
         self.logit_scale = nn.Parameter(torch.empty(()))
+        for name in ("image_mean", "image_std"):
+            value = torch.tensor(getattr(settings, name)).view(3, 1, 1)
+            self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -143,6 +171,12 @@ class CLIP(nn.Module):
                 nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
                 nn.init.normal_(block.mlp.c_proj.weight, std=(2 * depth * width) ** -0.5)
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images [..., 3, H, W], uint8, to what the image tower reads; float ones are that."""
+        if images.is_floating_point():
+            return images
+        return (images.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
+
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Token ids [T, W] to the text tower's input, [T, W, D_t]."""
         return self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
@@ -152,8 +186,7 @@ class CLIP(nn.Module):
         return self.ln_final(tokens) @ self.text_projection
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Features [N, D], not normalised, of images, float [N, 3, H, W], normalised with
-        IMAGE_MEAN and IMAGE_STD."""
+        """Features [N, D], not normalised, of images that `normalize` gives, [N, 3, H, W]."""
         return self.visual(images)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from models.clip import CLIP, CLIPSizes
+from models.backbones import CONFIG_FILE, HUB_FILES, NAME, configured_settings, find_backbone
+from models.clip import CLIP, CLIPSettings, CLIPSizes
 from modules import ModelError
 from modules.torch_files import (
     check_sums,
@@ -28,18 +29,26 @@ from modules.torch_files import (
     load_tensors,
     sha256_of,
 )
-from modules.transformer import GELU, HEAD_WIDTH, QUICK_GELU
+from modules.transformer import GELU, QUICK_GELU
 
 logger = logging.getLogger("propy.clip_weights")
 
+WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "CLIP_weights"
+
 # OpenAI's names of the models this program is meant for, and the files they are published as.
-WEIGHTS_FILES = {"ViT-B/32": "ViT-B-32.pt", "ViT-B/16": "ViT-B-16.pt", "ViT-L/14": "ViT-L-14.pt"}
+WEIGHTS_FILES = {
+    "ViT-B/32": "ViT-B-32.pt",
+    "ViT-B/16": "ViT-B-16.pt",
+    "ViT-L/14": "ViT-L-14.pt",
+    "ViT-L/14@336px": "ViT-L-14-336px.pt",
+}
 
 # sha256 of these files, as OpenAI publishes them.
 PUBLISHED_ARCHIVES = {
     "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
 
 # What files hold besides parameters: sizes (OpenAI's archives), masks and positions (older files).
@@ -85,35 +94,51 @@ class ClipWeights:
 
     Attributes:
         state: tensors under OpenAI's names, float32.
-        activation: QUICK_GELU or GELU; None if neither the file nor its configuration says it.
+        settings: what no tensor shows; None if neither name, file nor configuration says it.
     """
 
     state: dict[str, Tensor]
-    activation: str | None = None
+    settings: CLIPSettings | None = None
 
 
-def weights_path(name: str, folder: Path | str) -> Path:
-    """The file of a model by OpenAI's name, in a folder; anything else is a path itself."""
-    return Path(folder) / WEIGHTS_FILES[name] if name in WEIGHTS_FILES else Path(name)
+def weights_path(name: Path | str, folder: Path | str = WEIGHTS_FOLDER) -> Path:
+    """The file of a model by OpenAI's or open_clip's name, in a folder; anything else is a path.
+
+    Raises:
+        ModelError: open_clip has no such model, or one that cannot be the backbone.
+    """
+    if name in WEIGHTS_FILES:
+        return Path(folder) / WEIGHTS_FILES[name]
+    if not _is_open_clips(name):
+        return Path(name)
+    files = [Path(folder) / find_backbone(name).name / file for file in HUB_FILES]
+    return next((file for file in files if file.is_file()), files[0])
 
 
-def read_weights(path: Path | str, trust_archive: bool = False) -> ClipWeights:
+def _is_open_clips(name: Path | str) -> bool:
+    """Whether it has the form of open_clip's names, and is no file."""
+    return bool(NAME.fullmatch(str(name))) and not Path(name).is_file()
+
+
+def read_weights(name: Path | str, trust_archive: bool = False) -> ClipWeights:
     """The tensors of a weights file and what is known of them.
 
     Args:
-        path: an archive of OpenAI's, or tensors saved with ``torch.save`` or as safetensors.
+        name: of a model, see `weights_path`, or a file: an archive of OpenAI's, or tensors saved
+            with ``torch.save`` or as safetensors.
         trust_archive: load a TorchScript archive that is none of OpenAI's too, which runs code
             that is in it. Reading tensors runs none.
 
     Raises:
         ModelError: no such file, not a file of any kind, a damaged one, an archive that is not
-            trusted, values that are not finite, or a configuration beside it that this program's
-            CLIP cannot follow.
+            trusted, values that are not finite, or a name or a configuration beside it of what
+            cannot be the backbone.
     """
-    path = Path(path)
+    path, by_name = weights_path(name, WEIGHTS_FOLDER), _is_open_clips(name)
     if not path.is_file():
+        argument = f" {name}" if by_name or name in WEIGHTS_FILES else ""
         raise ModelError(
-            f"{path}: no CLIP weights there. `bash scripts/download_clip.sh` fetches them"
+            f"{path}: no CLIP weights there. `bash scripts/download_clip.sh{argument}` fetches them"
         )
     is_archive = _is_torchscript(path)
     published = is_archive and sha256_of(path) in PUBLISHED_ARCHIVES
@@ -143,8 +168,13 @@ def read_weights(path: Path | str, trust_archive: bool = False) -> ClipWeights:
         state[key] = value.float()
         if not state[key].isfinite().all():
             raise ModelError(f"{path}: {prefix + key!r} has values that are not finite")
-    activation = QUICK_GELU if published else _configured_activation(path.parent, state)
-    return ClipWeights(openai_names(state), activation)
+    if published:
+        settings = CLIPSettings()
+    elif by_name:
+        settings = find_backbone(name).settings
+    else:
+        settings = _configured(path.parent, state)
+    return ClipWeights(openai_names(state), settings)
 
 
 def build_clip(
@@ -155,10 +185,10 @@ def build_clip(
     """A CLIP with all of the given weights, in evaluation mode.
 
     Args:
-        weights: a file or its tensors.
+        weights: a name or a file, see ``read_weights``, or its tensors.
         trust_archive: see ``read_weights``.
         activation: QUICK_GELU or GELU, which the weights were trained with; None takes what the
-            file or its configuration says, else QUICK_GELU with a warning.
+            name, the file or its configuration says, else QUICK_GELU with a warning.
 
     Raises:
         ModelError: the file cannot be read, keys or shapes are not those of one CLIP ViT, or it is
@@ -170,17 +200,17 @@ def build_clip(
         name, read = weights, read_weights(weights, trust_archive)
     if activation not in (None, QUICK_GELU, GELU):
         raise ModelError(f"no activation {activation!r}: there are {QUICK_GELU} and {GELU}")
-    if activation and read.activation not in (None, activation):
-        raise ModelError(f"{name}: its activation is {read.activation}, not {activation}")
-    if not (activation or read.activation):
+    if activation and read.settings and read.settings.activation != activation:
+        raise ModelError(f"{name}: its activation is {read.settings.activation}, not {activation}")
+    if not (activation or read.settings):
         logger.warning(
             "%s: nothing says which activation these weights were trained with; quick_gelu is "
             "taken, as in OpenAI's. Most of open_clip's have gelu: --clip_activation names it",
             name,
         )
-    activation = activation or read.activation or QUICK_GELU
+    settings = read.settings or replace(CLIPSettings(), activation=activation or QUICK_GELU)
     try:
-        clip = CLIP(CLIPSizes.of_state_dict(read.state), activation)
+        clip = CLIP(CLIPSizes.of_state_dict(read.state), settings)
         clip.load_state_dict(read.state, strict=True)
     except (ModelError, RuntimeError, ValueError) as error:
         raise ModelError(f"{name}: {error}") from error
@@ -240,43 +270,53 @@ def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str
     return stripped, prefix
 
 
-def _configured_activation(folder: Path, state: Mapping[str, Tensor]) -> str | None:
+def _configured(folder: Path, state: Mapping[str, Tensor]) -> CLIPSettings | None:
     """What the configuration beside a file says, that of the format of its tensors.
 
     Raises:
         ModelError: it says what CLIP's towers here are not.
     """
-    path = folder / ("config.json" if TRANSFORMERS_SIGN in state else "open_clip_config.json")
+    of_transformers = TRANSFORMERS_SIGN in state
+    path = folder / ("config.json" if of_transformers else CONFIG_FILE)
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_bytes())
-        if path.name == "config.json":
-            vision, text = config["vision_config"], config["text_config"]
-            activations = {part.get("hidden_act", QUICK_GELU) for part in (vision, text)}
-            widths = [
-                part.get("hidden_size", 64 * heads) / part.get("num_attention_heads", heads)
-                for part, heads in ((vision, 12), (text, 8))
-            ]
-        else:
-            config = config["model_cfg"]
-            activations = {QUICK_GELU if config.get("quick_gelu") else GELU}
-            text = config["text_cfg"]
-            widths = [
-                config["vision_cfg"].get("head_width", 64),
-                text.get("width", 512) / text.get("heads", 8),
-            ]
+        if not of_transformers:
+            return configured_settings(json.loads(path.read_bytes()))
+        images = folder / "preprocessor_config.json"
+        return _transformers_settings(
+            json.loads(path.read_bytes()),
+            json.loads(images.read_bytes()) if images.is_file() else {},
+        )
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         logger.warning("%s: not the configuration of a CLIP, so it says nothing here", path)
         return None
-    if set(widths) != {HEAD_WIDTH}:
-        raise ModelError(f"{path}: {HEAD_WIDTH} channels a head are needed, these have {widths}")
+
+
+def _transformers_settings(config: Mapping, images: Mapping) -> CLIPSettings:
+    """Of transformers' ``config.json`` and ``preprocessor_config.json``; what neither says has
+    the default of its CLIPConfig."""
+    towers = (config["vision_config"], config["text_config"])
+    activations = {tower.get("hidden_act", QUICK_GELU) for tower in towers}
     if len(activations) != 1 or not activations <= {QUICK_GELU, GELU}:
         raise ModelError(
-            f"{path}: its activation is {' and '.join(sorted(map(str, activations)))}; "
-            f"{QUICK_GELU} or {GELU} can be used"
+            f"its activation is {' and '.join(sorted(map(str, activations)))}; {QUICK_GELU} or "
+            f"{GELU} can be used"
         )
-    return activations.pop()
+    if any(tower.get("layer_norm_eps", 1e-5) != 1e-5 for tower in towers):
+        raise ModelError("layer_norm_eps is not 1e-5")
+    widths = tuple(
+        tower.get("hidden_size", width) // tower.get("num_attention_heads", heads)
+        for tower, width, heads in zip(towers, (768, 512), (12, 8), strict=True)
+    )
+    default = CLIPSettings()
+    return CLIPSettings(
+        activations.pop(), widths,
+        tuple(images.get("image_mean", default.image_mean)),
+        tuple(images.get("image_std", default.image_std)),
+    )  # fmt: skip
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, end_of_text
+from models.clip import CLIP, CLIPSettings, end_of_text
 from models.clip_weights import build_clip
 from modules import ModelError
 from modules.adapter import TemporalAdapter
@@ -35,7 +35,7 @@ from modules.prompts import PyramidPrompts
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.readout import ranking_name, readout_of
 from modules.similarity import event_scores
-from modules.transformer import HEAD_WIDTH, QUICK_GELU
+from modules.transformer import QUICK_GELU
 
 # The logit scale (before exp) stays in this range while it is trained.
 MIN_LOGIT_SCALE, MAX_LOGIT_SCALE = 0.1, 4.6052
@@ -64,8 +64,12 @@ class ProPyConfig:
     readout: str = "max"  # of a video's score in training, see modules.readout
     rank_readout: str | None = None  # of its score in ranking; None: what suits the other
     max_words: int = 32  # tokens of a caption that training reads, start and end included
-    clip_name: str = "ViT-B/32"  # OpenAI's name of the model, or the file of its weights
-    clip_activation: str = QUICK_GELU  # of CLIP's MLPs, or GELU; no tensor shows it
+    clip_name: str = "ViT-B/32"  # OpenAI's or open_clip's name, or the file of the weights
+    # What no tensor of CLIP shows, see `models.clip.CLIPSettings`.
+    clip_activation: str = QUICK_GELU
+    clip_head_widths: tuple[int, int] = CLIPSettings.head_widths
+    clip_image_mean: tuple[float, float, float] = CLIPSettings.image_mean
+    clip_image_std: tuple[float, float, float] = CLIPSettings.image_std
     clip_seconds: float | None = None  # mean length of the training videos, if it is known
 
 
@@ -85,8 +89,8 @@ class ProPy(nn.Module):
             again for the gradient: the same numbers, less memory, a third more work.
 
     Raises:
-        ModelError: more text than visual layers, a setting out of range, no pyramid, or another
-            activation than the backbone's.
+        ModelError: more text than visual layers, a setting out of range, no pyramid, or other
+            settings of the backbone than it has.
     """
 
     def __init__(
@@ -125,8 +129,6 @@ class ProPy(nn.Module):
         constants = {
             "visibility": pyramid.visibility(*seen),
             "event_key_counts": event_key_counts(pyramid, *seen),
-            "image_mean": torch.tensor(IMAGE_MEAN).view(3, 1, 1),
-            "image_std": torch.tensor(IMAGE_STD).view(3, 1, 1),
         }
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
@@ -144,7 +146,7 @@ class ProPy(nn.Module):
     @property
     def num_heads(self) -> int:
         """Attention heads of a visual layer."""
-        return self.clip.sizes.vision_width // HEAD_WIDTH
+        return self.clip.visual.transformer.resblocks[0].attn.num_heads
 
     def encode_video(
         self, frames: Tensor, return_attention: bool = False, head: int | None = None
@@ -172,7 +174,7 @@ class ProPy(nn.Module):
         visual, prompts = self.clip.visual, self.prompts
         added = self.frame_embedding
         added = None if added is None else added.repeat(len(frames), 1)
-        x = visual.embed(self._normalize(frames).flatten(0, 1), added)  # [B·N_f, 1+G², D_v]
+        x = visual.embed(self.clip.normalize(frames).flatten(0, 1), added)  # [B·N_f, 1+G², D_v]
         events = prompts.event_prompts.expand(len(frames), -1, -1)  # [B, N_e, D_v]
         blocks = visual.transformer.resblocks
         bias = self.event_key_counts.double().log()
@@ -260,11 +262,6 @@ class ProPy(nn.Module):
             return recomputed(layer, *arguments, **settings)
         return layer(*arguments, **settings)
 
-    def _normalize(self, frames: Tensor) -> Tensor:
-        if frames.is_floating_point():
-            return frames
-        return (frames.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
-
 
 def _check(clip: CLIP, config: ProPyConfig) -> None:
     """ModelError: a setting out of range, or not of this CLIP."""
@@ -274,8 +271,9 @@ def _check(clip: CLIP, config: ProPyConfig) -> None:
             f"this CLIP has {sizes.text_layers} text layers, but only {sizes.vision_layers} "
             "visual ones whose prompts they could take"
         )
-    if clip.activation != config.clip_activation:
-        raise ModelError(f"this CLIP has {clip.activation}, not {config.clip_activation}")
+    for name, value in clip.settings.as_fields().items():
+        if value != getattr(config, name):
+            raise ModelError(f"this CLIP has {name} {value}, not {getattr(config, name)}")
     if min(config.num_prompts, config.num_adapter_layers, config.lora_rank) < 0:
         raise ModelError("numbers of visual prompts, of adapter layers, a rank are 0 or more")
     if config.text_prompts not in TEXT_PROMPTS:
@@ -315,14 +313,14 @@ def build_model(
         clip_weights: a file or its state dict, see models.clip_weights.
         pyramid: a JSON file or its content (see ``PromptPyramid.from_config``).
         trust_archive: see ``models.clip_weights.read_weights``.
-        settings: the other fields of `ProPyConfig`; without ``clip_activation`` it is what the
-            file or its neighbours say.
+        settings: the other fields of `ProPyConfig`; ``clip_…`` are what the name, the file or
+            its neighbours say, and ``clip_activation`` where they do not.
 
     Raises:
         ModelError: from the two files, or settings that do not fit them.
     """
     clip = build_clip(clip_weights, trust_archive, settings.get("clip_activation"))
-    settings |= {"clip_activation": clip.activation}
+    settings |= clip.settings.as_fields()
     config = ProPyConfig(pyramid=PromptPyramid.from_config(pyramid).config, **settings)
     try:
         return ProPy(clip, config, freeze_clip, checkpoint_activations)

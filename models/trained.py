@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.authors import convert_authors_state
-from models.clip_weights import build_clip, weights_path
+from models.clip_weights import build_clip
 from models.propy import NOT_COMPARED, ProPy, ProPyConfig
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
@@ -28,7 +28,6 @@ logger = logging.getLogger("propy.trained")
 
 FORMAT = "propy-3"
 WITHOUT_CONFIG = "propy-2"  # written before checkpoints held their configuration
-WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "CLIP_weights"
 # Settings that the shapes of a checkpoint's tensors show.
 SEEN_IN_TENSORS = {"num_prompts", "adapter_channels", "adapter_kernel", "num_adapter_layers"}
 NOT_FINITE = "has values that are not finite"
@@ -54,7 +53,7 @@ def load_propy(
     Args:
         checkpoint: of this program or of the authors'. Files without a configuration get what can
             be read off their tensors, the published setting else, and a warning.
-        clip_weights: file or content; by default what the checkpoint names, in ``CLIP_weights``.
+        clip_weights: name, file or content; by default what the checkpoint names.
         trust_archive: see ``models.clip_weights.read_weights``.
 
     Raises:
@@ -63,8 +62,7 @@ def load_propy(
     content = read_checkpoint(checkpoint)
     with naming(checkpoint):
         config = _config_of(content)
-        if clip_weights is None:
-            clip_weights = weights_path(config.clip_name, WEIGHTS_FOLDER)
+    clip_weights = config.clip_name if clip_weights is None else clip_weights
     clip = build_clip(clip_weights, trust_archive, config.clip_activation)
     with naming(checkpoint):
         model = ProPy(clip, config)

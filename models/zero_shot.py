@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD
-from models.clip_weights import build_clip, weights_path
+from models.clip import CLIP
+from models.clip_weights import build_clip
 from models.propy import ProPyConfig
-from models.trained import WEIGHTS_FOLDER
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.readout import best_event
@@ -83,8 +82,6 @@ class ZeroShot(nn.Module):
         super().__init__()
         self.pyramid = events_of(scoring, PromptPyramid.from_config(config.pyramid))
         self.clip, self.config, self.scoring = clip, config, scoring
-        for name, value in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
     @property
     def input_resolution(self) -> int:
@@ -104,9 +101,8 @@ class ZeroShot(nn.Module):
         expected = (self.pyramid.num_frames, 3, side, side)
         if tuple(frames.shape[1:]) != expected:
             raise ValueError(f"frames are [B, {expected}], not {list(frames.shape)}")
-        if not frames.is_floating_point():
-            frames = (frames.to(self.image_mean.dtype) / 255 - self.image_mean) / self.image_std
-        features = self.clip.encode_image(frames.flatten(0, 1)).unflatten(0, (len(frames), -1))
+        features = self.clip.encode_image(self.clip.normalize(frames).flatten(0, 1))
+        features = features.unflatten(0, (len(frames), -1))
         return span_means(unit(features), self.pyramid)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
@@ -141,7 +137,7 @@ def load_zero_shot(
     """CLIP alone, in evaluation mode and frozen; reads captions up to CLIP's context length.
 
     Args:
-        clip_weights: file or content, or OpenAI's name of a model, looked for in ``CLIP_weights``.
+        clip_weights: file, content or name of a model, see ``models.clip_weights.read_weights``.
         scoring: one of `SCORINGS`.
         pyramid: see ``PromptPyramid.from_config``; "mean" and "best" take its number of frames.
         clip_activation, trust_archive: see ``models.clip_weights.build_clip``.
@@ -152,11 +148,10 @@ def load_zero_shot(
     described = {}
     if not isinstance(clip_weights, Mapping):
         described["clip_name"] = str(clip_weights)
-        clip_weights = weights_path(str(clip_weights), WEIGHTS_FOLDER)
     events_of(scoring, pyramid := PromptPyramid.from_config(pyramid))  # before the long reading
     clip = build_clip(clip_weights, trust_archive, clip_activation).requires_grad_(False)
     config = ProPyConfig(
         pyramid=pyramid.config, max_words=clip.sizes.context_length,
-        clip_activation=clip.activation, **described,
+        **clip.settings.as_fields(), **described,
     )  # fmt: skip
     return ZeroShot(clip, config, scoring).eval()

@@ -20,7 +20,7 @@ from modules.adapter import TemporalAdapter
 from modules.frame_groups import FrameGroups
 from modules.lora import LoRA
 from modules.pyramid import PromptPyramid
-from modules.transformer import HEAD_WIDTH, ResidualAttentionBlock
+from modules.transformer import ResidualAttentionBlock
 
 
 def event_key_counts(
@@ -175,8 +175,8 @@ def _join(events: Tensor, prompts: Tensor, frames: Tensor) -> Tensor:
 
 
 def _attention_weights(q: Tensor, k: Tensor, bias: Tensor, head: int | None) -> Tensor:
-    """softmax(q kᵀ / 8 + bias) of one head, or averaged over heads: [B, N_e, keys]."""
+    """softmax(q kᵀ / √c + bias) of one head, or averaged over heads: [B, N_e, keys]."""
     if head is not None:
         q, k = q[:, :, head : head + 1], k[:, :, head : head + 1]
-    logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / HEAD_WIDTH**0.5 + bias
+    logits = torch.einsum("bnhc,bmhc->bhnm", q, k) / q.shape[-1] ** 0.5 + bias
     return logits.softmax(dim=-1).mean(dim=1)

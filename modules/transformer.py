@@ -1,8 +1,8 @@
 """The pre-norm transformer block of CLIP, one definition for the image and the text tower.
 
 Parameter names and arithmetic follow OpenAI's release (Radford et al., 2021), so its weights load
-unchanged: LayerNorm in at least float32, 64 channels per attention head, and QuickGELU unless the
-weights were trained with GELU, as most of open_clip's were.
+unchanged: LayerNorm in at least float32, and by default 64 channels per attention head and
+QuickGELU; of open_clip's models most have GELU, and those above ViT-L wider heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from modules.linear import Linear, linear
 from modules.lora import LoRA
 
-HEAD_WIDTH = 64  # every CLIP model of OpenAI's has 64 channels per head
+HEAD_WIDTH = 64  # channels per head of every CLIP model of OpenAI's
 QUICK_GELU, GELU = "quick_gelu", "gelu"  # transformers' names of the activations
 QUICK_GELU_SLOPE = 1.702
 
@@ -38,15 +38,15 @@ class SelfAttention(nn.Module):
     event side needs the keys and values which the frame side has computed.
 
     Raises:
-        ValueError: the width D is not a multiple of 64.
+        ValueError: the width D is not a multiple of c, the channels of a head.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, head_width: int = HEAD_WIDTH) -> None:
         super().__init__()
-        if width % HEAD_WIDTH:
-            raise ValueError(f"width {width} is not a multiple of {HEAD_WIDTH} channels per head")
+        if width % head_width:
+            raise ValueError(f"width {width} is not a multiple of {head_width} channels per head")
         self.width = width
-        self.num_heads = width // HEAD_WIDTH
+        self.num_heads = width // head_width
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, width)
@@ -62,21 +62,21 @@ class SelfAttention(nn.Module):
             lora: what is added to the frozen projection.
 
         Returns:
-            One [B, N, heads, 64] view per letter.
+            One [B, N, heads, c] view per letter.
         """
         start, stop = "qkv".index(first), "qkv".index(last) + 1
         rows = slice(start * self.width, stop * self.width)
         weight, bias = self.in_proj_weight[rows], self.in_proj_bias[rows]
         x = lora.project(x, weight, bias, rows) if lora else linear(x, weight, bias)  # [B, N, m·D]
-        return x.unflatten(-1, (stop - start, self.num_heads, HEAD_WIDTH)).unbind(-3)
+        return x.unflatten(-1, (stop - start, self.num_heads, -1)).unbind(-3)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        """softmax(q kᵀ / 8 + mask) v of every head, through the output projection.
+        """softmax(q kᵀ / √c + mask) v of every head, through the output projection.
 
         Args:
-            q: [B, N, heads, 64]; k, v: [B, M, heads, 64].
+            q: [B, N, heads, c]; k, v: [B, M, heads, c].
             mask: what to add to the logits, or True where a query sees a key; broadcast to
                 [B, heads, N, M].
             causal: a query sees the keys up to its own position.
@@ -93,25 +93,29 @@ class ResidualAttentionBlock(nn.Module):
     """x += attention(ln_1(x)); x += mlp(ln_2(x)), with OpenAI's parameter names.
 
     Args:
-        width: channels D, a multiple of 64.
-        activation: of the MLP, QUICK_GELU or GELU; no tensor tells which one weights are for.
+        width: channels D, a multiple of `head_width`.
+        activation: of the MLP, QUICK_GELU or GELU; no tensor tells which one weights are for, nor
+        head_width: channels of a head.
+        hidden: channels within the MLP; None: 4 D.
     """
 
-    def __init__(self, width: int, activation: str = QUICK_GELU) -> None:
+    def __init__(
+        self, width: int, activation: str = QUICK_GELU, head_width: int = HEAD_WIDTH,
+        hidden: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.activation = activation
-        self.attn = SelfAttention(width)
+        self.attn = SelfAttention(width, head_width)
         self.ln_1 = LayerNorm(width)
-        self.mlp = nn.ModuleDict(
-            {"c_fc": Linear(width, 4 * width), "c_proj": Linear(4 * width, width)}
-        )
+        hidden = hidden or 4 * width
+        self.mlp = nn.ModuleDict({"c_fc": Linear(width, hidden), "c_proj": Linear(hidden, width)})
         self.ln_2 = LayerNorm(width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x + mlp(ln_2(x)), [..., N, D]; between the two linear maps stands the activation.
 
         QuickGELU is h · σ(1.702 h) = silu(1.702 h) / 1.702, and silu has a fused backward. The two
-        factors go where they cost no pass over the 4 D hidden channels, and no memory for one.
+        factors go where they cost no pass over the hidden channels, and no memory for one.
         """
         c_fc, c_proj = self.mlp["c_fc"], self.mlp["c_proj"]
         if self.activation == GELU:
@@ -133,10 +137,13 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; ProPy walks over ``resblocks`` itself."""
 
-    def __init__(self, width: int, layers: int, activation: str = QUICK_GELU) -> None:
+    def __init__(
+        self, width: int, layers: int, activation: str = QUICK_GELU, head_width: int = HEAD_WIDTH,
+        hidden: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, activation) for _ in range(layers)
+            ResidualAttentionBlock(width, activation, head_width, hidden) for _ in range(layers)
         )
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:

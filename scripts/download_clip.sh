@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Fetch OpenAI's CLIP weights, checked, into CLIP_weights:
+# Fetch CLIP weights, checked, into CLIP_weights:
 #   bash scripts/download_clip.sh              ViT-B/32, which the paper uses
-#   bash scripts/download_clip.sh ViT-L/14     or ViT-B/16
+#   bash scripts/download_clip.sh ViT-L/14     or ViT-B/16, ViT-L/14@336px: OpenAI's archives
+#   bash scripts/download_clip.sh ViT-B-32/laion2b_s34b_b79k    open_clip's name: from the hub
+#   bash scripts/download_clip.sh --list       all names
 # A download that broke off is resumed. clip_dir=... chooses another folder;
 # a relative one counts from the checkout. base_url=... chooses another server,
-# which has the file under <base_url>/<sha256>/ as OpenAI's does.
+# which has OpenAI's file under <base_url>/<sha256>/; HF_ENDPOINT=... another hub.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 name=${1:-ViT-B/32}
 folder=${clip_dir:-CLIP_weights}
+size=
 # sha256 as OpenAI publishes them, inside the address
 case $name in
   ViT-B/32) sha256=40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af
@@ -18,24 +21,38 @@ case $name in
     size=base-patch16 ;;
   ViT-L/14) sha256=b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836
     size=large-patch14 ;;
-  *) echo "download_clip: no model '$name'; there are ViT-B/32, ViT-B/16 and ViT-L/14" >&2; exit 2 ;;
+  ViT-L/14@336px) sha256=3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02
+    size=large-patch14-336 ;;
+  *)  # open_clip's table and the hub say what and where it is
+    bash scripts/setup.sh
+    [ "$name" != --list ] || exec .venv/bin/python -m scripts.download_clip --list
+    published=$(.venv/bin/python -m scripts.download_clip "$name" --folder "$folder")
+    read -r sha256 url file <<<"$published" ;;
 esac
-file=${name//\//-}.pt
-url=${base_url:-https://openaipublic.azureedge.net/clip/models}/$sha256/$file
+if [ -n "$size" ]; then
+  file=${name//[\/@]/-}.pt
+  architecture=${file%.pt}
+  architecture=${architecture%px}
+  url=${base_url:-https://openaipublic.azureedge.net/clip/models}/$sha256/$file
+fi
 target=$folder/$file
 
 elsewhere() {
+  if [ -z "$size" ]; then
+    echo "HF_ENDPOINT=https://... names another hub" >&2
+    return
+  fi
   cat >&2 <<EOF
 The same weights are elsewhere too:
   base_url=https://... bash scripts/download_clip.sh $name    any server with $sha256/$file
-  https://huggingface.co/timm/vit_${size/-patch/_patch}_clip_224.openai    open_clip_model.safetensors, open_clip_config.json
+  bash scripts/download_clip.sh $architecture-quickgelu/openai    from the hub, under that name
   https://huggingface.co/openai/clip-vit-$size    model.safetensors or pytorch_model.bin, config.json
-Put the two files of one of the last into a folder of their own: --pretrained_clip_name FILE
+Put the two files of the last into a folder of their own: --pretrained_clip_name FILE
 EOF
 }
 matches() { echo "$sha256  $1" | sha256sum --check --status 2>/dev/null; }
 
-mkdir -p "$folder"
+mkdir -p "$(dirname "$target")"
 if [ -f "$target" ]; then
   matches "$target" && { echo "download_clip: $target is there and is right"; exit 0; }
   echo "download_clip: $target is not the published file (sha256 differs); move it away first" >&2

@@ -4,7 +4,7 @@
     .venv/bin/python -m scripts.report logs/prvr_tvr
 
 The queries come from predictions.h5, which main.py --do_eval 1 --save_predictions 1 leaves in the
-run's folder; pictures of attention from the folder of main.py --do_plot 1.
+run's folder; pictures of attention from the run's plot_dir, if main.py --do_plot 1 left some.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.command import Parser, run_command
+from utils.command import Parser, number, run_command
 from utils.report.page import Run, write_page
 
 
@@ -28,14 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="annotations of predictions.h5 (default: the run's prvr_val_annos)")
     add("--video_dir", type=Path,
         help="prepared clips, for thumbnails (default: the run's, or its frame store)")
-    add("--plots", type=Path, metavar="DIR",
-        help="pictures of main.py --do_plot 1 (default: the run's plot_dir)")
-    add("--queries", type=int, default=6, metavar="N",
+    add("--queries", type=number(int, 0), default=6, metavar="N",
         help="best, worst and drawn queries to show, N of each (default 6)")
     # fmt: on
     args = vars(parser.parse_args(argv))
-    if args["queries"] < 0:
-        parser.error(f"--queries must be at least 0: {args['queries']}")
     logging.basicConfig(format="%(message)s")
     folder, output = args.pop("folder"), args.pop("output")
     run, output = Run.read(folder), output or folder / "report.html"

@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Make .venv with the pinned requirements; called by every other script, quick when all is there.
 #   bash scripts/setup.sh          what the program needs
-#   bash scripts/setup.sh --dev    and what its tests need
+#   bash scripts/setup.sh --search and what searching one's own videos needs
+#   bash scripts/setup.sh --dev    and what the tests need, of everything
 # PYTHON=/path/to/python chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
 files=(requirements.txt)
-[ "${1:-}" = --dev ] && files+=(requirements-dev.txt)
+case "${1:-}" in
+  --search) files+=(requirements-search.txt) ;;
+  --dev) files+=(requirements-search.txt requirements-milvus.txt requirements-dev.txt) ;;
+esac
 
 # a stamp in .venv holds the requirements that were installed last
 installed() {

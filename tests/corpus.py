@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ import torch
 from dataloaders.ffmpeg import write_video
 from tests.forked_main import ForkedMain
 from tests.golden_model import make_weights
+from utils.files import write_records
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128,) * 3}
@@ -93,9 +97,29 @@ def make_corpus(
                 "vid_name": name.format(index), "desc_id": desc_id, "duration": 20 / 3,
                 "desc": text, "ts": [half * 3, half * 3 + 3],
             })  # fmt: skip
-    (folder / "annos.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_records(folder / "annos.jsonl", lines)
     torch.save(make_weights.torch_state(make_weights.make("tiny", 1, "fp16")), folder / "clip.pt")
     (folder / "pyramid.json").write_text(PYRAMID)
+
+
+def annotate(path: Path, names: Sequence[str], duration: float = 1) -> Path:
+    """A file of annotations: a query of each of these videos."""
+    lines = ({"vid_name": name, "desc_id": i, "desc": "x"} for i, name in enumerate(names))
+    write_records(path, (line | {"duration": duration} for line in lines))
+    return path
+
+
+def in_process(act: Callable[[], object]) -> BaseProcess:
+    """A process of its own that runs this and ends with what it returns."""
+    process = get_context("fork").Process(target=lambda: sys.exit(act()))
+    process.start()
+    return process
+
+
+def moving_noise(n: int, height: int, width: int) -> Iterator[np.ndarray]:
+    """Frames of a clip so that damage to its bytes shows: uint8 [H, W, 3]."""
+    noise = np.random.RandomState(0).randint(0, 255, (height, width, 3), dtype=np.uint8)
+    return (np.roll(noise, 8 * i, axis=1) for i in range(n))
 
 
 @cache

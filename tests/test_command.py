@@ -24,7 +24,7 @@ COMMANDS = [
     "scripts.plot.plot_run", "scripts.data.check_videos", "scripts.data.convert_annotations",
     "scripts.data.pack_frames", "scripts.data.prepare_videos", "scripts.benchmark.__main__",
     "scripts.benchmark.ranks",
-    "scripts.demo.run",
+    "scripts.demo.run", "scripts.reproduce",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 import models.trained
 from dataloaders.datasets import LoaderConfig
 from models import ProPy, ProPyConfig, load_propy
+from models.clip import CLIPSettings
 from models.clip_weights import build_clip
 from modules import ModelError
 from tests.golden_model import ROOT, GoldenModel
@@ -24,7 +25,9 @@ from utils.training.optim import build_optimizer
 from utils.training.progress import Progress
 
 CONFIGS = (ProPyConfig, LoaderConfig, TrainConfig, EvalConfig)
-NO_FLAGS = {"pyramid", "clip_seconds"}  # main.py decides these
+NO_FLAGS = {  # main.py decides these
+    "pyramid", "clip_seconds", "clip_head_widths", "clip_image_mean", "clip_image_std",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,7 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
     parser.add_argument("--dummy", type=float, default=0.0)  # 2. the flag
     args = parser.parse_args(["--prvr_val_annos", "x", "--adapter_channels", "48", "--dummy", "2"])
     golden = GoldenModel.read("m3")
-    decided = {
-        "clip_seconds": None,
-        "clip_activation": "quick_gelu",
-    }  # by main.py
+    decided = CLIPSettings().as_fields() | {"clip_seconds": None}  # by main.py
     config = config_from(WithDummy, args, pyramid=golden.config["pyramid"], **decided)
     assert (config.dummy, config.adapter_channels, config.num_prompts) == (2, 48, 4)
 

@@ -10,3 +10,7 @@ class RunError(Exception):
 
 class OutputError(OSError):
     """Something that cannot be written; names it, the reason and the remedy."""
+
+
+class SearchError(Exception):
+    """An index that cannot be opened, made or searched; names it, what is wrong and the remedy."""

@@ -7,13 +7,11 @@ A flag is added with its reader and removed with it: a field of one of the confi
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.command import Parser
+from utils.command import Parser, number
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
 from utils.evaluation.rows import ZERO_SHOT
 from utils.misc import usable_cores
@@ -104,20 +102,6 @@ class _Help(argparse.HelpFormatter):
         return f"{action.help} (default {str(action.default).removeprefix(f'{ROOT}/')})"
 
 
-def number(kind: type, lowest: float, highest: float = math.inf) -> Callable[[str], float]:
-    """A flag's type: a number of a kind, the bounds among what is allowed; NaN is not."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not lowest <= value <= highest:
-            wanted = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
-            raise argparse.ArgumentTypeError(f"must be {wanted}: {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # of argparse's message for what is no number
-    return parse
-
-
 def checkpoint(text: str) -> Path | str:
     """The type of --resume."""
     return AUTO if text == AUTO else Path(text)
@@ -180,13 +164,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_clip_name", default="ViT-B/32", metavar="NAME|FILE",
-        help="ViT-B/32, ViT-B/16 or ViT-L/14, fetched into CLIP_weights by "
-        "scripts/download_clip.sh, or a weights file in OpenAI's, open_clip's or transformers' "
-        "format [published: ViT-B/32]")
+        help="ViT-B/32, ViT-B/16, ViT-L/14, or open_clip's architecture/tag, as "
+        "ViT-B-32/laion2b_s34b_b79k, fetched into CLIP_weights by scripts/download_clip.sh (--list "
+        "names all); or a weights file in OpenAI's, open_clip's or transformers' format "
+        "[published: ViT-B/32]")
     add("--clip_activation", choices=["quick_gelu", "gelu"],
         help="what CLIP's weights were trained with, for a file that does not say it: OpenAI's "
-        "have quick_gelu, most of open_clip's gelu (default: what is known of the file, else "
-        "quick_gelu, with a warning)")
+        "have quick_gelu, most of open_clip's gelu (default: what is known of the name or file, "
+        "else quick_gelu, with a warning)")
     add("--freeze_clip", **switch, default=1,
         help="0 fine-tunes CLIP too, with lr·coef_lr [published: 1]")
     add("--pyr_config_path", type=Path, default=ROOT / "scripts/pyramids/cfg_32.json",

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import codecs
 import errno
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from dataloaders import DataError
 from modules import ModelError
-from utils import OutputError, RunError
+from utils import OutputError, RunError, SearchError
 
 # What a user can fix; everything else is a bug and keeps its traceback.
-USER_ERRORS = (DataError, ModelError, RunError, OutputError)
+USER_ERRORS = (DataError, ModelError, RunError, OutputError, SearchError)
 UNREAD = (errno.EPIPE, errno.EIO)  # of a pipe that ended, and of a terminal that was closed
 
 
@@ -31,6 +33,35 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help explains the flags)\n")
+
+
+def number(kind: type, lowest: float, highest: float = math.inf) -> Callable[[str], float]:
+    """A flag's type: a number of a kind, the bounds among what is allowed; NaN is not."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not lowest <= value <= highest:
+            wanted = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+            raise argparse.ArgumentTypeError(f"must be {wanted}: {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # of argparse's message for what is no number
+    return parse
+
+
+def folder(text: str) -> Path:
+    """A flag's type: a folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {text}")
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """A flag's type: a file that can be written, as far as its folder says."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"this is a folder, or in none that is there: {path}")
+    return path
 
 
 def run_command(program: Callable[[], int | None]) -> NoReturn:

@@ -7,48 +7,22 @@ import errno
 import json
 import logging
 import os
-import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dataloaders.storage import lock, sync
+from dataloaders.storage import PARTIAL_PREFIX, commit, lock, sync, temporary_sibling
 from utils import OutputError, RunError
 from utils.command import USER_ERRORS
 
-PARTIAL_PREFIX = ".preparing-"  # of files that are still being written
 LOCK_NAME = ".lock"
 TRACES = {LOCK_NAME, "log.txt"}  # of any run
 
 logger = logging.getLogger("propy.files")
 
 _appending = threading.Lock()  # a process's own lock on a file holds back none of its threads
-
-
-@contextlib.contextmanager
-def temporary_sibling(path: Path) -> Iterator[Path]:
-    """A hidden, unique, empty file beside `path` to write to; removed unless committed."""
-    part = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}.part"
-    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-    try:
-        yield part
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def commit(part: Path, path: Path) -> None:
-    """Give a finished file its name, once its bytes are on the disk; the name is there too then."""
-    with part.open("rb+") as file:
-        sync(file.fileno())
-    part.replace(path)
-    with contextlib.suppress(OSError):  # many file systems cannot
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 @contextlib.contextmanager
@@ -190,3 +164,9 @@ def read_records(path: Path) -> list[dict]:
         first = ", ".join(unreadable[:10]) + (", …" if len(unreadable) > 10 else "")
         logger.warning("%s: unreadable lines skipped: %d (line %s)", path, len(unreadable), first)
     return records
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """A file of JSON lines, whole or not at all. OutputError: it cannot be written."""
+    with atomic_write(path) as part:
+        part.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")

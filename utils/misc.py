@@ -103,16 +103,13 @@ def git_revision() -> str:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=20,
+            command, capture_output=True, text=True, errors="replace", timeout=20, check=True,
             env=os.environ | {"LC_ALL": "C"},
         )  # fmt: skip
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        reason = str(error)
-    else:
-        if done.returncode == 0:
-            return done.stdout.strip()
-        reason = (done.stderr.strip() or f"git ended with {done.returncode}").splitlines()[0]
-        if "safe.directory" in done.stderr:  # another user's checkout
+        reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]
+        if "safe.directory" in str(getattr(error, "stderr", None)):  # another user's checkout
             reason += f"; if you trust it: git config --global --add safe.directory {root}"
     logger.warning("the revision of this program is unknown: %s", reason)
     return "unknown"

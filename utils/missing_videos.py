@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from dataloaders import DataError, listed
 from dataloaders.annotations import Query, Split
 from dataloaders.clips import ClipSource
 from dataloaders.preflight import probe_all
-from utils.files import atomic_write
+from utils.files import read_records, write_records
 
 logger = logging.getLogger("propy.missing_videos")
 
@@ -77,22 +75,18 @@ class MissingVideos:
     def __init__(self, folder: Path, splits: Sequence[tuple[Split, Mapping[str, str]]]) -> None:
         self.path = path = folder / LIST
         self._splits = {split.name: (split, split.without(missing)) for split, missing in splits}
-        lines = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # a torn line is dropped
-                    if json.loads(line)["split"] not in self._splits:
-                        lines.append(line + "\n")
+        records = read_records(path) if path.is_file() else []
+        records = [record for record in records if record.get("split") not in self._splits]
         for split, reasons in splits:
             counts = Counter(query.vid_name for query in split.queries)
-            for name, reason in reasons.items():
-                record = {"split": split.name, "vid_name": name, "queries": counts[name]}
-                lines.append(json.dumps(record | {"reason": reason}) + "\n")
-        if lines:
-            with atomic_write(path) as part:
-                part.write_text("".join(lines), encoding="utf-8")
-        elif path.is_file():
-            path.unlink()
+            records += [
+                {"split": split.name, "vid_name": name, "queries": counts[name], "reason": reason}
+                for name, reason in reasons.items()
+            ]
+        if records:
+            write_records(path, records)
+        else:
+            path.unlink(missing_ok=True)
 
     def remaining(self, split: Split) -> Split:
         """The split without them."""

@@ -19,7 +19,7 @@ import torch
 from modules.readout import READOUTS
 from scripts.benchmark import loader, model, tails
 from scripts.benchmark.harness import Options, Stage, measure, ratio, relative_error, set_up, table
-from utils.command import Parser, run_command
+from utils.command import Parser, new_file, number, run_command
 
 FRAMES, TEXTS = "{videos} videos of {frames} frames", "{texts} texts of up to {words} tokens"
 CORPUS = "{texts} texts, {videos} videos"
@@ -62,12 +62,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"what to measure: {', '.join(STAGES)}; loader: all of loading; or all")
     add("--model", choices=list(model.SIZES), default="b32",
         help="CLIP's size; small is for a quick look (default b32)")
-    add("--videos", type=_count,
+    add("--videos", type=number(int, 1),
         help="videos in a batch (default: encode_video 1, train_step 2, loading 4) or in the "
         "corpus of a tail (default: those of --split)")
-    add("--texts", type=_count,
+    add("--texts", type=number(int, 1),
         help="texts of encode_text (default 64), a tail (1024), each video in train_step (4)")
-    add("--words", type=_count, default=32, help="tokens of the longest text (default 32)")
+    add("--words", type=number(int, 1), default=32, help="tokens of the longest text (default 32)")
     add("--frames", type=int, nargs="+", choices=[2**n for n in range(1, 10)], default=[32],
         metavar="N", help="frames of a video; several: one row for each (default 32)")
     add("--split", choices=["charades", "tvr", "activitynet"], default="charades",
@@ -82,26 +82,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"],
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: a GPU if there is one)")
-    add("--threads", type=_count, help="threads on the CPU (default: torch's own choice)")
+    add("--threads", type=number(int, 1), help="threads on the CPU (default: torch's own choice)")
     add("--clock", choices=["wall", "cpu"], default="wall",
         help="cpu: processor time of all threads, which other programs disturb less (default wall)")
-    add("--repeats", type=_count, default=5, help="timed repetitions of each side (default 5)")
+    add("--repeats", type=number(int, 1), default=5,
+        help="timed repetitions of each side (default 5)")
     add("--memory", type=int, choices=[0, 1], default=1,
         help="1: measure memory, setting each side up once more in a process of its own (default)")
     add("--checkpoint_activations", type=int, choices=[0, 1], default=0,
         help="1: our train_step with main.py's --checkpoint_activations 1")
-    add("--json", type=Path, metavar="FILE", help="save every measured number")
+    add("--json", type=new_file, metavar="FILE", help="save every measured number")
     # fmt: on
-    args = parser.parse_args(argv)
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"argument --json: this is a folder, or in none that is there: {args.json}")
-    return args
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1: {value}")
-    return value
+    return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -17,9 +17,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from models import ProPy, ProPyConfig
-from models.clip import CLIP
-from scripts.benchmark.model import SIZES
+from scripts.benchmark.harness import Options
+from scripts.benchmark.model import SIZES, build, draw_texts, draw_videos
 from utils import distributed
 from utils.command import Parser, run_command
 from utils.distributed import is_main, own_share, process_group, world_size
@@ -51,21 +50,16 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> None:
-    torch.manual_seed(0)
-    clip = CLIP(SIZES[args.model])
-    clip.initialize()
-    model = ProPy(clip, ProPyConfig()).to(device).train()
     videos = args.videos_each * world_size() if args.videos_each else args.videos
-    side, texts = model.input_resolution, videos * args.captions
     own = own_share(videos)
-    token_ids = torch.randint(1, clip.sizes.vocab_size - 1, (texts, 32))
-    token_ids[:, -1] = clip.sizes.vocab_size - 1
+    options = Options(model=args.model, videos=own.stop - own.start, device=device.type)
+    model, texts = build(options).train(), videos * args.captions
     batch = {
-        "frames": torch.randint(256, (own.stop - own.start, 32, 3, side, side), dtype=torch.uint8),
-        "token_ids": token_ids,
-        "text_to_video": torch.arange(videos).repeat_interleave(args.captions),
+        "frames": draw_videos(model, options),
+        "token_ids": draw_texts(model, texts, options),
+        "text_to_video": torch.arange(videos, device=device).repeat_interleave(args.captions),
+        "vid_names": [""] * videos,
     }
-    batch = {name: x.to(device) for name, x in batch.items()} | {"vid_names": [""] * videos}
     optimizer = build_optimizer(model, 8e-4, 1e-3, 0.2)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "amp")
     waited, sent = count_collectives(device)

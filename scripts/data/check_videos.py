@@ -10,9 +10,7 @@ a time limit.
 from __future__ import annotations
 
 import argparse
-import json
 import signal
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders import DataError, listed
-from dataloaders.annotations import Video, corpus_videos, read_annotations
+from dataloaders.annotations import Video, read_videos
 from dataloaders.clips import MANIFEST, VideoFolder, compare
 from dataloaders.ffmpeg import (
     MAX_TIME_LIMIT,
@@ -32,7 +30,8 @@ from dataloaders.ffmpeg import (
     kill_running,
     read_packets,
 )
-from utils.command import Parser, run_command
+from utils.command import Parser, folder, new_file, number, run_command
+from utils.files import write_records
 from utils.misc import usable_cores
 
 # What can be wrong with a video, in the order of the summary.
@@ -97,43 +96,28 @@ def check_video(
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--video_dir", type=Path, required=True, help="folder of prepared clips")
+    add("--video_dir", type=folder, required=True, help="folder of prepared clips")
     add("--annotations", type=Path, nargs="+", required=True, metavar="FILE",
         help="annotation files that need them")  # fmt: skip
     add("--decode", action="store_true", help="decode every frame, too (about 0.1 s a clip)")
     add("--checksums", action="store_true",
         help="compare all bytes with what was prepared, not only their number")  # fmt: skip
-    add("--tolerance", type=float, default=1.0, metavar="SECONDS",
+    add("--tolerance", type=number(float, 0), default=1.0, metavar="SECONDS",
         help="difference between a clip and its annotated duration that is let pass, beyond half "
         "a frame interval (default: %(default)s)")  # fmt: skip
     add("--authors_scale", action="store_true", help="the clips were prepared with this switch")
-    add("--report", type=Path, metavar="FILE", help="write the problems there, as JSON lines")
-    add("--workers", type=int, default=usable_cores(),
+    add("--report", type=new_file, metavar="FILE", help="write the problems there, as JSON lines")
+    add("--workers", type=number(int, 1), default=usable_cores(),
         help="clips at a time (default: %(default)s)")  # fmt: skip
-    add("--time_limit", type=float, default=60.0, metavar="SECONDS",
+    add("--time_limit", type=number(float, 1e-6, MAX_TIME_LIMIT), default=60.0, metavar="SECONDS",
         help="after which a clip counts as unreadable (default: %(default)s)")  # fmt: skip
-    args = parser.parse_args(arguments)
-    if not args.video_dir.is_dir():
-        parser.error(f"--video_dir: no such folder: {args.video_dir}")
-    if args.report and (args.report.is_dir() or not args.report.parent.is_dir()):
-        parser.error(f"--report: this is a folder, or in none that is there: {args.report}")
-    if args.workers < 1 or not 0 < args.time_limit <= MAX_TIME_LIMIT:
-        parser.error(f"--workers and --time_limit must be above 0 (and below {MAX_TIME_LIMIT:g})")
-    if not args.tolerance >= 0:
-        parser.error(f"--tolerance must be at least 0: {args.tolerance}")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all well, 1 something is wrong, 2 wrong use, 130 interrupted."""
+    """Exit status: 0 all well, 1 something is wrong, 130 interrupted."""
     args = parse_arguments(arguments)
-    try:
-        queries = [query for file in args.annotations for query in read_annotations(file)]
-        clips = VideoFolder(args.video_dir)
-    except DataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    videos = corpus_videos(queries)
+    videos, clips = read_videos(args.annotations), VideoFolder(args.video_dir)
 
     def check(video: Video) -> list[dict]:
         name = video.vid_name
@@ -151,12 +135,6 @@ def main(arguments: list[str] | None = None) -> int:
             status = 130
             pool.shutdown(wait=False, cancel_futures=True)
             kill_running()
-    if args.report:
-        try:
-            args.report.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
-        except OSError as error:
-            print(f"{args.report}: cannot be written: {error.strerror}", file=sys.stderr)
-            status = status or 1
     counts = Counter(problem["problem"] for problem in problems)
     for kind in (kind for kind in PROBLEMS if counts[kind]):
         some = [p for p in problems if p["problem"] == kind]
@@ -172,6 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{unknown} of them are not in a {MANIFEST}: there is nothing to compare them with")
     if checked < len(videos):
         print(f"interrupted: this is of the first {checked} of {len(videos)} videos only")
+    if args.report:
+        write_records(args.report, problems)
     return status or int(bool(problems))
 
 

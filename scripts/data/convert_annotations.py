@@ -9,6 +9,7 @@ are in annotations/README.md. The order and the captions of the source are kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -19,11 +20,23 @@ from pathlib import Path
 
 from dataloaders import DataError
 from dataloaders.annotations import TIME_TOLERANCE, corpus_videos, read_annotations
-from utils.command import Parser, run_command
+from utils.command import Parser, folder, run_command
 from utils.evaluation.published import SPLIT_SIZES
 from utils.files import commit, temporary_sibling
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextlib.contextmanager
+def as_released(place: str | Path) -> Iterator[None]:
+    """What is not there, or not what it should be, as a DataError that names the place."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, csv.Error) as error:
+        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        raise DataError(
+            f"{place}: not in the form in which it was released ({reason}): get the file again"
+        ) from error
 
 
 def activitynet_records(file: Path) -> Iterator[dict]:
@@ -32,16 +45,12 @@ def activitynet_records(file: Path) -> Iterator[dict]:
     The second annotator's ids, of val_2.json, differ from the first's, to stand in one file.
     """
     annotator = "enc2" if file.name == "val_2.json" else "enc"
-    videos = _load_json(file, file.read_bytes())
-    for name, video in videos.items():
-        try:
+    with as_released(file):
+        videos = json.loads(file.read_bytes()).items()
+    for name, video in videos:
+        with as_released(f"{file}: {name}"):
             pairs = list(zip(video["timestamps"], video["sentences"], strict=True))
             duration = video["duration"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{file}: {name}: duration, and as many timestamps as sentences, are expected: get "
-                "the file again"
-            ) from error
         for number, (window, sentence) in enumerate(pairs):
             yield {
                 "vid_name": name,
@@ -57,14 +66,10 @@ def charades_records(file: Path) -> Iterator[dict]:
     durations = charades_durations(file.parent)
     counts: Counter[str] = Counter()
     for place, line in _lines(file):
-        head, separator, caption = line.partition("##")
-        try:
+        with as_released(place):
+            head, caption = line.split("##", 1)
             name, start, end = head.split()
             window = [float(start), float(end)]
-        except ValueError:
-            separator = ""
-        if not separator:
-            raise DataError(f"{place}: not 'VIDEO start end##caption': get the file again")
         if name not in durations:
             raise DataError(
                 f"{place}: no length of video {name} in Charades_v1_train.csv or _test.csv: put "
@@ -84,66 +89,43 @@ def charades_durations(folder: Path) -> dict[str, float]:
     """Seconds of every video, from the column `length` of the Charades tables in a folder."""
     durations = {}
     for file in sorted(folder.glob("Charades_v1_*.csv")):
-        with file.open(newline="", encoding="utf-8") as table:
+        with file.open(newline="", encoding="utf-8") as table, as_released(file):
             rows = csv.DictReader(table)
-            try:
-                for row in rows:
+            for row in rows:
+                with as_released(f"{file}:{rows.line_num}"):
                     durations[row["id"]] = float(row["length"])
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise DataError(
-                    f"{file}:{rows.line_num + 1}: not CSV ({error}): get the file again"
-                ) from error
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"{file}:{rows.line_num}: no number in column 'length': get the file again"
-                ) from error
     return durations
 
 
 def qvhighlights_records(file: Path) -> Iterator[dict]:
     """QVHighlights: JSON lines with `qid`, `query`, `vid`; the test split has no windows."""
     for place, line in _lines(file):
-        source = _load_json(place, line)
-        record = _pick(place, source, vid_name="vid", desc_id="qid", desc="query")
-        record |= _pick(place, source, duration="duration")
-        if "relevant_windows" in source:
-            record["ts"] = source["relevant_windows"]
+        with as_released(place):
+            source = json.loads(line)
+            record = {"vid_name": source["vid"], "desc_id": source["qid"], "desc": source["query"]}
+            record["duration"] = source["duration"]
+            if "relevant_windows" in source:
+                record["ts"] = source["relevant_windows"]
         yield record
 
 
 def tvr_records(file: Path) -> Iterator[dict]:
     """TVR: JSON lines that already carry our names; `type` says what a query is about."""
-    names = ("vid_name", "desc_id", "desc", "duration", "ts", "type")
     for place, line in _lines(file):
-        yield _pick(place, _load_json(place, line), **{name: name for name in names})
+        with as_released(place):
+            source = json.loads(line)
+            names = ("vid_name", "desc_id", "desc", "duration", "ts", "type")
+            record = {name: source[name] for name in names}
+        yield record
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     # Not splitlines(): captions may hold other characters that it takes for line ends.
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error}): get the file again") from error
-    for number, line in enumerate(text.split("\n"), start=1):
+    with as_released(file):
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{file}:{number}", line.removesuffix("\r")
-
-
-def _load_json(place: str | Path, text: str | bytes) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error}): get the file again") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: not a JSON object: is this the right file?")
-    return value
-
-
-def _pick(place: str, source: dict, **names: str) -> dict:
-    missing = [name for name in names.values() if name not in source]
-    if missing:
-        raise DataError(f"{place}: no field {', '.join(missing)}: is this the right file?")
-    return {ours: source[theirs] for ours, theirs in names.items()}
 
 
 # The original files of each split, and its standard numbers of videos and queries where they are
@@ -216,15 +198,12 @@ def convert(
         known = dict(durations)  # of the sources before it
         for record in reader(source):
             name, duration = record["vid_name"], record["duration"]
-            try:
+            with as_released(f"{source}: query {record['desc_id']}"):
                 if name in known:
                     record["duration"] = known[name]
                     if abs(duration - known[name]) > TIME_TOLERANCE:
                         other_durations.add(name)
                 swapped, beyond = order_windows(record)
-            except (LookupError, TypeError, AttributeError) as error:
-                shown = f"query {record['desc_id']}: windows {record.get('ts')!r}"
-                raise DataError(f"{source}: {shown}: not [start, end] in seconds") from error
             durations[name] = record["duration"]
             counts.update(reversed=swapped, beyond=beyond)
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -265,12 +244,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all splits found and converted, 1 one could not be, 2 wrong use."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=SPLITS, help="which data set")
-    parser.add_argument("source", type=Path, help="folder that holds its original files")
+    parser.add_argument("source", type=folder, help="folder that holds its original files")
     parser.add_argument("--output_dir", type=Path, metavar="DIR",
         help="where <split>.jsonl goes (default: annotations/<dataset>)")  # fmt: skip
     args = parser.parse_args(arguments)
-    if not args.source.is_dir():
-        parser.error(f"{args.source}: no such folder")
     output_dir = args.output_dir or ROOT / "annotations" / args.dataset
     failed = False
     for name, (files, published) in SPLITS[args.dataset].items():

@@ -12,7 +12,6 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ from dataloaders.ffmpeg import (
     H264_ARGUMENTS,
     NO_ROOM,
     PREPARED_FPS,
-    PREPARED_SHORT_SIDE,
     Completed,
     Track,
     count_damage,
@@ -37,17 +35,20 @@ from dataloaders.ffmpeg import (
     read_packets,
     run_ffmpeg,
 )
+from dataloaders.prepared import (
+    CLOCK_TOLERANCE,
+    WARN_BELOW,
+    clip_format,
+    clip_length,
+    clip_rate,
+    decoded_share,
+    prepared_size,
+    video_clock,
+)
 from utils.files import append_line, atomic_write
 
 FRAME_SUFFIXES = {".jpg", ".jpeg"}
-MAX_SIDE = 16384  # what H.264 can hold
-
-# Sound and pictures rarely end together, and headers round: a second of difference between the
-# video stream and the file's own duration says nothing about the pictures.
-CLOCK_TOLERANCE = 1.0  # seconds
-# A slot of 1/3 s is lost if the file has frames in it, but none decodes within this of its middle.
-LOST_AFTER = 0.5  # seconds
-WARN_BELOW = 0.95  # share of a video that decodes
+TAGS = "setparams=range=tv:colorspace=smpte170m:color_primaries=unknown:color_trc=unknown"
 
 
 @dataclass(frozen=True)
@@ -106,66 +107,6 @@ def file_facts(clip: Path) -> dict[str, int]:
 
 def manifest_line(clip: Path, result: dict) -> str:
     return json.dumps({"vid_name": clip.stem, **result})
-
-
-def prepared_size(
-    width: int, height: int, sample_aspect: Fraction = Fraction(1), authors_scale: bool = False
-) -> tuple[int, int]:
-    """Width and height of the prepared clip of an upright video.
-
-    The short side becomes 224, the other keeps the aspect as displayed and is rounded down to an
-    even number. With `authors_scale` a portrait video gets the width 224 and the height
-    ⌊224·a/2⌋·2 < 224, a = width/height of the stored pixels: squashed, as in the authors' files.
-
-    Raises:
-        DataError: the aspect is too extreme for H.264.
-    """
-    aspect = Fraction(width, height) * (1 if authors_scale else sample_aspect)
-    short = PREPARED_SHORT_SIDE
-    if aspect >= 1:
-        size = int(short * aspect / 2) * 2, short
-    elif authors_scale:
-        size = short, max(int(short * aspect / 2) * 2, 2)
-    else:
-        size = short, int(short / aspect / 2) * 2
-    if max(size) > MAX_SIDE:
-        raise DataError(f"its aspect of {width}:{height} is too extreme to prepare")
-    return size
-
-
-def video_clock(packets: Track) -> tuple[float, float | None]:
-    """When the video starts and how long it lasts, in seconds.
-
-    The start is 0, or below where the container places frames before its own zero. Pictures that
-    come later than sound do not move the start: times in annotations count from the file's zero.
-    The duration is None if the container tells no times.
-    """
-    times = packets.times
-    if np.isnan(times).any():
-        return 0.0, None
-    start = min(0.0, float(times[:, 0].min()))
-    seconds = float(times[:, 1].max()) - start
-    claimed = packets.container_seconds
-    if claimed and 0 < seconds - claimed < CLOCK_TOLERANCE:
-        seconds = claimed  # an edit list cuts the last frames, and players do not show them
-    return start, seconds
-
-
-def decoded_share(packets: Track, frames: np.ndarray, seconds: float | None) -> float:
-    """Share of what the container holds that decodes, between 0 and 1.
-
-    Args:
-        frames: float64 [n], times of the decoded frames, from the start of the video.
-        seconds: duration of what the container holds, None if it tells no times.
-    """
-    if seconds is None:
-        return min(1.0, len(frames) / len(packets.times))
-    starts = packets.times[:, 0] - min(0.0, packets.times[:, 0].min())
-    middles = (np.unique(np.floor(starts * PREPARED_FPS)) + 0.5) / PREPARED_FPS
-    frames = np.concatenate([[-np.inf], np.sort(frames), [np.inf]])
-    after = np.searchsorted(frames, middles)
-    distance = np.minimum(middles - frames[after - 1], frames[after] - middles)
-    return float(np.mean(distance <= LOST_AFTER))
 
 
 def header_lengths(source: Path, packets: Track, seconds: float) -> tuple[float, float]:
@@ -266,22 +207,13 @@ def _run(arguments: list[str], settings: Settings, feed: Iterable[bytes] = ()) -
 
 def encode_arguments(size: tuple[int, int], seconds: float | None) -> list[str]:
     """Arguments that turn what is read into the prepared format."""
-    # A frame is taken from the middle of its third of a second, the last one where at least half
-    # of that is left. What is shorter than half still gives its one frame.
-    short = seconds is not None and seconds * PREPARED_FPS < 0.5
-    rate = f"fps={PREPARED_FPS}:start_time=0" + (":eof_action=pass" if short else "")
-    arguments = ["-filter_threads", "1"]
-    # One matrix and range for all clips: what readers assume that ignore tags. The scaler goes from
-    # another matrix by way of RGB of 8 bits, which is too coarse without the flags.
-    scale = f"scale={size[0]}:{size[1]}:flags=bicubic+accurate_rnd+full_chroma_int"
-    colours = "out_color_matrix=bt601:out_range=tv,format=yuv420p"
-    tags = "setparams=range=tv:colorspace=smpte170m:color_primaries=unknown:color_trc=unknown"
-    arguments += ["-vf", f"{rate},{scale}:{colours},setsar=1,{tags}"]
+    filters = f"{clip_rate(seconds)},{clip_format(size)}"
+    arguments = ["-filter_threads", "1", "-vf", f"{filters},setsar=1,{TAGS}"]
     arguments += ["-map_metadata", "-1", *H264_ARGUMENTS]
     arguments += ["-colorspace", "smpte170m", "-color_range", "tv"]
     if seconds is not None:
         # Some versions hold the last frame for as long as the gap before it.
-        arguments += ["-frames:v", str(max(1, int(seconds * PREPARED_FPS + 0.5)))]
+        arguments += ["-frames:v", str(clip_length(seconds))]
     return [*arguments, "-f", "mp4"]
 
 

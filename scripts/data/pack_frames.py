@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from dataloaders import DataError
-from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.annotations import read_videos
 from dataloaders.clips import VideoFolder, compare
 from dataloaders.ffmpeg import PREPARED_SHORT_SIDE
 from dataloaders.frame_store import (
@@ -40,7 +39,7 @@ from dataloaders.frame_store import (
     pack_clip,
 )
 from dataloaders.video import PREPARE
-from utils.command import Parser, run_command
+from utils.command import Parser, folder, new_file, number, run_command
 from utils.misc import usable_cores
 from utils.shards import Shard, add_shard_flag
 
@@ -115,8 +114,7 @@ def find_clips(
         DataError: an annotation file cannot be used, or the folder has no clips at all.
     """
     if annotations:
-        queries = [query for file in annotations for query in read_annotations(file)]
-        names = [video.vid_name for video in corpus_videos(queries)]
+        names = [video.vid_name for video in read_videos(annotations)]
     else:
         names = sorted(path.stem for path in video_dir.glob("*.mp4"))
     if not any(video_dir.glob("*.mp4")):
@@ -146,7 +144,7 @@ def pack(
         DataError: the store, or what there is of it, cannot be continued with, or there is no room.
     """
     failures = []
-    with FrameStoreWriter(store, size, quality, shard.label) as writer:
+    with FrameStoreWriter(store, size, quality, shared=bool(shard.label)) as writer:
         known = writer.clips
         todo = [f for f in files if f[0] not in known or not known[f[0]].same_source(f[1])]
         if todo:
@@ -163,7 +161,7 @@ def pack(
         elif writer.clips:
             if todo:
                 print(f"writing {store}", flush=True)
-            writer.finish([name for name, _ in files])
+            writer.finish()
     return failures
 
 
@@ -190,51 +188,33 @@ def summarise(store: FrameStore) -> None:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--video_dir", type=Path, required=True, help="folder of prepared clips")
-    add("--frame_store", type=Path, required=True, metavar="FILE", help="the store to make")
+    add("--video_dir", type=folder, required=True, help="folder of prepared clips")
+    add("--frame_store", type=new_file, required=True, metavar="FILE", help="the store to make")
     add("--annotations", type=Path, nargs="+", default=[], metavar="FILE",
         help="pack only the clips that these need (default: all of the folder)")  # fmt: skip
-    add("--quality", type=int, default=DEFAULT_QUALITY,
+    add("--quality", type=number(int, 1, 95), default=DEFAULT_QUALITY,
         help="of the JPEGs, 1 to 95 (default: %(default)s)")  # fmt: skip
-    add("--size", type=int, default=PREPARED_SHORT_SIDE,
+    add("--size", type=number(int, 1), default=PREPARED_SHORT_SIDE,
         help="side of the model's input, pixels (default: %(default)s)")  # fmt: skip
-    add("--workers", type=int, default=usable_cores(),
+    add("--workers", type=number(int, 1), default=usable_cores(),
         help="clips at a time (default: %(default)s)")  # fmt: skip
     add_shard_flag(parser)
-    args = parser.parse_args(arguments)
-    if not args.video_dir.is_dir():
-        parser.error(f"--video_dir: no such folder: {args.video_dir}")
-    if not args.frame_store.parent.is_dir():
-        parser.error(f"--frame_store: no such folder: {args.frame_store.parent}")
-    if args.frame_store.is_dir():
-        parser.error(f"--frame_store: this is a folder, give a file in it: {args.frame_store}")
-    if not 1 <= args.quality <= 95:
-        parser.error(f"--quality must be from 1 to 95: {args.quality}")
-    if args.size < 1 or args.workers < 1:
-        parser.error("--size and --workers must be at least 1")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all packed, 1 clips failed or are missing, 2 wrong use, 130 interrupted."""
+    """Exit status: 0 all packed, 1 clips failed or are missing, 130 interrupted."""
     args = parse_arguments(arguments)
-    try:
-        files, missing = find_clips(args.video_dir, args.annotations)
-        files = [file for file in files if args.shard.has(file[0])]
-        missing = [name for name in missing if args.shard.has(name)]
-        failures = []
-        if files:
-            noted = VideoFolder(args.video_dir).noted
-            settings = (args.size, args.quality, args.workers)
-            failures = pack(args.frame_store, files, *settings, noted, args.shard)
-        if args.frame_store.is_file() and not args.shard.label:
-            summarise(FrameStore(args.frame_store))
-    except (DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what is packed is kept, and the next run does the rest")
-        return 130
+    files, missing = find_clips(args.video_dir, args.annotations)
+    files = [file for file in files if args.shard.has(file[0])]
+    missing = [name for name in missing if args.shard.has(name)]
+    failures = []
+    if files:
+        noted = VideoFolder(args.video_dir).noted
+        settings = (args.size, args.quality, args.workers)
+        failures = pack(args.frame_store, files, *settings, noted, args.shard)
+    if args.frame_store.is_file() and not args.shard.label:
+        summarise(FrameStore(args.frame_store))
     for message in failures:
         print(f"failed: {message}")
     for name in missing:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataloaders import DataError, listed
-from dataloaders.annotations import corpus_videos, read_annotations
+from dataloaders.annotations import read_videos
 from dataloaders.clips import MANIFEST, VideoFolder, compare
 from dataloaders.ffmpeg import (
     DEFAULT_TIME_LIMIT,
@@ -43,8 +41,8 @@ from scripts.data.convert_video import (
     prepare,
 )
 from utils import OutputError
-from utils.command import Parser, run_command
-from utils.files import PARTIAL_PREFIX, append_line, atomic_write
+from utils.command import Parser, number, run_command
+from utils.files import PARTIAL_PREFIX, append_line, write_records, writing
 from utils.misc import usable_cores
 from utils.shards import Shard, add_shard_flag
 
@@ -69,7 +67,7 @@ def find_inputs(paths: Iterable[Path], skip: Path) -> tuple[dict[str, list[Path]
         than one source is for the caller to refuse), and the files that are no videos by suffix.
 
     Raises:
-        OSError: a folder cannot be read.
+        DataError: a folder cannot be read.
     """
     seen = {skip.resolve()}
     found: dict[str, list[Path]] = {}
@@ -99,7 +97,7 @@ def find_inputs(paths: Iterable[Path], skip: Path) -> tuple[dict[str, list[Path]
 
 
 def _fail(error: OSError) -> None:
-    raise error
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def prepare_all(
@@ -236,12 +234,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--annotations", nargs="*", type=Path, default=[], metavar="FILE",
         help="annotation files: say which of their videos are missing and which clips are "
         "used by none of them")  # fmt: skip
-    add("--workers", type=int, default=usable_cores(),
+    add("--workers", type=number(int, 1), default=usable_cores(),
         help="videos at a time; each takes about one core")  # fmt: skip
     add("--authors_scale", action="store_true",
         help="the sizes of the authors' files: portrait videos squashed, pixels taken as square; "
         "needs an --output_dir of its own")  # fmt: skip
-    add("--min_decoded", type=float, default=0.5,
+    add("--min_decoded", type=number(float, 1e-6, 1), default=0.5,
         help="share of a damaged video that must decode for it to be kept; what is kept with less "
         f"than {WARN_BELOW} is listed as partial")  # fmt: skip
     add(
@@ -249,33 +247,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="refuse inputs that are damaged or shorter than they say",
     )
-    add("--time_limit", type=float, default=DEFAULT_TIME_LIMIT,
+    add("--time_limit", type=number(float, 1e-6, MAX_TIME_LIMIT), default=DEFAULT_TIME_LIMIT,
         help="seconds after which a video is given up")  # fmt: skip
     add_shard_flag(parser)
     args = parser.parse_args(arguments)
     absent = [str(path) for path in args.inputs if not path.exists()]
     if absent:
         parser.error(f"--inputs: no such file or folder: {', '.join(absent)}")
-    if args.workers < 1 or not 0 < args.time_limit <= MAX_TIME_LIMIT:
-        parser.error(f"--workers and --time_limit must be above 0 (and below {MAX_TIME_LIMIT:g})")
-    if not 0 < args.min_decoded <= 1:
-        parser.error(f"--min_decoded is a share, above 0 and at most 1: {args.min_decoded:g}")
     return args
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all there, 1 something is missing, damaged or could not be made or written, 2
-    wrong use, 130 interrupted."""
+    """Exit status: 0 all there, 1 something is missing, damaged or not written, 130 interrupted."""
     args = parse_arguments(arguments)
-    try:
-        queries = [query for file in args.annotations for query in read_annotations(file)]
-        needed = {video.vid_name for video in corpus_videos(queries)}
+    needed = {video.vid_name for video in read_videos(args.annotations)}
+    with writing(args.output_dir):
         args.output_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(args.output_dir, args.time_limit)
-        found, ignored = find_inputs(args.inputs, skip=args.output_dir)
-    except (DataError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    found, ignored = find_inputs(args.inputs, skip=args.output_dir)
     settings = Settings(args.authors_scale, args.min_decoded, args.time_limit, args.strict)
     inputs = {name: sources for name, sources in found.items() if args.shard.has(name)}
     results = prepare_all(inputs, args.output_dir, settings, args.workers)
@@ -300,13 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.shard.label:
         report = report.with_name(f"{report.stem}.{args.shard.label}{report.suffix}")
         print(f"shard {args.shard.label}; when all are done, run without --shard for all of them")
-    try:
-        with atomic_write(report) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        print(f"report: {report}")
-    except OutputError as error:
-        print(error, file=sys.stderr)
-        status = status or 1
+    write_records(report, lines)
+    print(f"report: {report}")
     return status or int(any(line["status"] not in ("done", "kept", "unused") for line in lines))
 
 

@@ -189,11 +189,11 @@ def test_missing_files_are_listed_before_anything_is_read(video_dir):
     with pytest.raises(DataError) as raised:
         make_evaluation_loader(video_dir, videos)
     first, *listed = str(raised.value).splitlines()
-    assert first.startswith(f"{video_dir}: 25 of 26 video files are missing: ")
+    assert first.startswith(f"{video_dir}: 25 of 26 clips are missing from the video folder: ")
     assert "bash scripts/prepare.sh" in first
-    assert listed == [*(f"gone{i}" for i in range(20)), "and 5 more"]
+    assert listed == [*(f"gone{i}: missing" for i in range(20)), "and 5 more"]
     gone = [Query(name, "text", name, 1.0, None) for name in ("gone0", "gone1")]
-    with pytest.raises(DataError, match="2 of 2 video files are missing"):
+    with pytest.raises(DataError, match="2 of 2 clips are missing"):
         make_training_loader(video_dir, gone, batch_size=2)
     with pytest.raises(DataError, match="no such video folder"):
         make_evaluation_loader(video_dir / "gone", videos)

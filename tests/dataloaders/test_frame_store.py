@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import zlib
-from multiprocessing import get_context
 from pathlib import Path
 
 import h5py
@@ -26,7 +25,7 @@ from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
 from dataloaders.video import load_every_frame
 from scripts.data import pack_frames
-from tests.corpus import make_run
+from tests.corpus import annotate, in_process, make_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -223,7 +222,7 @@ def test_a_writer_that_is_killed_anywhere_is_continued(video_dir, tmp_path, monk
 def start_shard(flags: list[str], shard: str, die_after: int | None = None):
     """pack_frames in a process of its own, which kills itself after so many clips."""
 
-    def run() -> None:
+    def run() -> int:
         add = FrameStoreWriter.add
 
         def add_and_die(writer, *clip) -> None:
@@ -232,11 +231,9 @@ def start_shard(flags: list[str], shard: str, die_after: int | None = None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         FrameStoreWriter.add = add_and_die
-        sys.exit(pack_frames.main([*flags, "--shard", shard]))
+        return pack_frames.main([*flags, "--shard", shard])
 
-    process = get_context("fork").Process(target=run)
-    process.start()
-    return process
+    return in_process(run)
 
 
 def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
@@ -253,21 +250,14 @@ def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
     assert not path.exists()
     with pytest.raises(DataError, match="is not finished"):
         FrameStore(path)
-    packed = []
-    for part in ("0-of-2", "1-of-2"):
-        with FrameStoreWriter(path, SIZE, 90, part) as writer:
-            packed.append(list(writer.clips))
-    assert [len(names) for names in packed] == [1, 2]
-    with FrameStoreWriter(path, SIZE, 90, "1-of-2"):  # one that is still at work
-        busy = get_context("fork").Process(target=lambda: sys.exit(pack_frames.main(flags)))
-        busy.start()
+    with FrameStoreWriter(path, SIZE, 90, shared=True) as writer:  # one that is still at work
+        assert len(writer.clips) == 3
+        busy = in_process(lambda: pack_frames.main(flags))
         busy.join(60)
-        assert busy.exitcode == 2
+        assert busy.exitcode == 1
     again = start_shard(flags, "0/2")
     again.join(60)
     assert again.exitcode == 0
-    with FrameStoreWriter(path, SIZE, 90, "0-of-2") as writer:
-        assert list(writer.clips)[:1] == packed[0] and len(writer.clips) == 3
     capsys.readouterr()
     assert pack_frames.main(flags) == 0
     assert "clips to pack" not in capsys.readouterr().out
@@ -275,58 +265,27 @@ def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["[f].h5", "whole.h5"]
 
 
-@pytest.mark.parametrize("done", [0, 1])
-def test_what_no_shard_packed_the_run_without_packs_and_failures_of_all_are_listed(
-    video_dir, tmp_path, capsys, monkeypatch, done
-):
-    folder, whole = tmp_path / "videos", tmp_path / "whole.h5"
-    folder.mkdir()
-    for name in ("one", "few", "v 2.5", "ünder"):
-        (folder / f"{name}.mp4").symlink_to(video_dir / f"{name}.mp4")
-    cut = (video_dir / "long.mp4").read_bytes()[:999]
-    for name in ("cut", "cut too"):
-        (folder / f"{name}.mp4").write_bytes(cut)
-    flags = ["--video_dir", str(folder), "--size", str(SIZE), "--workers", "1", "--frame_store"]
-    assert pack_frames.main([*flags, str(whole)]) == 1
-    flags.append(str(tmp_path / "f.h5"))
-    monkeypatch.setenv("RANK", str(done))  # what torchrun sets
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    pack_frames.main(flags)
-    monkeypatch.undo()
-    capsys.readouterr()
-    assert pack_frames.main(flags) == 1
-    printed = capsys.readouterr().out
-    assert "cut.mp4: cannot be" in printed and "cut too.mp4: cannot be" in printed
-    assert "2 of 6 clips failed" in printed
-    assert (tmp_path / "f.h5").read_bytes() == whole.read_bytes()
-
-
-def test_what_a_kill_left_half_written_is_dropped(video_dir, tmp_path):
-    names = ["one", "few"]
-    whole = make_store(tmp_path / "whole.h5", video_dir, names)
+def test_what_did_not_come_to_the_disk_is_packed_again(video_dir, tmp_path):
     path, packing = tmp_path / "f.h5", tmp_path / "f.h5.packing"
-    ends = []
+    whole = make_store(tmp_path / "whole.h5", video_dir, ["few"])
+    clip = pack_clip("few", video_dir / "few.mp4", SIZE, 90)
     with FrameStoreWriter(path, SIZE, 90) as writer:
-        for name, file in files_of(video_dir, names):
-            writer.add(*pack_clip(name, file, SIZE, 90))
-            ends.append(packing.stat().st_size)
-    data = packing.read_bytes()
-    halves = [data[: ends[0] + 50], data[:-1], data[:-900] + bytes(900), data[:20]]
-    for half, kept in zip(halves, [["one"], ["one"], ["one"], []], strict=True):
-        packing.write_bytes(half)
-        with pytest.raises(DataError, match="is not finished"):
-            FrameStore(path)
+        writer.add(*clip)
+    with pytest.raises(DataError, match="is not finished"):
+        FrameStore(path)
+    (file,) = packing.glob("*.frames")
+    data = file.read_bytes()
+    for half in (data[:-1], data[:50], b"", bytes(70_000), b"[]\n"):
+        file.write_bytes(half)
         with FrameStoreWriter(path, SIZE, 90) as writer:
-            assert list(writer.clips) == kept
-            for name, file in files_of(video_dir, names):
-                if name not in kept:
-                    writer.add(*pack_clip(name, file, SIZE, 90))
+            assert not writer.clips
+    file.write_bytes(data[:-900] + bytes(900))
+    with FrameStoreWriter(path, SIZE, 90) as writer:
+        with pytest.raises(DataError, match=rf"{file}: frame \d is damaged .*: remove it"):
             writer.finish()
-        assert path.read_bytes() == whole.path.read_bytes()
-        path.unlink()
-    packing.write_bytes(data.splitlines(keepends=True)[0] + bytes(70_000) + b"\n")
-    with pytest.raises(DataError, match=r"f\.h5\.packing: cannot be continued .* remove it"):
-        FrameStoreWriter(path, SIZE, 90)
+        writer.add(*clip)
+        writer.finish()
+    assert path.read_bytes() == whole.path.read_bytes() and not packing.exists()
 
 
 @pytest.mark.parametrize("content", [bytes(70_000), b"my notes\n", b"{}", b'{"format": 1}\n'])
@@ -348,11 +307,7 @@ def test_failures_are_counted_and_listed_and_the_rest_is_packed(video_dir, tmp_p
     (folder / "good.mp4").write_bytes(good)
     (folder / "cut.mp4").write_bytes(good[: len(good) // 2])
     write_video(folder / "small.mp4", moving_pattern(3, 0, 32, 32))
-    lines = [
-        {"vid_name": name, "desc_id": name, "duration": 1, "desc": "text"}
-        for name in ("good", "cut", "small", "gone")
-    ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    annotate(tmp_path / "a.jsonl", ["good", "cut", "small", "gone"])
     flags = ["--video_dir", str(folder), "--frame_store", str(path), "--size", str(SIZE)]
     flags += ["--annotations", str(tmp_path / "a.jsonl"), "--workers", "2"]
     assert pack_frames.main(flags) == 1
@@ -402,7 +357,7 @@ def test_no_room_is_said_of_the_folder_and_what_is_packed_is_kept(video_dir, tmp
         capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
-    assert run.returncode == 2, run.stdout + run.stderr
+    assert run.returncode == 1, run.stdout + run.stderr
     assert f"make room in {tmp_path}" in run.stderr and "what is packed is kept" in run.stderr
     assert "failed" not in run.stdout and "Traceback" not in run.stderr
     assert pack_frames.main(flags) == 0
@@ -432,7 +387,7 @@ def test_what_does_not_fit_is_refused(store, video_dir, tmp_path):
     first, *listed = str(raised.value).splitlines()
     assert first.startswith(f"{store.path}: 1 of 2 clips are missing from the frame store")
     assert "scripts.data.pack_frames" in first
-    assert listed == ["gone"]
+    assert listed == ["gone: missing"]
     with pytest.raises(DataError, match=r"frames\.h5: its frames are 64×64.*reads 224×224"):
         loader_of(videos[:1], store, size=224)
     with pytest.raises(DataError, match="no such frame store"):
@@ -448,7 +403,7 @@ def test_what_does_not_fit_is_refused(store, video_dir, tmp_path):
             [sys.executable, "-m", "scripts.data.pack_frames", "--video_dir", video_dir,
              "--frame_store", path, "--size", str(SIZE)], capture_output=True, text=True,
         )  # fmt: skip
-        assert other.returncode == 2
+        assert other.returncode == 1
         assert f"{path}: another process is packing it" in other.stderr
     with pytest.raises(DataError, match="begun with"):
         FrameStoreWriter(path, SIZE, 91)

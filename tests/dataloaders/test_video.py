@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dataloaders import DataError, video
-from dataloaders.ffmpeg import ffmpeg_program, write_video
+from dataloaders.ffmpeg import ffmpeg_program, raw_input_arguments, run_ffmpeg, write_video
 from dataloaders.sampling import eval_indices, train_indices
 from dataloaders.video import center_crop, load_clip
 
@@ -47,18 +47,14 @@ def read_numbers(clip: torch.Tensor) -> list[int]:
 
 def encode(path, frames, *arguments: str):
     """Writes frames with ffmpeg, with encoder settings of one's own."""
-    _, height, width, _ = frames.shape
-    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo"]
-    command += ["-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "3", "-i", "pipe:0"]
-    command += ["-pix_fmt", "yuv420p", *arguments, str(path)]
-    subprocess.run(command, input=frames.tobytes(), check=True)
+    raw = raw_input_arguments(frames.shape[2], frames.shape[1], 3)
+    run_ffmpeg([*raw, "-pix_fmt", "yuv420p", *arguments, str(path)], feed=[frames.tobytes()])
     return path
 
 
 def copy_from(source, target, start: float):
     """Cuts a clip without encoding it again: an MP4 then hides frames behind an edit list."""
-    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-y", "-ss", str(start)]
-    subprocess.run([*command, "-i", str(source), "-c", "copy", str(target)], check=True)
+    run_ffmpeg(["-ss", str(start), "-i", str(source), "-c", "copy", str(target)])
     return target
 
 
@@ -102,6 +98,39 @@ def test_the_crop_offset_halves_to_even():
     assert center_crop(frames, 14)[0, 0, 0, 0] == 4  # 3.5
 
 
+@pytest.mark.parametrize(
+    ("height_width", "size", "side"),
+    [
+        ((224, 224), 336, 224),
+        ((224, 336), 336, 224),  # 3:2, no portrait that was squashed to 336
+        ((128, 224), 336, 224),  # one that was squashed to 224
+        ((224, 304), 64, 224),
+        ((336, 400), 336, 336),
+    ],
+)
+def test_a_clip_is_resized_to_what_the_model_reads(tmp_path, height_width, size, side):
+    path = tmp_path / "v.mp4"
+    write_video(path, numbered_frames(20, *height_width), 3)
+    assert video.probe_clip(path, size) == 20
+    clip = load_clip(path, 8, size)
+    assert clip.shape == (8, 3, size, size) and clip.dtype == torch.uint8
+    square = center_crop(torch.from_numpy(decode_with_ffmpeg(path)), side)[eval_indices(20, 8)]
+    if side == size:
+        assert torch.equal(clip, square)
+    expected = torch.nn.functional.interpolate(
+        square.float(), (size, size), mode="bicubic", antialias=True
+    )
+    assert (clip - expected.clamp(0, 255)).abs().mean() < 1
+
+
+def test_a_clip_of_another_size_is_refused(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered_frames(20, 240, 320), 3)
+    for size, sides in ((224, "224"), (336, "336 or 224")):
+        for read in (video.probe_clip, lambda path, size: load_clip(path, 8, size)):
+            with pytest.raises(DataError, match=rf"320×240 pixels.* has to be {sides}: prepare"):
+                read(tmp_path / "v.mp4", size)
+
+
 @pytest.mark.parametrize("name", ["short", "long", "tall"])
 def test_frames_are_the_authors(golden, name):
     data = np.load(golden / "video_files.npz")
@@ -128,11 +157,6 @@ def test_the_frames_asked_for_come_out(tmp_path, n, gop):
     assert read_numbers(load_clip(path, 8, 64)) == eval_indices(n, 8).tolist()
     drawn = load_clip(path, 8, 64, np.random.RandomState(3))
     assert read_numbers(drawn) == train_indices(n, 8, np.random.RandomState(3)).tolist()
-
-
-def test_the_prepared_format_is_read(tmp_path):
-    write_video(tmp_path / "v.mp4", numbered_frames(40))
-    assert read_numbers(load_clip(tmp_path / "v.mp4", 8, 64)) == eval_indices(40, 8).tolist()
 
 
 @pytest.mark.parametrize("gop", ["12", "250"])
@@ -264,7 +288,7 @@ def test_a_decoder_that_hangs_is_given_up_and_not_tried_again(tmp_path, golden, 
 
 
 def test_nasty_files_decode_or_are_refused(shared_data, monkeypatch):
-    monkeypatch.setattr(video, "_check_size", lambda *args: None)  # or most would stop there
+    monkeypatch.setattr(video, "_clip_side", lambda *args: 64)  # or most would stop there
     decoded = 0
     for path in sorted((shared_data / "nasty").iterdir()):
         if path.stat().st_size > 10**6:  # 4K and 1080p: right, but seconds each

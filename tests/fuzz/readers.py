@@ -19,6 +19,7 @@ from models.clip import CLIP, CLIPSizes
 from models.clip_weights import build_clip
 from modules import ModelError
 from modules.pyramid import PromptPyramid
+from tests.corpus import moving_noise
 from tests.fuzz.mutations import Cases, json_cases, mp4_cases, torch_cases
 from tests.golden_model import authors_view
 from utils import RunError
@@ -106,8 +107,7 @@ def _checkpoints(folder: Path) -> Cases:
 
 def _videos(folder: Path) -> Cases:
     """As prepared, and as another encoder would write them, also into other containers."""
-    noise = np.random.default_rng(0).integers(0, 255, (64, 88, 3), dtype=np.uint8)
-    frames = [np.roll(noise, 4 * i, axis=1) for i in range(40)]
+    frames = list(moving_noise(40, 64, 88))
     write_video(folder / "a.mp4", frames)
     for name, flags in (("b.mp4", "+faststart"), ("fragments.mp4", "frag_keyframe+empty_moov"),
                         ("matroska.mkv", "")):  # fmt: skip

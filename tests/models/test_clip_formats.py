@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from dataloaders.tokenizer import tokenize
-from models.clip import CLIPSizes
+from models.clip import CLIPSettings, CLIPSizes
 from models.clip_weights import build_clip
 from modules import ModelError
 from modules.transformer import GELU, QUICK_GELU
@@ -101,13 +101,14 @@ def test_every_format_gives_the_same_features(tmp_path) -> None:
         torch.testing.assert_close(features(clip, 64, *names), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("activation", [QUICK_GELU, GELU])
-def test_features_equal_transformers(tmp_path, activation: str, caplog) -> None:
+def test_features_equal_transformers(tmp_path, activation: str, heads: int, caplog) -> None:
     """From the files that its own program writes; config.json beside them says the activation."""
     transformers = pytest.importorskip("transformers")
     state = make_weights.torch_state(make_weights.make("tiny", 2))
     layers = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 512,
-              "num_attention_heads": 2, "hidden_act": activation}  # fmt: skip
+              "num_attention_heads": heads, "hidden_act": activation}  # fmt: skip
     config = transformers.CLIPConfig(
         text_config=layers | {"vocab_size": 49408},
         vision_config=layers | {"image_size": 64, "patch_size": 32},
@@ -116,12 +117,18 @@ def test_features_equal_transformers(tmp_path, activation: str, caplog) -> None:
     model = transformers.CLIPModel(config).eval()
     model.load_state_dict(transformers_state(state), strict=True)
     model.save_pretrained(tmp_path)
+    images = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
     clip = build_clip(tmp_path / "model.safetensors")
-    assert clip.activation == activation and not caplog.text
+    width = 128 // heads
+    assert clip.settings == CLIPSettings(
+        activation, (width, width), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
+    )
+    assert not caplog.text
     images, texts = features(model, 64, "get_image_features", "get_text_features")
     expected = [getattr(output, "pooler_output", output) for output in (images, texts)]
     ours = features(clip, 64, "encode_image", "encode_text")
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def configure(
@@ -141,20 +148,26 @@ def test_the_activation_is_found_named_or_warned_of(tmp_path, caplog) -> None:
     _, paths = write_each_format(tmp_path)
     theirs, plain = paths["model.safetensors"], paths["open_clip_model.safetensors"]
     for path in (theirs, plain):
-        assert build_clip(path).activation == QUICK_GELU
+        assert build_clip(path).settings.activation == QUICK_GELU
         assert f"{path}: nothing says which activation" in caplog.text
         caplog.clear()
-        assert build_clip(path, activation=GELU).activation == GELU
+        assert build_clip(path, activation=GELU).settings.activation == GELU
     for said in (QUICK_GELU, GELU):
         other = {QUICK_GELU: GELU, GELU: QUICK_GELU}[said]
         configure(tmp_path, {"hidden_act": said}, {"quick_gelu": said == QUICK_GELU})
         for path in (theirs, plain):
-            assert build_clip(path).activation == build_clip(path, activation=said).activation
-            assert build_clip(path).activation == said
+            assert (
+                build_clip(path).settings.activation
+                == build_clip(path, activation=said).settings.activation
+            )
+            assert build_clip(path).settings.activation == said
             with pytest.raises(ModelError, match=rf"{path.name}: .*{said}, not {other}"):
                 build_clip(path, activation=other)
     configure(tmp_path, {}, {})  # what each program takes where nothing is said
-    assert build_clip(theirs).activation == QUICK_GELU and build_clip(plain).activation == GELU
+    assert (
+        build_clip(theirs).settings.activation == QUICK_GELU
+        and build_clip(plain).settings.activation == GELU
+    )
     assert not caplog.text
 
 
@@ -162,7 +175,7 @@ def test_a_published_archive_is_quick_gelus(tmp_path, monkeypatch, caplog) -> No
     _, archive = make_weights.write("tiny", 1, "fp16", str(tmp_path))
     sha256 = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
     monkeypatch.setattr("models.clip_weights.PUBLISHED_ARCHIVES", {sha256})
-    assert build_clip(archive).activation == QUICK_GELU and not caplog.text
+    assert build_clip(archive).settings.activation == QUICK_GELU and not caplog.text
     with pytest.raises(ModelError, match="quick_gelu, not gelu"):
         build_clip(archive, activation=GELU)
 
@@ -171,12 +184,22 @@ def test_a_published_archive_is_quick_gelus(tmp_path, monkeypatch, caplog) -> No
     ("configs", "message"),
     [
         (({"hidden_act": "gelu_new"}, None), r"config\.json: .*gelu_new"),
-        (({"num_attention_heads": 4}, None), r"config\.json: 64 channels"),
+        (({"layer_norm_eps": 1e-6}, None), r"config\.json: layer_norm_eps"),
+        (({"num_attention_heads": 3}, None), "128 is not a multiple of 42 channels per head"),
         (
-            (None, {"vision_cfg": {"width": 128, "head_width": 32}}),
-            r"open_clip_config.*64 channels",
+            (None, {"vision_cfg": {"width": 128, "head_width": 48}}),
+            "128 is not a multiple of 48 channels per head",
         ),
-        ((None, {"text_cfg": {"width": 128, "heads": 4}}), r"open_clip_config.*64 channels"),
+        ((None, {"text_cfg": {"width": 128, "heads": 3}}), "128 is not a multiple of 42"),
+        (
+            (None, {"vision_cfg": {"width": 128, "pool_type": "avg"}}),
+            r"open_clip_config.*image setting pool_type is 'avg'",
+        ),
+        (
+            (None, {"text_cfg": {"width": 128, "heads": 2, "no_causal_mask": True}}),
+            r"open_clip_config.*text setting no_causal_mask",
+        ),
+        ((None, {"init_logit_bias": -10}), r"open_clip_config.*init_logit_bias is -10"),
     ],
 )
 def test_a_configuration_that_cannot_be_followed_is_refused(tmp_path, configs, message) -> None:
@@ -195,7 +218,7 @@ def test_a_configuration_of_something_else_says_nothing(tmp_path, text, caplog) 
         ("open_clip_config.json", "plain.pt"),
     ):
         (tmp_path / name).write_text(text)
-        assert build_clip(paths[weights]).activation == QUICK_GELU
+        assert build_clip(paths[weights]).settings.activation == QUICK_GELU
         assert str(tmp_path / name) in caplog.text and "nothing says which" in caplog.text
 
 

@@ -92,7 +92,7 @@ def test_moments_of_every_scoring(state) -> None:
 
 def test_frames_may_be_normalised_already(state, frames) -> None:
     model = load_zero_shot(state, "best", PYRAMID, "quick_gelu")
-    normalised = (frames / 255 - model.image_mean) / model.image_std
+    normalised = (frames / 255 - model.clip.image_mean) / model.clip.image_std
     assert model.encode_video(frames).equal(model.encode_video(normalised))
     with pytest.raises(ValueError, match="frames are"):
         model.encode_video(frames[:, :5])

@@ -6,7 +6,6 @@ import json
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dataloaders import DataError
@@ -14,13 +13,11 @@ from dataloaders.clips import VideoFolder
 from dataloaders.ffmpeg import write_video
 from scripts.data import check_videos
 from scripts.data.check_videos import main
+from tests.corpus import annotate, moving_noise
 
 
 def clip(path: Path, seconds: float, size=(224, 298), fps: float = 3) -> None:
-    """A clip of moving noise, so that damage to its bytes shows."""
-    noise = np.random.RandomState(0).randint(0, 255, (*size, 3), dtype=np.uint8)
-    frames = (np.roll(noise, 8 * i, axis=1) for i in range(round(seconds * fps)))
-    write_video(path, frames, fps)
+    write_video(path, moving_noise(round(seconds * fps), *size), fps)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +39,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def faults(folder: Path, tmp_path: Path, names: list[str], *more: str) -> dict[str, set[str]]:
-    annotations = tmp_path / "a.jsonl"
-    lines = ({"vid_name": n, "desc_id": n, "desc": "x", "duration": 3} for n in names)
-    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = tmp_path / "report.jsonl"
+    annotations, report = annotate(tmp_path / "a.jsonl", names, 3), tmp_path / "report.jsonl"
     command = ["--video_dir", str(folder), "--annotations", str(annotations), *more]
     status = main([*command, "--report", str(report)])
     found: dict[str, set[str]] = {}
@@ -113,10 +107,10 @@ def test_a_reader_that_hangs_costs_a_message(folder, tmp_path):
     assert faults(folder, tmp_path, ["good"], "--time_limit", "0.0001") == {"good": {"unreadable"}}
 
 
-def test_bad_annotations_are_refused(folder, tmp_path, capsys):
+def test_bad_annotations_are_refused(folder, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"vid_name": 3}\n')
-    assert main(["--video_dir", str(folder), "--annotations", str(tmp_path / "a.jsonl")]) == 2
-    assert "a.jsonl:1" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"a\.jsonl:1"):
+        main(["--video_dir", str(folder), "--annotations", str(tmp_path / "a.jsonl")])
 
 
 def test_an_interrupt_leaves_what_is_known(folder, tmp_path, monkeypatch, capsys):
@@ -128,9 +122,7 @@ def test_an_interrupt_leaves_what_is_known(folder, tmp_path, monkeypatch, capsys
         return whole(path, *args)
 
     monkeypatch.setattr(check_videos, "check_video", interrupted)
-    annotations, report = tmp_path / "a.jsonl", tmp_path / "report.jsonl"
-    lines = ({"vid_name": n, "desc_id": n, "desc": "x", "duration": 3} for n in reversed(ALL))
-    annotations.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    annotations, report = annotate(tmp_path / "a.jsonl", ALL[::-1], 3), tmp_path / "report.jsonl"
     command = ["--video_dir", str(folder), "--annotations", str(annotations)]
     assert main([*command, "--report", str(report), "--workers", "1"]) == 130
     known = {json.loads(line)["vid_name"] for line in report.read_text().splitlines()}
@@ -146,8 +138,7 @@ def test_an_interrupt_leaves_what_is_known(folder, tmp_path, monkeypatch, capsys
      ("--report", "."), ("--report", "nowhere/report.jsonl")],
 )  # fmt: skip
 def test_values_that_make_no_sense_are_refused_before_any_work(folder, tmp_path, capsys, flags):
-    annotations = tmp_path / "a.jsonl"
-    annotations.write_text('{"vid_name": "good", "desc_id": 1, "desc": "x", "duration": 3}\n')
+    annotations = annotate(tmp_path / "a.jsonl", ["good"], 3)
     with pytest.raises(SystemExit):
         main(["--video_dir", str(folder), "--annotations", str(annotations), *flags])
     assert flags[0] in capsys.readouterr().err

@@ -162,28 +162,28 @@ def test_the_published_counts_are_recognised(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("dataset", "file", "text", "message"),
     [
-        ("activitynet", "val_1.json", "{", r"val_1\.json: not JSON"),
-        ("activitynet", "val_1.json", "[]", r"val_1\.json: not a JSON object"),
+        ("activitynet", "val_1.json", "{", r"val_1\.json: not in the form"),
+        ("activitynet", "val_1.json", "[]", r"val_1\.json: not in the form"),
         ("activitynet", "val_1.json", '{"v_x": {"duration": 1, "timestamps": [[0, 1]], '
-         '"sentences": []}}', r"v_x: .*as many timestamps as sentences"),
+         '"sentences": []}}', r"val_1\.json: v_x: .*shorter"),
         ("activitynet", "val_1.json", '{"v_x": {"duration": 1, "timestamps": [3], '
          '"sentences": ["a"]}}', r"val_1\.json: .*v_x"),
         ("activitynet", "val_1.json", '{"v_x": {"duration": -1, "timestamps": [[0, 1]], '
          '"sentences": ["a"]}}', r"line:1: duration"),
         ("activitynet", "val_1.json", '{"v_x": {"duration": 1, "timestamps": [{"a": 1}], '
-         '"sentences": ["a"]}}', r"val_1\.json: query v_x#enc#0: windows .*not \[start, end\]"),
-        ("activitynet", "val_1.json", "[" * 100_000, r"val_1\.json: not JSON"),
-        ("charades", "charades_sta_test.txt", CHARADES + "469E8 1##x\n", r"test\.txt:4: not 'VID"),
-        ("charades", "charades_sta_test.txt", CHARADES + "469E8 1 2 x\n", r"test\.txt:4: not 'VI"),
+         '"sentences": ["a"]}}', r"val_1\.json: query v_x#enc#0: not in the form"),
+        ("activitynet", "val_1.json", "[" * 100_000, r"val_1\.json: not in the form"),
+        ("charades", "charades_sta_test.txt", CHARADES + "469E8 1##x\n", r"test\.txt:4: not in"),
+        ("charades", "charades_sta_test.txt", CHARADES + "469E8 1 2 x\n", r"test\.txt:4: not in"),
         ("charades", "charades_sta_test.txt", "XXXXX 1 2##x\n", r"no length of video XXXXX"),
-        ("charades", "Charades_v1_test.csv", "id,length\n469E8,\n", r"test\.csv:2: no number"),
+        ("charades", "Charades_v1_test.csv", "id,length\n469E8,\n", r"test\.csv:2: .*convert"),
         ("charades", "Charades_v1_test.csv", f"id,length\n469E8,{'9' * 131073}\n",
-         r"test\.csv:2: not CSV"),
-        ("qvhighlights", "highlight_val_release.jsonl", '{"qid": 1}\n', r":1: no field vid"),
-        ("tvr", "tvr_val_release.jsonl", "\n\n{]\n", r"jsonl:3: not JSON"),
-        ("tvr", "tvr_val_release.jsonl", '{"a":' + "[" * 100_000, r"jsonl:1: not JSON"),
-        ("tvr", "tvr_val_release.jsonl", "\xff", r"tvr val: .*jsonl: not UTF-8"),
-        ("charades", "Charades_v1_test.csv", "id,length\n\xff,3\n", r"test\.csv:\d: not CSV"),
+         r"test\.csv: .*field larger"),
+        ("qvhighlights", "highlight_val_release.jsonl", '{"qid": 1}\n', r":1: .*no field 'vid'"),
+        ("tvr", "tvr_val_release.jsonl", "\n\n{]\n", r"jsonl:3: not in the form"),
+        ("tvr", "tvr_val_release.jsonl", '{"a":' + "[" * 100_000, r"jsonl:1: not in the form"),
+        ("tvr", "tvr_val_release.jsonl", "\xff", r"tvr val: .*jsonl: .*utf-8"),
+        ("charades", "Charades_v1_test.csv", "id,length\n\xff,3\n", r"test\.csv: .*utf-8"),
     ],
 )  # fmt: skip
 def test_a_bad_source_is_named_and_nothing_is_written(

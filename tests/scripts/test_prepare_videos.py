@@ -13,7 +13,6 @@ import sys
 import time
 import zlib
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import decord
@@ -35,6 +34,7 @@ from scripts.data.convert_video import (
     prepared_size,
 )
 from scripts.data.prepare_videos import find_inputs, main
+from tests.corpus import annotate, in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -439,14 +439,12 @@ def test_a_needed_clip_without_an_input_is_probed_too(tmp_path, small_video, cap
 def start_shard(command: list[str], shard: str, die: bool = False):
     """The program in a process of its own, which kills itself once its first clip is done."""
 
-    def run() -> None:
+    def run() -> int:
         if die:
             prepare_videos._line = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        sys.exit(main([*command, "--shard", shard]))
+        return main([*command, "--shard", shard])
 
-    process = get_context("fork").Process(target=run)
-    process.start()
-    return process
+    return in_process(run)
 
 
 def test_shards_side_by_side_one_of_them_killed_make_what_one_process_does(
@@ -483,14 +481,6 @@ def test_shards_side_by_side_one_of_them_killed_make_what_one_process_does(
     assert {clip.name: clip.stat().st_mtime_ns for clip in out.glob("*.mp4")} == before
     for name in before:
         assert (out / name).read_bytes() == (one / name).read_bytes()
-
-
-def annotate(path: Path, names: list[str]) -> Path:
-    lines = (
-        {"vid_name": name, "desc_id": i, "desc": "x", "duration": 1} for i, name in enumerate(names)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def test_annotations_tell_what_is_missing_and_unused(tmp_path, downloads):

@@ -34,8 +34,8 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     (folder / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts/setup.sh", folder / "scripts")
-    for name in ("requirements.txt", "requirements-dev.txt"):
-        (folder / name).write_text(f"{name}==1\n")
+    for name in ("", "-search", "-milvus", "-dev"):
+        (folder / f"requirements{name}.txt").write_text(f"package{name}==1\n")
     return folder
 
 

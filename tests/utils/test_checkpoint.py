@@ -361,7 +361,7 @@ def test_the_activation_goes_with_the_checkpoint(golden, tmp_path) -> None:
         path = tmp_path / activation
         save_checkpoint(path, model, optimizer, torch.amp.GradScaler("cpu"), Progress())
         opened = load_propy(path, golden.clip_state())
-        assert opened.clip.activation == opened.config.clip_activation == activation
+        assert opened.clip.settings.activation == opened.config.clip_activation == activation
         frames = torch.rand(1, model.pyramid.num_frames, 3, 64, 64)
         with torch.no_grad():
             assert torch.equal(opened.encode_video(frames), model.eval().encode_video(frames))

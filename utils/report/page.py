@@ -127,13 +127,12 @@ def write_page(
     path: Path,
     annotations: Path | None,
     video_dir: Path | None,
-    plots: Path | None,
     queries: int,
 ) -> None:
     """The page of a run. What is missing is named at its end and in `run.notes`.
 
     Args:
-        annotations, video_dir, plots: in place of what args.json names.
+        annotations, video_dir: in place of what args.json names.
         queries: how many to show, of the best, the worst and those with pictures of attention.
 
     Raises:
@@ -142,7 +141,7 @@ def write_page(
     sections: dict[str, tuple[str, object]] = {"Results": ("results", result_tables(run))}
     if run.epochs:
         sections["Curves"] = ("curves", curves(run))
-    if drawn := overviews(run, plots, queries):
+    if drawn := overviews(run, queries):
         sections["Attention"] = ("attention", drawn)
     thumbnails = Thumbnails(open_clips(run, video_dir))
     try:
@@ -293,14 +292,10 @@ def open_clips(run: Run, video_dir: Path | None) -> ClipSource | None:
     return None
 
 
-def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
-    """Pictures of main.py --do_plot 1, the newest first; each says which checkpoint it is of.
-
-    Args:
-        given: their folder, of any run; else those of this run's folder name are taken from the
-            run's, which runs on one split share.
-    """
-    folder = given or run.path("plot_dir") or ROOT / "VIS" / run_log.datatype(run.args)
+def overviews(run: Run, limit: int) -> list[dict]:
+    """Pictures of main.py --do_plot 1, the newest first; each says which checkpoint it is of: one
+    of a folder of this name, as runs on one split share the pictures' folder."""
+    folder = run.path("plot_dir") or ROOT / "VIS" / run_log.datatype(run.args)
     found = []
     paths = sorted(folder.glob("attention/*/overview.png"), key=lambda path: -path.stat().st_mtime)
     for path in paths:
@@ -310,7 +305,7 @@ def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
             meta = json.loads((path.parent / "meta.json").read_text(encoding="utf-8"))
             model = str(meta.get("model"))
             of_clip = model in {record.get("checkpoint") for record in run.evaluations}
-            if not (given or of_clip or Path(model).parent.name == run.folder.resolve().name):
+            if not (of_clip or Path(model).parent.name == run.folder.resolve().name):
                 continue
             with Image.open(path) as image:
                 image.thumbnail((PICTURE_WIDTH, image.height), Image.LANCZOS)
@@ -323,8 +318,6 @@ def overviews(run: Run, given: Path | None, limit: int) -> list[dict]:
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             message = f"{path.parent}: its picture or meta.json is corrupt: {error}"
             run.notes.append(f"Attention: {message}")
-    if given and not found:
-        run.notes.append(f"Attention: {folder}: no overview.png: draw with main.py --do_plot 1")
     return found
 
 

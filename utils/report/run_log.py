@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils import RunError
-from utils.evaluation.rows import COSINE, DOT, VCMR, ZERO_SHOT, Rows
+from utils.evaluation.rows import COSINE, DOT, ZERO_SHOT, Rows
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import read_records
 
@@ -63,9 +63,6 @@ def read_epochs(folder: Path) -> list[dict]:
     records = [record for record in read_records(path) if _is_epoch(record.get("epoch"))]
     if not records:
         raise RunError(f"{path}: no finished epoch in it")
-    args = read_args(folder)
-    if args.get("event_scores") == DOT and args.get("subtask_type") != VCMR:
-        records = [{"row": DOT} | record for record in records]  # of before logs named their rows
     by_epoch = {record["epoch"]: _name_rows(record) for record in records}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
