@@ -23,8 +23,9 @@ COMMANDS = [
     "main", "scripts.report", "scripts.score_predictions", "scripts.plot.plot_curves",
     "scripts.plot.plot_run", "scripts.data.check_videos", "scripts.data.convert_annotations",
     "scripts.data.pack_frames", "scripts.data.prepare_videos", "scripts.benchmark.__main__",
-    "scripts.benchmark.ranks",
-    "scripts.demo.run", "scripts.reproduce",
+    "scripts.benchmark.ranks", "scripts.benchmark.backbones", "scripts.demo.run",
+    "scripts.reproduce", "scripts.ablate",
+    "scripts.download_clip", "scripts.search",
 ]  # fmt: skip
 
 

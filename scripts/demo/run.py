@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,10 @@ from models import load_propy
 from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
 from models.zero_shot import ZeroShot, events_of, span_means
 from scripts.demo.world import (
+    LARGE,
+    SMALL,
     Clip,
+    Scale,
     draw_clips,
     draw_pictures,
     render_shot,
@@ -56,38 +59,45 @@ CLIP_SIZES = CLIPSizes(
     text_width=64, text_layers=3, context_length=77, vocab_size=49408,
 )  # fmt: skip
 ADAPTER_CHANNELS = 64
-PICTURE_FOLDER = ROOT / "VIS" / "demo"
-PICTURES, PICTURE_BATCH = 16_000, 128
-IMAGE_STEPS, TEXT_STEPS = 600, 400
+PICTURE_BATCH = 128
 BATCH = 12  # videos of a training step
-MAX_WORDS = 16  # tokens; the longest caption has 14
-QUERY_TYPES = ("appearance", "motion")
+QUERY_TYPES = ("appearance", "motion", "order")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is made and learned."""
+
+    scale: Scale
+    train_videos: int
+    val_videos: int
+    test_videos: int
+    epochs: int
+    pictures: int  # that CLIP learns from
+    image_steps: int
+    text_steps: int
+    max_words: int  # tokens of a caption, at least those of the longest
+
+
+SIZES = {
+    "small": Size(SMALL, 600, 100, 100, 18, 16_000, 600, 400, 16),
+    "large": Size(LARGE, 4000, 300, 500, 40, 48_000, 3000, 800, 20),
+}
+FOLDERS = {"small": "demo", "large": "demo_large"}  # of videos; a run's in logs and VIS is alike
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Each step says what it does; what an earlier run has made with the same settings is kept."""
+    """Each step says what it does."""
     args = parse_args(arguments)
     started = time.perf_counter()
-    folder, run = ROOT / "demo", ROOT / "logs" / "demo"
-    settings = {
-        "world": zlib.crc32((ROOT / "scripts/demo/world.py").read_bytes()),
-        "seed": args.seed,
-        "videos": [args.train_videos, args.test_videos],
-        "clip": [*astuple(CLIP_SIZES), PICTURES, PICTURE_BATCH, IMAGE_STEPS, TEXT_STEPS],
-    }
-    stamp = folder / "settings.json"
-    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
-        print(f"[1, 2/4] videos and CLIP of an earlier run with these settings: {relative(folder)}")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        make_corpus(folder, args)
-        make_clip(folder / "clip.pt", args.seed)
-        stamp.write_text(json.dumps(settings))
+    folder = prepare(args)
+    run, pictures = ROOT / "logs" / folder.name, ROOT / "VIS" / folder.name
 
-    print("[3/4] training and evaluating ProPy: main.py, as on a real data set", flush=True)
+    print("[3/4] training and evaluating ProPy: main.py, as on a real data set")
+    chosen = {"test": "the test videos, as in the authors' program", "val": "validation videos"}
+    print(f"the best epoch is chosen on {chosen[args.choose_on]}", flush=True)
     shutil.rmtree(run, ignore_errors=True)
-    run_main(folder, run, args)
+    run_main(folder, run, pictures, args)
 
     print("[4/4] what the same CLIP finds without ProPy")
     split = Split.read(folder / "test.jsonl", VAL)
@@ -96,20 +106,44 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"\nThe run: {relative(run)} (log.txt, log.jsonl, checkpoints), as a page: "
         f"{relative(run)}/report.html\n"
-        f"What three queries attend to: {relative(PICTURE_FOLDER)}/attention\n"
+        f"What three queries attend to: {relative(pictures)}/attention\n"
         f"Videos and annotations: {relative(folder)}\n"
         f"{minutes:.1f} minutes."
     )
 
 
+def prepare(args: argparse.Namespace) -> Path:
+    """The folder of videos and CLIP; what an earlier run has made with these settings is kept."""
+    size, folder = SIZES[args.size], ROOT / FOLDERS[args.size]
+    settings = {
+        "world": zlib.crc32((ROOT / "scripts/demo/world.py").read_bytes()),
+        "scale": astuple(size.scale),
+        "seed": args.seed,
+        "videos": [args.train_videos, args.val_videos, args.test_videos],
+        "clip": [*astuple(CLIP_SIZES), size.pictures, PICTURE_BATCH, size.image_steps,
+                 size.text_steps],
+    }  # fmt: skip
+    stamp, content = folder / "settings.json", json.dumps(settings)
+    if stamp.is_file() and stamp.read_text() == content:
+        print(f"[1, 2/4] videos and CLIP of an earlier run with these settings: {relative(folder)}")
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    make_corpus(folder, args)
+    make_clip(folder / "clip.pt", size, args.seed)
+    stamp.write_text(content)
+    return folder
+
+
 def make_corpus(folder: Path, args: argparse.Namespace) -> None:
-    """Render the videos of both splits, write their annotations, and pack the frames for reading.
+    """Render the videos of all splits, write their annotations, and pack the frames for reading.
 
     Training reads every video some twenty times; so small a frame is read from the store in an
     eighth of the time that decoding takes.
     """
-    for split, count in (("train", args.train_videos), ("test", args.test_videos)):
-        clips = draw_clips(split, count, args.seed)
+    for split in ("train", "val", "test"):
+        count = getattr(args, f"{split}_videos")
+        clips = draw_clips(split, count, args.seed, SIZES[args.size].scale)
         write_annotations(folder / f"{split}.jsonl", clips)
         written = write_clips(folder / "videos", clips, SIZE, usable_cores())
         for _ in tqdm(written, desc=f"[1/4] {split} videos", total=count, unit="video"):
@@ -118,14 +152,14 @@ def make_corpus(folder: Path, args: argparse.Namespace) -> None:
     run_program("scripts.data.pack_frames", flags(store))
 
 
-def make_clip(path: Path, seed: int) -> None:
+def make_clip(path: Path, size: Size, seed: int) -> None:
     """A CLIP that knows single pictures, in OpenAI's format.
 
     First the image tower and one vector per word learn from each other, then the text tower learns
     to say what the words say together: on so few pictures a transformer would take far longer.
     """
     torch.manual_seed(seed)
-    images, captions = draw_pictures(PICTURES, SIZE, seed)
+    images, captions = draw_pictures(size.pictures, SIZE, seed)
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     known, words = tokenize(captions, 77).unique(return_inverse=True)  # 0 is the padding
     clip = CLIP(replace(CLIP_SIZES, vocab_size=len(known)))
@@ -133,7 +167,7 @@ def make_clip(path: Path, seed: int) -> None:
     bag = nn.Embedding(len(known), CLIP_SIZES.embed_dim)
     nn.init.normal_(bag.weight, std=0.3)
     batches = np.random.default_rng(seed).integers(
-        len(captions), size=(IMAGE_STEPS + TEXT_STEPS, PICTURE_BATCH)
+        len(captions), size=(size.image_steps + size.text_steps, PICTURE_BATCH)
     )
     batches = torch.from_numpy(batches)
 
@@ -155,8 +189,8 @@ def make_clip(path: Path, seed: int) -> None:
     image_side = [*clip.visual.parameters(), *bag.parameters(), clip.logit_scale]
     inner = {id(p) for p in image_side}
     text_side = [p for p in clip.parameters() if id(p) not in inner]
-    fit(image_loss, image_side, batches[:IMAGE_STEPS], "[2/4] CLIP, pictures and words")
-    fit(text_loss, text_side, batches[IMAGE_STEPS:], "[2/4] CLIP, text tower")
+    fit(image_loss, image_side, batches[: size.image_steps], "[2/4] CLIP, pictures and words")
+    fit(text_loss, text_side, batches[size.image_steps :], "[2/4] CLIP, text tower")
     state = clip.state_dict()
     # words that no picture had keep random vectors, as small as a new CLIP's
     table = torch.randn(CLIP_SIZES.vocab_size, CLIP_SIZES.text_width) * 0.02
@@ -183,38 +217,49 @@ def fit(
                 progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def run_main(folder: Path, run: Path, args: argparse.Namespace) -> None:
+def run_main(folder: Path, run: Path, pictures: Path, args: argparse.Namespace) -> None:
     """main.py as for a real split: training for PRVR, then an evaluation that adds the moments."""
-    common = {
-        "prvr_val_annos": folder / "test.jsonl",
-        "frame_store": folder / "frames.h5",
-        "output_dir": run,
-        "pretrained_clip_name": folder / "clip.pt",
-        "clip_activation": "quick_gelu",
-        "adapter_channels": ADAPTER_CHANNELS,
-        "seed": args.seed,
+    evaluation = {
+        "resume": run / "ckpt.best.pth.tar",
+        "save_predictions": 1,
+        "do_plot": 1,
+        "plot_limit": 3,
+        "plot_dir": pictures,
     }
-    training = {
+    common = {"output_dir": run, "seed": args.seed}
+    run_program("main", flags(training_flags(folder, args) | common))
+    run_program("main", flags(evaluation_flags(folder, args) | common | evaluation))
+    report = {"plots": pictures, "queries": 3, "video_dir": folder / "videos"}
+    report["annotations"] = folder / "test.jsonl"
+    run_program("scripts.report", [str(run), *flags(report)])
+
+
+def training_flags(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """main.py's for a training that evaluates every epoch on the split which chooses the best."""
+    return {
         "do_train": 1,
         "prvr_train_annos": folder / "train.jsonl",
+        "prvr_val_annos": folder / f"{args.choose_on}.jsonl",
         "epochs": args.epochs,
         "batch_size": BATCH,
         "lr": 2e-2,
-        "max_words": MAX_WORDS,
+    } | model_flags(folder, args)
+
+
+def evaluation_flags(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    """main.py's for all metrics of the test split."""
+    test = {"do_eval": 1, "subtask_type": "VCMR", "prvr_val_annos": folder / "test.jsonl"}
+    return test | model_flags(folder, args)
+
+
+def model_flags(folder: Path, args: argparse.Namespace) -> dict[str, object]:
+    return {
+        "frame_store": folder / "frames.h5",
+        "pretrained_clip_name": folder / "clip.pt",
+        "clip_activation": "quick_gelu",
+        "adapter_channels": ADAPTER_CHANNELS,
+        "max_words": SIZES[args.size].max_words,
     }
-    evaluation = {
-        "do_eval": 1,
-        "do_plot": 1,
-        "subtask_type": "VCMR",
-        "resume": run / "ckpt.best.pth.tar",
-        "save_predictions": 1,
-        "plot_limit": 3,
-        "plot_dir": PICTURE_FOLDER,
-    }
-    run_program("main", flags(common | training))
-    run_program("main", flags(common | evaluation))
-    report = {"plots": PICTURE_FOLDER, "queries": 3, "video_dir": folder / "videos"}
-    run_program("scripts.report", [str(run), *flags(report)])
 
 
 def flags(values: dict[str, object]) -> list[str]:
@@ -238,9 +283,11 @@ def all_scores(
     pyramid, store = model.pyramid, FrameStore(folder / "frames.h5")
     num_frames = pyramid.num_frames
     seen = torch.stack([store.load(video.vid_name, num_frames, SIZE) for video in split.videos])
-    clear = clear_frames(draw_clips("test", args.test_videos, args.seed), num_frames)
+    clips = draw_clips("test", args.test_videos, args.seed, SIZES[args.size].scale)
+    clear = clear_frames(clips, num_frames)
     cpu = torch.device("cpu")
-    texts = evaluation_text_batches(split.queries, MAX_WORDS, len(split.queries))
+    max_words = SIZES[args.size].max_words
+    texts = evaluation_text_batches(split.queries, max_words, len(split.queries))
 
     def embed(model: nn.Module, videos: Tensor) -> Tensor:
         batches = [{"frames": some} for some in videos.split(16)]
@@ -273,24 +320,29 @@ def show(split: Split, scores: dict[str, Tensor]) -> None:
     """
     queries, target = split.queries, split.target
     num_videos = scores["ProPy"].shape[1]
-    # clips come in pairs of the same moving shots played forwards and backwards
-    twin = target ^ 1
     columns = {key: PRVR_COLUMNS[key] for key in ("R1", "R5", "R10", "R100", "SumR")}
     print(f"\n{len(queries)} captions, {num_videos} held-out videos; in %:")
-    for kind in (None, *QUERY_TYPES):
+    for kind in (None, *(t for t in QUERY_TYPES if any(q.query_type == t for q in queries))):
         chosen = torch.tensor([kind in (None, query.query_type) for query in queries])
         rows = {"chance": chance(num_videos)}
         for name, all_rows in scores.items():
             own, right = all_rows[chosen], target[chosen]
-            rows[name] = dict(retrieval_metrics(own, right))
-            difference = own.gather(1, right[:, None]) - own.gather(1, twin[chosen][:, None])
-            rows[name]["twin"] = 50 * (difference.sign() + 1).mean().item()
+            rows[name] = retrieval_metrics(own, right) | {"twin": against_twin(own, right)}
         print(f"\n{kind or 'all'} captions ({int(chosen.sum())})")
         print(metrics_table(rows, columns | {"twin": "vs twin"}))
     print(
         "\nvs twin: how often the right video beats its twin, which shows the same motion played\n"
         "backwards. No single frame can tell the two apart by a motion caption: 50 is chance."
     )
+
+
+def against_twin(scores: Tensor, target: Tensor) -> float:
+    """In %, how often a text's right video, int64 [T], has a higher score, [T, V], than its twin.
+
+    Clips come in pairs of the same moving shots played forwards and backwards.
+    """
+    right, twin = (scores.gather(1, column[:, None]) for column in (target, target ^ 1))
+    return 50 * ((right - twin).sign() + 1).mean().item()
 
 
 def chance(videos: int) -> dict[str, float]:
@@ -311,13 +363,25 @@ def normalize(images: Tensor) -> Tensor:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=42, help="of everything (default 42)")
-    parser.add_argument("--train_videos", type=int, default=600,
-        help=f"even, at least {BATCH} (default 600)")  # fmt: skip
-    parser.add_argument("--test_videos", type=int, default=100, help="even (default 100)")
-    parser.add_argument("--epochs", type=int, default=18, help="of ProPy (default 18)")
+    add, small = parser.add_argument, SIZES["small"]
+    # fmt: off
+    add("--size", choices=SIZES, default="small",
+        help="large: more and longer videos with moments of all lengths, an hour (default small)")
+    add("--seed", type=int, default=42, help="of everything (default 42)")
+    add("--train_videos", type=int,
+        help=f"even, at least {BATCH} (default {small.train_videos}; large: more)")
+    add("--val_videos", type=int, help=f"even (default {small.val_videos}; large: more)")
+    add("--test_videos", type=int, help=f"even (default {small.test_videos}; large: more)")
+    add("--epochs", type=int, help=f"of ProPy (default {small.epochs}; large: more)")
+    add("--choose_on", choices=["test", "val"], default="test",
+        help="split that chooses the best epoch: test, which is reported, as in the authors' "
+        "program, or val, videos of its own (default test)")
+    # fmt: on
     args = parser.parse_args(arguments)
-    for name, least in (("train_videos", BATCH), ("test_videos", 2)):
+    for name in ("train_videos", "val_videos", "test_videos", "epochs"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(SIZES[args.size], name))
+    for name, least in (("train_videos", BATCH), ("val_videos", 2), ("test_videos", 2)):
         count = getattr(args, name)
         if count < least or count % 2:  # clips come in pairs
             parser.error(f"--{name} must be even and at least {least}: {count}")

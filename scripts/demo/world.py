@@ -57,6 +57,21 @@ SATURATION, BRIGHTNESS, BLACK = 0.7, 0.7, 5  # of the camera; still pictures hav
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How much happens in a video."""
+
+    seconds: tuple[int, int]  # of a video, the shorter the more often
+    moving: tuple[int, int]  # shots in which a thing moves, at least and at most; in one it rests
+    shares: tuple[float, float]  # of the video that a shot takes, against the others
+    order: bool  # whether captions also say which of two things comes first
+
+
+SMALL = Scale((20, 60), (2, 3), (0.7, 1.4), order=False)
+# Shots of a twentieth to a third of the video, and moments of two things up to all of it.
+LARGE = Scale((40, 120), (4, 6), (0.4, 2.0), order=True)
+
+
+@dataclass(frozen=True)
 class Thing:
     """What a caption says of an object; `size` None where it changes or is left open."""
 
@@ -84,22 +99,25 @@ class Shot:
 class Meaning:
     """What a caption claims: its type and the fields that must hold.
 
-    appearance: `thing` over `background`; motion: `thing` does `action`, perhaps over `background`.
+    appearance: `thing` over `background`; motion: `thing` does `action`, perhaps over `background`;
+    order: that appearance comes before `later`, another one.
     """
 
     query_type: str
     thing: Thing
     action: str | None = None
     background: str | None = None
+    later: Meaning | None = None
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence, what it means, and the number of the shot it was written for."""
+    """A sentence, what it means, and the numbers of the shots it was written for."""
 
     text: str
     meaning: Meaning
     shot: int
+    last_shot: int
 
 
 @dataclass(frozen=True)
@@ -119,8 +137,8 @@ class Clip:
     def window(self, caption: Caption) -> tuple[float, float]:
         """When the caption is true: [start, end] in seconds."""
         lengths = [shot.num_frames for shot in self.shots]
-        start = sum(lengths[: caption.shot])
-        return start / PREPARED_FPS, (start + lengths[caption.shot]) / PREPARED_FPS
+        start, end = sum(lengths[: caption.shot]), sum(lengths[: caption.last_shot + 1])
+        return start / PREPARED_FPS, end / PREPARED_FPS
 
 
 # ---------------------------------------------------------------------------------- rendering
@@ -230,6 +248,9 @@ def _in_place(subject: str, place: str, rng: np.random.Generator) -> str:
 
 def _sentence(meaning: Meaning, rng: np.random.Generator) -> str:
     """One of the grammar's sentences with this meaning."""
+    if meaning.later:
+        first, later = _sentence(replace(meaning, later=None), rng), _sentence(meaning.later, rng)
+        return str(rng.choice((f"{first} before {later}", f"{later} after {first}")))
     subject = _phrase(meaning.thing, rng)
     if meaning.action:
         subject = f"{subject} {rng.choice(VERBS[meaning.action])}"
@@ -248,21 +269,36 @@ def _captions(shots: Sequence[Shot], rng: np.random.Generator) -> tuple[Caption,
                 Meaning("motion", shot.thing, shot.action, place)
                 for place in (None, shot.background)
             ]
-        captions += [Caption(_sentence(meaning, rng), meaning, i) for meaning in meanings]
+        captions += [Caption(_sentence(meaning, rng), meaning, i, i) for meaning in meanings]
     return tuple(captions)
 
 
-def _shot_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Frames of each shot; together 20 to 60 seconds, the shorter the more often."""
-    total = round((20 + 40 * rng.uniform() ** 2) * PREPARED_FPS)
-    shares = rng.uniform(0.7, 1.4, count)
+def _order_captions(shots: Sequence[Shot], rng: np.random.Generator) -> tuple[Caption, ...]:
+    """Two of the things that move, by their order in time, once for each distance between them."""
+    moving = [i for i, shot in enumerate(shots) if shot.action in OPPOSITE]
+    captions = []
+    for distance in range(1, len(moving)):
+        i = int(rng.integers(len(moving) - distance))
+        first, last = moving[i], moving[i + distance]
+        shot, later = shots[first], shots[last]
+        meaning = Meaning("appearance", later.thing, background=later.background)
+        meaning = Meaning("order", shot.thing, background=shot.background, later=meaning)
+        captions.append(Caption(_sentence(meaning, rng), meaning, first, last))
+    return tuple(captions)
+
+
+def _shot_lengths(count: int, scale: Scale, rng: np.random.Generator) -> np.ndarray:
+    """Frames of each shot."""
+    shortest, longest = scale.seconds
+    total = round((shortest + (longest - shortest) * rng.uniform() ** 2) * PREPARED_FPS)
+    shares = rng.uniform(*scale.shares, count)
     edges = np.rint(total * np.concatenate([[0], np.cumsum(shares / shares.sum())])).astype(int)
     return np.diff(edges)
 
 
-def _draw_pair(names: tuple[str, str], rng: np.random.Generator) -> tuple[Clip, Clip]:
+def _draw_pair(names: tuple[str, str], scale: Scale, rng: np.random.Generator) -> tuple[Clip, Clip]:
     """A clip and its twin: motion shots reversed in order and in time, resting shots replaced."""
-    moves = [True] * int(rng.integers(2, 4)) + [False]
+    moves = [True] * int(rng.integers(*scale.moving, endpoint=True)) + [False]
     rng.shuffle(moves)
     # No colour and shape twice in the pair, so that a caption means one moment of a clip only.
     looks = iter(rng.permutation(len(COLOURS) * len(SHAPES)))
@@ -275,22 +311,27 @@ def _draw_pair(names: tuple[str, str], rng: np.random.Generator) -> tuple[Clip, 
         background = str(rng.choice(tuple(BACKGROUNDS)))
         return Shot(thing, action, background, int(num_frames), int(rng.integers(2**31)))
 
-    lengths = _shot_lengths(len(moves), rng)
+    lengths = _shot_lengths(len(moves), scale, rng)
     shots = [draw_shot(m, n) for m, n in zip(moves, lengths, strict=True)]
     twin_shots = [
         shot.backwards() if shot.action in OPPOSITE else draw_shot(False, shot.num_frames)
         for shot in reversed(shots)
     ]
+
+    def captions(shots: Sequence[Shot]) -> tuple[Caption, ...]:
+        return _captions(shots, rng) + (_order_captions(shots, rng) if scale.order else ())
+
     return (
-        Clip(names[0], names[1], tuple(shots), _captions(shots, rng)),
-        Clip(names[1], names[0], tuple(twin_shots), _captions(twin_shots, rng)),
+        Clip(names[0], names[1], tuple(shots), captions(shots)),
+        Clip(names[1], names[0], tuple(twin_shots), captions(twin_shots)),
     )
 
 
-def draw_clips(name: str, num_clips: int, seed: int) -> list[Clip]:
+def draw_clips(name: str, num_clips: int, seed: int, scale: Scale = SMALL) -> list[Clip]:
     """Draw clips named `<name>_0000` and so on, each followed by its twin.
 
-    As in any data set some captions fit several clips; but none of motion fits the clip's twin.
+    As in any data set some captions fit several clips; but none of motion or order fits the clip's
+    twin.
 
     Args:
         num_clips: an even number.
@@ -304,7 +345,7 @@ def draw_clips(name: str, num_clips: int, seed: int) -> list[Clip]:
     clips: list[Clip] = []
     for first in range(0, num_clips, 2):
         rng = np.random.default_rng([seed, *name.encode(), first])
-        clips += _draw_pair((f"{name}_{first:04d}", f"{name}_{first + 1:04d}"), rng)
+        clips += _draw_pair((f"{name}_{first:04d}", f"{name}_{first + 1:04d}"), scale, rng)
     return clips
 
 
@@ -365,7 +406,7 @@ def draw_pictures(num_pictures: int, size: int, seed: int) -> tuple[np.ndarray, 
     captions: list[str] = []
     rng = np.random.default_rng([seed, *b"pictures"])
     while len(captions) < num_pictures:
-        for clip in _draw_pair(("", ""), rng):
+        for clip in _draw_pair(("", ""), SMALL, rng):
             for shot in clip.shots[: num_pictures - len(captions)]:
                 frame = int(rng.integers(shot.num_frames))
                 pictures[len(captions)] = render_shot(shot, size, [frame])[0]

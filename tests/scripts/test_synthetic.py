@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Sequence
 
 import decord
@@ -12,6 +14,7 @@ from dataloaders.annotations import read_annotations
 from scripts.demo.world import (
     BACKGROUNDS,
     COLOURS,
+    LARGE,
     OPPOSITE,
     Meaning,
     Shot,
@@ -85,6 +88,41 @@ def test_twins_differ_in_time_only(clips) -> None:
             (back,) = [s for s in twin.shots if s == shot.backwards()]
             assert back.action == OPPOSITE[shot.action]
             assert (render_shot(shot, SIZE)[::-1] == render_shot(back, SIZE)).all()
+
+
+def test_order_captions_are_true_of_a_clip_and_false_of_its_twin() -> None:
+    """Both things are in both clips, the first before the later one in one of them alone; together
+    the captions' moments are of all lengths."""
+    clips = draw_clips("test", 60, seed=3, scale=LARGE)
+    by_name, shares = {clip.vid_name: clip for clip in clips}, []
+    for clip in clips:
+        assert 40 <= clip.duration <= 120
+        for caption in clip.captions:
+            (start, end), meaning = clip.window(caption), caption.meaning
+            shares.append((end - start) / clip.duration)
+            if meaning.query_type != "order":
+                continue
+            for one in (clip, by_name[clip.twin]):
+                things = [shot.thing for shot in one.shots]
+                first, later = things.index(meaning.thing), things.index(meaning.later.thing)
+                assert (first < later) == (one is clip)
+            first, later = clip.shots[caption.shot], clip.shots[caption.last_shot]
+            assert (first.thing, first.background) == (meaning.thing, meaning.background)
+            assert later.background == meaning.later.background
+            things = (first.thing, later.thing)
+            said = [caption.text.index(f"{thing.colour} {thing.shape}") for thing in things]
+            assert (said[0] < said[1]) == (" before " in caption.text)
+            assert (said[0] > said[1]) == (" after " in caption.text)
+    assert len(np.histogram(shares, [0, 1 / 11, 1 / 6, 1 / 3, 2 / 3, 1.01])[0].nonzero()[0]) == 5
+
+
+def test_the_published_demo_has_the_videos_it_had() -> None:
+    """The README's table is of these: of the two splits' annotations and of the pictures."""
+    splits = [draw_clips(name, count, 42) for name, count in (("train", 600), ("test", 100))]
+    content = [annotation_lines(clips) for clips in splits]
+    content += [repr([clip.shots for clips in splits for clip in clips])]
+    content += [draw_pictures(50, SIZE, 42)[1]]
+    assert zlib.crc32(json.dumps(content).encode()) == 4273242042
 
 
 def test_things_move_as_the_captions_say(clips) -> None:

@@ -20,7 +20,12 @@ logger = logging.getLogger("propy.search")
 
 ROOT = WEIGHTS_FOLDER.parent
 DEMO = {"checkpoint": ROOT / "logs/demo/ckpt.best.pth.tar", "clip_weights": ROOT / "demo/clip.pt"}
-NOT_IN_EVENTS = {"max_words", "clip_name", "readout"}  # settings that no event embedding shows
+NOT_IN_EVENTS = {
+    "max_words",
+    "clip_name",
+    "readout",
+    "rank_readout",
+}  # settings that no event embedding shows
 
 
 def choose_model(checkpoint: str | None, clip_weights: str | None) -> dict[str, str | None]:
