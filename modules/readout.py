@@ -75,7 +75,9 @@ class Consensus(nn.Module):
         return kept
 
     def _largest(self, rows: Tensor, columns: Sequence[slice | str]) -> Tensor:
-        chosen = (rows[c if isinstance(c, slice) else getattr(self, c)] for c in columns)
+        # Search keeps its cosines on the CPU, wherever the model is.
+        columns = (c if isinstance(c, slice) else getattr(self, c).to(rows.device) for c in columns)
+        chosen = (rows[column] for column in columns)
         return reduce(torch.maximum, chosen)
 
     def forward(self, cosines: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class Consensus(nn.Module):
             if len(merged) > 1:
                 total = self._largest(total, merged)
             total = total + self._largest(rows, cover)
-        scores = (total / self.counts).amax(dim=0)
+        scores = (total / self.counts.to(total.device)).amax(dim=0)
         if self.with_best:
             scores = (scores + events.amax(dim=0)) / 2
         return scores.reshape(cosines.shape[:-1])

@@ -22,7 +22,7 @@ from utils.arguments import FLAG_OF_FIELD
 from utils.command import Parser, run_command
 from utils.training.checkpoint import BEST, read_checkpoint
 
-NO_FLAGS = {"pyramid", "clip_seconds"}
+NO_FLAGS = {"pyramid", "clip_seconds", "clip_head_widths", "clip_image_mean", "clip_image_std"}
 # Of a run: what its pictures depend on.
 FLAGS = (
     "datatype", "prvr_val_annos", "video_dir", "frame_store", "allow_missing", "pyr_config_path",
