@@ -224,13 +224,11 @@ def run_main(folder: Path, run: Path, pictures: Path, args: argparse.Namespace) 
         "save_predictions": 1,
         "do_plot": 1,
         "plot_limit": 3,
-        "plot_dir": pictures,
     }
-    common = {"output_dir": run, "seed": args.seed}
+    common = {"output_dir": run, "plot_dir": pictures, "seed": args.seed}
     run_program("main", flags(training_flags(folder, args) | common))
     run_program("main", flags(evaluation_flags(folder, args) | common | evaluation))
-    report = {"plots": pictures, "queries": 3, "video_dir": folder / "videos"}
-    report["annotations"] = folder / "test.jsonl"
+    report = {"queries": 3, "video_dir": folder / "videos", "annotations": folder / "test.jsonl"}
     run_program("scripts.report", [str(run), *flags(report)])
 
 

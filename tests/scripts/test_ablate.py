@@ -213,7 +213,7 @@ def test_shipped_grids_are_of_models_that_differ(path, monkeypatch) -> None:
     for variant in read_grid(path):
         args = parse_args([*ablate.NEEDED.split(), *variant.flags])
         pyramid = PromptPyramid.from_config(args.pyr_config_path).config
-        given = {"clip_activation": "quick_gelu", "clip_seconds": None, "adapter_channels": 8}
+        given = clip.settings.as_fields() | {"clip_seconds": None, "adapter_channels": 8}
         config = config_from(ProPyConfig, args, pyramid=pyramid, **given)
         model = ProPy(copy.deepcopy(clip), config)
         frames = torch.zeros(1, pyramid["Nf"], 3, demo.SIZE, demo.SIZE, dtype=torch.uint8)
