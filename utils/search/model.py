@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from models.clip_weights import WEIGHTS_FILES
-from models.trained import WEIGHTS_FOLDER, backbone_fingerprint, load_propy
+from models.clip_weights import WEIGHTS_FILES, WEIGHTS_FOLDER
+from models.trained import backbone_fingerprint, load_propy
 from utils import SearchError
 from utils.search.windows import WINDOW_SECONDS
 
