@@ -133,9 +133,14 @@ class MatrixScores:
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [(self.matrix.ids[code], score) for code, score in pairs if score > -np.inf]
 
-    def best_events(self, limit: int) -> tuple[Events, bool]:
-        """The best events, best first, and whether these are all."""
-        best = self.cosines.flatten().topk(min(limit, self.cosines.numel()))
+    def best_events(self, limit: int, without: Collection[str] = ()) -> tuple[Events, bool]:
+        """The best events, best first, but of some videos, and whether these are all."""
+        cosines = self.cosines
+        if without:
+            hidden = torch.tensor([self.matrix.code_of[token] for token in without])
+            cosines = cosines.clone()
+            cosines[torch.isin(self.matrix.codes, hidden)] = -torch.inf
+        best = cosines.flatten().topk(min(limit, cosines.numel()))
         found = best.values > -torch.inf
         rows = self.matrix.events(best.indices[found], best.values[found])
         return rows, len(rows) < limit
