@@ -215,7 +215,14 @@ class TestFiles:
 
 class TestGuards:
     def test_every_answer_has_the_headers(self, served: Served) -> None:
-        for path in ("/", "/api/status", "/video/v0", "/nowhere", "/api/search?q="):
+        for path in (
+            "/",
+            "/api/status",
+            "/video/v0",
+            "/nowhere",
+            "/api/search?q=",
+            "/api/search?q=fail",
+        ):
             headers = ask(served, path).headers
             assert headers["x-content-type-options"] == "nosniff"
             assert headers["content-security-policy"].startswith("default-src 'self'")
