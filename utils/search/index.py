@@ -192,6 +192,7 @@ class LanceIndex:
 
     def videos(self) -> list[Entry]:
         check_unchanged(self.uri, self.model, self._read_model())
+        self._open_tables()  # they may have been made anew for the same model
         return current(self._rows())[0]
 
     def add(self, entry: Entry, events: Events | None, replaced: Sequence[Entry] = ()) -> None:
@@ -307,9 +308,12 @@ class LanceIndex:
     def _open(self) -> None:
         if not {"model", "videos", "events"} <= set(self._there()):
             return
+        self._open_tables()
+        self.model = self._read_model()
+
+    def _open_tables(self) -> None:
         with self._damaged():
             self._tables = {name: self._db.open_table(name) for name in ("videos", "events")}
-        self.model = self._read_model()
 
     def _read_model(self) -> dict:
         with self._damaged():
