@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,10 +328,13 @@ class TestPreviews:
         asked = [previews.thumbnail(video, 1.0) for _ in range(20)]
         gate.set()
         assert len({future.result(10) for future in asked}) == 1
+        made = previews.thumbnail(video, 1.0).result(10)
+        assert made.read_bytes() == b"picture"
+        shutil.rmtree(made.parent)  # as programs do that tidy up old files
         assert previews.thumbnail(video, 1.0).result(10).read_bytes() == b"picture"
         os.utime(video, (1, 1))  # another video by now, for all that is known
         previews.thumbnail(video, 1.0).result(10)
-        assert calls == [1.0, 1.0]
+        assert calls == [1.0, 1.0, 1.0]
         previews.close()
 
     def test_the_cache_keeps_what_was_asked_for_last(
