@@ -84,6 +84,7 @@ COLUMNS = [f.name for f in fields(Events)][:6]
 class Storage(Protocol):
     """What search asks of a store; ids and rows are hexadecimal, so filters need no quoting."""
 
+    uri: str
     most_nearest: int | None  # rows that `nearest` can give
     model: dict | None  # `create`'s; None: there is no index yet
 

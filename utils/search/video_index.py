@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,9 @@ from utils.search import progress
 from utils.search.engine import Filter, StoredEvents, matches, rank_moments, rank_videos
 from utils.search.hits import FAILED, Moment, Results, Video
 from utils.search.index import Storage, open_storage
+from utils.search.indexer import Report, find_videos, index_videos
 from utils.search.matrix import Matrix
 from utils.search.model import choose_model, describe, fingerprint, load_model
-
-if TYPE_CHECKING:
-    from utils.search.indexer import Report
 
 DEFAULT_URI = "videos.index"
 MEMORY_GIB = 4.0
@@ -235,11 +233,22 @@ class VideoIndex:
 
     # ----------------------------------------------------------------------------------- changing
 
-    def add(self, paths: str | Path | Sequence[str | Path], **settings: Any) -> Report:
-        """Index files and folders; see `utils.search.indexer.index_videos` for the settings."""
-        from utils.search.indexer import index_videos
+    def add(
+        self, paths: str | Path | Sequence[str | Path], *, rebuild: bool = False, **settings: Any
+    ) -> Report:
+        """Index the videos of files and folders that are new or have changed.
 
-        return index_videos(self, [paths] if isinstance(paths, str | Path) else paths, **settings)
+        Args:
+            rebuild: forget what is in the index first, whatever model it was made with.
+            settings: those of `utils.search.indexer.index_videos`.
+
+        Raises:
+            SearchError: a path is not there, the index is another model's, or cannot be written.
+            OSError: there is no room for temporary files.
+        """
+        found = find_videos([paths] if isinstance(paths, str | Path) else paths)
+        self.prepare(rebuild)
+        return index_videos(found, self.storage, self.model, **settings)
 
     def remove(self, within: str) -> int:
         """Take the videos whose name or path fits a pattern out of the index; how many."""
