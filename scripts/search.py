@@ -193,10 +193,11 @@ def info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts | {"reasons": {v.path: v.reason for v in failed}}, indent=1))
         return
-    for name, value in facts.items():
-        print(f"{name}: {value}")
     from utils.search.hits import printable
 
+    facts["roots"] = ", ".join(map(printable, facts["roots"]))
+    for name, value in facts.items():
+        print(f"{name}: {f'{value:.3g}' if isinstance(value, float) else value}")
     for video in failed:
         print(f"  {video.status}: {printable(video.path)}: {video.reason}")
 

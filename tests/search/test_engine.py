@@ -24,7 +24,8 @@ from utils.search.engine import (
     spread,
 )
 from utils.search.hits import Moment
-from utils.search.index import Events, LanceIndex
+from utils.search.index import Events
+from utils.search.lance import LanceIndex
 from utils.search.matrix import Matrix
 
 

@@ -115,6 +115,8 @@ def test_serving_takes_all_its_flags(made: Path, monkeypatch: pytest.MonkeyPatch
 def test_mistakes_say_what_to_do(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SearchError, match="no index there"):
         main(["find", "x", "--index", str(made / "nothing")])
+    with pytest.raises(SearchError, match="empty"):
+        main(["find", " ", "--index", str(made / "i")])
     with pytest.raises(SearchError, match="no such file"):
         main(["index", str(made / "nothing"), "--index", str(made / "i")])
     with pytest.raises(OutputError):

@@ -22,8 +22,9 @@ from utils.misc import choose_device
 from utils.search import progress
 from utils.search.engine import Filter, StoredEvents, matches, rank_moments, rank_videos
 from utils.search.hits import FAILED, Moment, Results, Video
-from utils.search.index import Entry, Storage, open_storage
+from utils.search.index import Entry, Storage
 from utils.search.indexer import Report, find_videos, index_videos
+from utils.search.lance import LanceIndex
 from utils.search.matrix import Matrix
 from utils.search.model import choose_model, describe, fingerprint, lasting, load_model
 
@@ -98,7 +99,7 @@ class VideoIndex:
             which: the fields of `Filter`: within, since, until, min_seconds, max_seconds.
 
         Raises:
-            SearchError: there is no index, or a filter is none.
+            SearchError: there is no index, the query is empty, or a filter is none.
             ModelError: its model cannot be loaded, or is another.
         """
         return self.search_many([query], k, by, **which)[0]
@@ -109,6 +110,8 @@ class VideoIndex:
         """`search` of many sentences at once, which is quicker; each with the mean time."""
         if k < 1 or by not in RANKINGS:
             raise SearchError(f"k is at least 1, and by is videos or moments: not {k} and {by!r}")
+        if not all(map(str.strip, queries)):
+            raise SearchError("the query is empty: say what to look for")
         with self._searching:
             self.load()
             started = time.perf_counter()
@@ -194,8 +197,9 @@ class VideoIndex:
     def info(self) -> dict:
         """What is in it and what made it, to be printed."""
         own = self._description
-        names = ("checkpoint", "clip_weights", "clip", "fingerprint", "window_seconds")
-        return self.status() | {"roots": self.roots} | {name: own[name] for name in names}
+        model = {name: own[name] for name in ("checkpoint", "fingerprint", "window_seconds")}
+        model["clip_weights"] = own["clip_weights"] or own["clip"]
+        return self.status() | {"roots": self.roots} | model
 
     def approximate_recall(self, queries: Sequence[str] | None = None, k: int = 10) -> float:
         """Which share of the k best videos the approximate index finds, the mean over queries.
@@ -344,3 +348,16 @@ class VideoIndex:
             if self._matrix.update(now.entries.values()):
                 return now, self._matrix
         raise SearchError(f"{self.uri}: events of some videos are missing: index with --rebuild")
+
+
+def open_storage(uri: str) -> Storage:
+    """A store by its address: a folder or ``s3://…`` is LanceDB, ``http://host:port`` Milvus.
+
+    Raises:
+        SearchError: a package is missing, or it cannot be reached.
+    """
+    if uri.startswith(("http://", "https://")):
+        from utils.search.milvus import MilvusIndex
+
+        return MilvusIndex(uri)
+    return LanceIndex(uri)
