@@ -111,7 +111,9 @@ class StoredScores:
 
     def best_events(self, limit: int) -> tuple[Events, bool]:
         rows, complete = self._nearest(limit)
-        return rows.take([token in self.source.known for token in rows.video]), complete
+        most = self.source.storage.most_nearest
+        known = rows.take([token in self.source.known for token in rows.video])
+        return known, complete or (most is not None and limit >= most)
 
     def events_of(self, token: str) -> Events:
         rows = joined([*self.source.storage.vectors({token})])

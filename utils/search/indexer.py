@@ -141,7 +141,7 @@ def find_videos(paths: Iterable[str | Path]) -> Found:
     SearchError: a path is not there."""
     found, videos = Found(), {}
     for path in map(Path, paths):
-        root = path.resolve()
+        root = path.expanduser().resolve()
         found.roots.append(root)
         if root.is_file():
             videos.setdefault(root, root.parent)
