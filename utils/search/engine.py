@@ -19,7 +19,7 @@ from utils.search.matrix import MatrixScores, joined
 
 MAX_IOU = 0.5  # of two moments of a video that are both shown
 PER_VIDEO = 5  # moments
-FIRST_EVENTS = 20  # events looked at for a moment; twice as many as long as they do not suffice
+FIRST_EVENTS = 20  # looked at for a moment, or for a video's; twice as many until they suffice
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,13 @@ class StoredScores:
                 return best
             limit *= 2
 
-    def best_events(self, limit: int) -> tuple[Events, bool]:
+    def best_events(self, limit: int, token: str | None = None) -> tuple[Events, bool]:
+        if token is not None:
+            return by_score(self.events_of(token)), True
         rows, complete = self._nearest(limit)
-        return rows.take([token in self.source.known for token in rows.video]), complete
+        most = self.source.storage.most_nearest
+        known = rows.take([token in self.source.known for token in rows.video])
+        return known, complete or (most is not None and limit >= most)
 
     def events_of(self, token: str) -> Events:
         rows = joined([*self.source.storage.vectors({token})])
@@ -133,9 +137,6 @@ class StoredScores:
         return rows, len(rows) < limit
 
 
-Scores = MatrixScores | StoredScores
-
-
 def rank_videos(
     scores: MatrixScores | StoredScores,
     k: int,
@@ -144,9 +145,20 @@ def rank_videos(
 ) -> list[Hit]:
     """The best k videos, each with its best moments."""
     return [
-        Hit(entries[token], score, spread(by_score(scores.events_of(token)), per_video))
+        Hit(entries[token], score, _best_moments(scores, token, per_video))
         for token, score in scores.best_videos(k)
     ]
+
+
+def _best_moments(scores: MatrixScores | StoredScores, token: str, k: int) -> list[Moment]:
+    """Of one video."""
+    limit = FIRST_EVENTS
+    while True:
+        rows, complete = scores.best_events(limit, token)
+        moments = spread(rows, k)
+        if len(moments) == k or complete:
+            return moments
+        limit *= 2
 
 
 def rank_moments(
