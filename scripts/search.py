@@ -85,6 +85,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="address to listen on; any other than this machine's own needs a token")
     add("--token", default=os.environ.get("PROPY_SEARCH_TOKEN"),
         help="what visitors have to know (default: $PROPY_SEARCH_TOKEN)")
+    add("--name", action="append", default=[], metavar="HOST",
+        help="another name by which browsers call this machine, as behind a proxy; may be repeated")
+    add("--open", action="store_true", help="open the page in this machine's browser")
     add_search(add)
 
     add = command(info, "Say what is in an index, what failed, and why.")
@@ -175,7 +178,9 @@ def find(args: argparse.Namespace) -> None:
 def serve(args: argparse.Namespace) -> None:
     from utils.search.server import serve as serve_index
 
-    serve_index(opened(args), args.host, args.port, args.token)
+    serve_index(
+        opened(args), args.host, args.port, args.token, open_browser=args.open, names=args.name
+    )
 
 
 def info(args: argparse.Namespace) -> None:
@@ -188,10 +193,11 @@ def info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts | {"reasons": {v.path: v.reason for v in failed}}, indent=1))
         return
-    for name, value in facts.items():
-        print(f"{name}: {value}")
     from utils.search.hits import printable
 
+    facts["roots"] = ", ".join(map(printable, facts["roots"]))
+    for name, value in facts.items():
+        print(f"{name}: {f'{value:.3g}' if isinstance(value, float) else value}")
     for video in failed:
         print(f"  {video.status}: {printable(video.path)}: {video.reason}")
 

@@ -2,6 +2,7 @@
 
     .venv/bin/python -m scripts.benchmark encode_video train_step
     .venv/bin/python -m scripts.benchmark all --device cuda --precision amp --json gpu.json
+    .venv/bin/python -m scripts.benchmark search            # a program of its own: search.py
 
 Weights are random and of the true size, inputs are drawn: nothing has to be downloaded.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -118,4 +120,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse_args()))
+    if sys.argv[1:2] == ["search"]:
+        from scripts.benchmark import search
+
+        run_command(lambda: search.main(sys.argv[2:]))
+    else:
+        run_command(lambda: main(parse_args()))

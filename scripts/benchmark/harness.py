@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,11 +125,18 @@ def measure(name: str, stage: Stage, options: Options, repeats: int, memory: boo
     title = stage.title.format(**asdict(options))
     result = {"stage": name, "title": title} | _count_and_time(name, stage, options, repeats)
     if memory:
-        result["memory"] = {}
-        for side in SIDES:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                result["memory"][side] = pool.submit(_memory, stage, options, side).result()
+        result["memory"] = {
+            side: peak_memory(partial(stage.prepare, options, side == "ours"), options)
+            for side in SIDES
+        }
     return result
+
+
+def peak_memory(prepare: Callable[[], Callable[[], Any]], options: Options) -> int:
+    """What the first call of the function that `prepare` returns takes at its peak above what was
+    there before, in bytes; in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_memory, prepare, options).result()
 
 
 def _count_and_time(name: str, stage: Stage, options: Options, repeats: int) -> dict:
@@ -165,10 +173,9 @@ def _count_and_time(name: str, stage: Stage, options: Options, repeats: int) -> 
     return {"error": max(error, check()), "flop": flop, "seconds": seconds}
 
 
-def _memory(stage: Stage, options: Options, side: str) -> int:
-    """What the first repetition takes at its peak above what was there before, in bytes."""
+def _memory(prepare: Callable[[], Callable[[], Any]], options: Options) -> int:
     set_up(options)
-    run = stage.prepare(options, side == "ours")
+    run = prepare()
     if options.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

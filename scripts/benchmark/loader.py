@@ -75,7 +75,7 @@ def _corpus(seconds: int, videos: int, clips: Path | None) -> Path:
         for index in range(videos):
             path = folder / f"{index}.mp4"
             rng = np.random.default_rng([0, index])
-            write_video(path, _looped(n, clips, rng) if clips else _rendered(n, rng))
+            write_video(path, _looped(n, clips, rng) if clips else rendered(n, rng))
             writer.add(*pack_clip(path.stem, path, SIZE, DEFAULT_QUALITY))
         writer.finish()
     return folder
@@ -91,7 +91,7 @@ def _looped(n: int, folder: Path, rng: np.random.Generator) -> np.ndarray:
     return np.stack(frames[:n])
 
 
-def _rendered(n: int, rng: np.random.Generator) -> np.ndarray:
+def rendered(n: int, rng: np.random.Generator) -> np.ndarray:
     """A camera that pans over one picture after another: uint8 [n, 224, 398, 3].
 
     Amplitudes fall with the frequency as in natural images (Field, 1987); the exponent is the one

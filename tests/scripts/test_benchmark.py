@@ -33,6 +33,22 @@ def test_runs_and_writes_what_was_measured(tmp_path) -> None:
     assert row["flop"]["ours"] < row["flop"]["reference"]
 
 
+def test_search_measures_all_its_aims(tmp_path, capsys, monkeypatch) -> None:
+    pytest.importorskip("lancedb")
+    from scripts.benchmark import search
+    from utils.search import lance
+
+    monkeypatch.setattr(lance, "READERS", lance.READERS)  # which the benchmark sets
+    search.main(["--quick", "--repeats", "1", "--json", str(tmp_path / "b.json")])
+    rows = json.loads((tmp_path / "b.json").read_text())
+    assert len(rows) == 8 and all(row["measured"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("≤ 1.5") == 2
+    events = next(row["numbers"]["events"] for row in rows if "memory" in row["title"])
+    assert events == search.QUICK.memory * 42
+    grown = [row["measured"] for row in rows if "bytes a window" in row["title"]]
+    assert grown == pytest.approx([1, 1], rel=0.1)  # linear
+
+
 @pytest.mark.parametrize(
     "name", ["encode_text", "prvr_tail", "vcmr_tail", "loader_30s", "store_30s"]
 )

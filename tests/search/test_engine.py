@@ -24,7 +24,8 @@ from utils.search.engine import (
     spread,
 )
 from utils.search.hits import Moment
-from utils.search.index import Events, LanceIndex
+from utils.search.index import Events
+from utils.search.lance import LanceIndex
 from utils.search.matrix import Matrix
 
 
@@ -74,6 +75,18 @@ def test_videos_are_ranked_exactly(corpus, storage, kind, readout, k) -> None:
         assert [hit.video.id for hit in hits] == order
         assert [hit.score for hit in hits] == pytest.approx([expected[x] for x in order], abs=1e-5)
         assert all(1 <= len(hit.moments) <= 5 for hit in hits)
+
+
+def test_a_store_that_gives_few_events_at_once(corpus, storage, monkeypatch) -> None:
+    """As Milvus: videos are ranked exactly all the same, moments as far as its events go."""
+    entries = {entry.id: entry for entry in storage.videos()}
+    texts = torch.from_numpy(queries(1))
+    (whole,) = source("store", storage, best_event).scores(texts, None)
+    videos, moments = rank_videos(whole, 25, entries), rank_moments(whole, 1000, entries)
+    monkeypatch.setattr(storage, "most_nearest", 50)
+    assert rank_videos(whole, 25, entries) == videos
+    some = rank_moments(whole, 1000, entries)
+    assert some and some == moments[: len(some)]
 
 
 def brute_force_moments(corpus: Corpus, query: np.ndarray, k: int) -> list[tuple[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 import time
 import unicodedata
 from pathlib import Path
@@ -194,6 +195,34 @@ def test_an_index_that_changes_is_followed(index: VideoIndex, folder: Path) -> N
     index.remove("1.mp4")
     assert len(found(reader)) == 3
     assert found(reader) == found(index) == found(VideoIndex(index.uri, memory_gib=0))
+
+
+def test_looking_a_video_up_waits_for_no_search(
+    index: VideoIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.add(folder, quiet=True)
+    index.load()
+    token = index.videos()[0].id
+    inside, end = threading.Event(), threading.Event()
+    real = index.encode_texts
+
+    def encode_texts(texts):
+        inside.set()
+        assert end.wait(60)
+        return real(texts)
+
+    monkeypatch.setattr(index, "encode_texts", encode_texts)
+    search = threading.Thread(target=index.search, args=(QUERY,))
+    look = threading.Thread(target=lambda: (index.video(token), index.roots, index.status()))
+    search.start()
+    try:
+        assert inside.wait(60)
+        look.start()
+        look.join(30)
+        assert not look.is_alive()
+    finally:
+        end.set()
+        search.join()
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(12, marks=pytest.mark.slow)])

@@ -24,7 +24,9 @@ from tests.search.stores import MODEL, N_E, Corpus, queries
 from utils import SearchError
 from utils.search import VideoIndex
 from utils.search.engine import StoredEvents, rank_moments, rank_videos
-from utils.search.index import LanceIndex, Storage, _table, current, new_token, open_storage
+from utils.search.index import Storage, current, new_token
+from utils.search.lance import LanceIndex, _table
+from utils.search.video_index import open_storage
 
 
 def free_port() -> int:
@@ -139,7 +141,7 @@ def test_orphans_go_when_they_are_old(tmp_path: Path, monkeypatch) -> None:
     storage._change("events", lambda t: t.add(_table(t, corpus.events[left.id])))
     storage.optimize()  # it may be another indexer's
     assert storage._latest("events").count_rows() == count + N_E
-    monkeypatch.setattr("utils.search.index.ORPHANED_AFTER", -1)
+    monkeypatch.setattr("utils.search.lance.ORPHANED_AFTER", -1)
     storage.optimize()
     assert storage._latest("events").count_rows() == count
     assert len(storage.videos()) == 4

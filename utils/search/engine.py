@@ -21,8 +21,7 @@ from utils.search.matrix import MatrixScores, joined
 # exactly 0.5, but for the rounding of times (10 hours from the start: 4 ms).
 MAX_IOU = 0.5 - 5e-3
 PER_VIDEO = 5  # moments
-MOST_ROUNDS = 2**10  # times as many events as a store can give at once: then it is given up
-FIRST_EVENTS = 20  # events looked at for a moment; twice as many as long as they do not suffice
+FIRST_EVENTS = 20  # looked at for a moment, or for a video's; twice as many until they suffice
 
 
 @dataclass(frozen=True)
@@ -114,12 +113,15 @@ class StoredScores:
                 return best
             limit *= 2
 
-    def best_events(self, limit: int, without: Collection[str] = ()) -> tuple[Events, bool]:
-        most = self.source.storage.most_nearest
-        if most and limit > MOST_ROUNDS * most:
-            raise SearchError("so many moments cannot be told from each other here: ask for fewer")
+    def best_events(
+        self, limit: int, token: str | None = None, without: Collection[str] = ()
+    ) -> tuple[Events, bool]:
+        if token is not None:
+            return by_score(self.events_of(token)), True
         rows, complete = self._nearest(limit, without)
-        return rows.take([token in self.source.known for token in rows.video]), complete
+        most = self.source.storage.most_nearest
+        known = rows.take([token in self.source.known for token in rows.video])
+        return known, complete or (most is not None and limit >= most)
 
     def events_of(self, token: str) -> Events:
         rows = joined([*self.source.storage.vectors({token})])
@@ -142,9 +144,6 @@ class StoredScores:
         return rows, len(rows) < limit
 
 
-Scores = MatrixScores | StoredScores
-
-
 def rank_videos(
     scores: MatrixScores | StoredScores,
     k: int,
@@ -153,9 +152,20 @@ def rank_videos(
 ) -> list[Hit]:
     """The best k videos, each with its best moments."""
     return [
-        Hit(entries[token], score, spread(by_score(scores.events_of(token)), per_video))
+        Hit(entries[token], score, _best_moments(scores, token, per_video))
         for token, score in scores.best_videos(k)
     ]
+
+
+def _best_moments(scores: MatrixScores | StoredScores, token: str, k: int) -> list[Moment]:
+    """Of one video."""
+    limit = FIRST_EVENTS
+    while True:
+        rows, complete = scores.best_events(limit, token)
+        moments = spread(rows, k)
+        if len(moments) == k or complete:
+            return moments
+        limit *= 2
 
 
 def rank_moments(
@@ -167,17 +177,18 @@ def rank_moments(
     """The best k moments, of a video at most `per_video`."""
     limit, settled = FIRST_EVENTS * k, {}
     while True:
-        rows, complete = scores.best_events(limit, settled)
+        rows, complete = scores.best_events(limit, without=settled)
         found = _spread(rows, k, per_video)
         earlier = [(token, moment) for token, own in settled.items() for moment in own]
         best = sorted(earlier + found, key=lambda pair: -pair[1].score)[:k]
-        if len(best) == k or complete:
-            return [Hit(entries[token], moment.score, [moment]) for token, moment in best]
         own: dict[str, list[Moment]] = {}
         for token, moment in found:
             own.setdefault(token, []).append(moment)
         # A video that has all its moments is not looked at again.
-        settled |= {token: moments for token, moments in own.items() if len(moments) == per_video}
+        new = {token: moments for token, moments in own.items() if len(moments) == per_video}
+        if len(best) == k or (complete and not new):
+            return [Hit(entries[token], moment.score, [moment]) for token, moment in best]
+        settled |= new
         limit *= 2
 
 

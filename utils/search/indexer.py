@@ -17,11 +17,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataloaders import DataError, listed
@@ -31,12 +30,9 @@ from utils import SearchError
 from utils.misc import usable_cores
 from utils.search.decode import VideoFrames
 from utils.search.hits import FAILED, INDEXED, printable
-from utils.search.index import Entry, Events, new_token
+from utils.search.index import Entry, Events, Storage, new_token
 from utils.search.progress import Progress
 from utils.search.windows import Window
-
-if TYPE_CHECKING:
-    from utils.search.video_index import VideoIndex
 
 logger = logging.getLogger("propy.search")
 
@@ -125,48 +121,30 @@ class Job:
         return str(self.path.relative_to(self.root))
 
 
-def index_videos(
-    index: VideoIndex, paths: Sequence[str | Path], *, prune: bool = False, rebuild: bool = False,
-    workers: int | None = None, batch: int | None = None, part: tuple[int, int] = (0, 1),
-    time_limit: float = DEFAULT_TIME_LIMIT, quiet: bool = False,
-) -> Report:  # fmt: skip
-    """Index the videos of files and folders that are new or have changed.
+@dataclass
+class Found:
+    """What is in files and folders.
 
-    Args:
-        prune: remove those of these folders that are no longer there.
-        rebuild: forget what is in the index first, whatever model it was made with.
-        workers: videos that are decoded side by side (as many as there are cores).
-        batch: windows that are encoded at once (16 on a GPU, 4 on a CPU).
-        part: (r, n): of n processes the r-th, which does its share of the videos.
-        time_limit: seconds that ffmpeg may take to the next frame of a video.
-        quiet: no progress bar.
-
-    Raises:
-        SearchError: a path is not there, the index is another model's, or cannot be written.
-        OSError: there is no room for temporary files.
+    Attributes:
+        roots: the files and folders, resolved.
+        videos: (path, root) in order.
+        ignored: other files, counted by suffix.
     """
-    started = time.perf_counter()
-    files, ignored = find_videos(paths)
-    index.prepare(rebuild)
-    run = Indexer(index, workers or usable_cores(), batch, time_limit)
-    run.report.ignored = ignored
-    run.run(files[part[0] :: part[1]], quiet)
-    if part[0] == 0:
-        run.prune([Path(path).resolve() for path in paths], prune)
-    index.storage.optimize()
-    run.report.seconds = time.perf_counter() - started
-    return run.report
+
+    roots: list[Path] = field(default_factory=list)
+    videos: list[tuple[Path, Path]] = field(default_factory=list)
+    ignored: Counter = field(default_factory=Counter)
 
 
-def find_videos(paths: Iterable[str | Path]) -> tuple[list[tuple[Path, Path]], Counter]:
-    """The videos in folders, and files that are named: (path, root) in order, and what else is
-    there by suffix. Hidden files and folders are left alone. SearchError: a path is not there."""
-    found: dict[Path, Path] = {}
-    ignored: Counter = Counter()
+def find_videos(paths: Iterable[str | Path]) -> Found:
+    """The videos in folders, and files that are named. Hidden files and folders are left alone.
+    SearchError: a path is not there."""
+    found, videos = Found(), {}
     for path in map(Path, paths):
-        root = path.resolve()
+        root = path.expanduser().resolve()
+        found.roots.append(root)
         if root.is_file():
-            found.setdefault(root, root.parent)
+            videos.setdefault(root, root.parent)
         elif not root.is_dir():
             raise SearchError(f"{path}: no such file or folder")
         for folder, folders, names in os.walk(root):
@@ -176,28 +154,59 @@ def find_videos(paths: Iterable[str | Path]) -> tuple[list[tuple[Path, Path]], C
             for name in sorted(names):
                 suffix = Path(name).suffix.lower()
                 if suffix in SUFFIXES and not name.startswith("."):
-                    found.setdefault(Path(folder, name), root)
+                    videos.setdefault(Path(folder, name), root)
                 else:
-                    ignored[suffix] += 1
-    return sorted(found.items()), ignored
+                    found.ignored[suffix] += 1
+    found.videos = sorted(videos.items())
+    return found
 
 
 def _is_index(folder: Path) -> bool:
     return (folder / "videos.lance").is_dir()
 
 
+def index_videos(
+    found: Found, storage: Storage, model: nn.Module, *, prune: bool = False,
+    workers: int | None = None, batch: int | None = None, part: tuple[int, int] = (0, 1),
+    time_limit: float = DEFAULT_TIME_LIMIT, quiet: bool = False,
+) -> Report:  # fmt: skip
+    """Index those of some videos that are new or have changed.
+
+    Args:
+        storage: of an index that `model` made.
+        prune: remove those of these folders that are no longer there.
+        workers: videos that are decoded side by side (as many as there are cores).
+        batch: windows that are encoded at once (16 on a GPU, 4 on a CPU).
+        part: (r, n): of n processes the r-th, which does its share of the videos.
+        time_limit: seconds that ffmpeg may take to the next frame of a video.
+        quiet: no progress bar.
+
+    Raises:
+        SearchError: the index cannot be written.
+        OSError: there is no room for temporary files.
+    """
+    started = time.perf_counter()
+    run = Indexer(storage, model, workers or usable_cores(), batch, time_limit)
+    run.report.ignored = found.ignored
+    run.run(found.videos[part[0] :: part[1]], quiet)
+    if part[0] == 0:
+        run.prune(found.roots, prune)
+    storage.optimize()
+    run.report.seconds = time.perf_counter() - started
+    return run.report
+
+
 class Indexer:
     """One run of `index_videos`."""
 
     def __init__(
-        self, index: VideoIndex, workers: int, batch: int | None, time_limit: float
+        self, storage: Storage, model: nn.Module, workers: int, batch: int | None, time_limit: float
     ) -> None:
-        self.model, self.device, self.storage = index.model, index.device, index.storage
-        self.uri = index.uri
+        self.storage, self.model, self.device = storage, model, next(model.parameters()).device
         self.batch = batch or (GPU_BATCH if self.device.type == "cuda" else CPU_BATCH)
         self.workers, self.time_limit = workers, time_limit
-        self.window_seconds = index.storage.model["window_seconds"]
-        self.levels = np.array(index.storage.model["levels"], np.int8)
+        self.window_seconds = storage.model["window_seconds"]
+        self.levels = np.array(storage.model["levels"], np.int8)
         self.proposals = self.model.pyramid.proposals.numpy()
         self.by_path = {entry.path: entry for entry in self.storage.videos()}
         self.by_digest = {entry.digest: entry for entry in self.by_path.values() if entry.digest}
@@ -224,7 +233,7 @@ class Indexer:
             threading.Thread(target=self._decode_all, args=(todo, lock), daemon=True)
             for _ in range(min(self.workers, len(jobs)))
         ]
-        progress = Progress(self.uri, len(jobs))
+        progress = Progress(self.storage.uri, len(jobs))
         bar = tqdm(total=len(jobs), unit="video", dynamic_ncols=True, disable=quiet or None)
         try:
             for thread in threads:

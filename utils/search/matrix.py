@@ -99,18 +99,25 @@ class Matrix:
         hidden = ~allowed[self.codes]
         rows = max(1, len(self.codes) * self.num_events)
         for some in queries.split(max(1, CHUNK // rows)):
-            products = [_product(block, some) for block in self.blocks]
-            cosines = torch.cat(products or [torch.empty(len(some), 0)], dim=1)
-            for row in cosines.view(len(some), -1, self.num_events):
+            for row in self._cosines(some).view(len(some), -1, self.num_events):
                 if hidden.any():
                     row[hidden] = -torch.inf
                 yield MatrixScores(self, row)
 
-    def events(self, places: Tensor, scores: Tensor) -> Events:
-        """Events by their places among all of them."""
-        window, event = np.divmod(places.numpy(), self.num_events)
+    def _cosines(self, queries: Tensor) -> Tensor:
+        """float32 [q, W·N_e]."""
+        cosines, first = torch.empty(len(queries), len(self.codes) * self.num_events), 0
+        for block in self.blocks:
+            for piece in block.split(HALF_ROWS) if block.dtype == torch.float16 else (block,):
+                _product(piece.float(), queries, cosines[:, first : first + len(piece)])
+                first += len(piece)
+        return cosines
+
+    def events(self, windows: Tensor, events: Tensor, scores: Tensor) -> Events:
+        """Events [n] by their windows among all and their numbers in them."""
+        window, event = windows.numpy(), events.numpy()
         start, end = self.times[window, event].T
-        tokens = np.array([self.ids[code] for code in self.codes[window].tolist()], dtype=object)
+        tokens = np.array([self.ids[code] for code in self.codes[windows].tolist()], dtype=object)
         levels, scores = self.levels[event], scores.numpy()
         return Events(tokens, self.windows[window], event, levels, start, end, scores=scores)
 
@@ -133,34 +140,44 @@ class MatrixScores:
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [(self.matrix.ids[code], score) for code, score in pairs if score > -np.inf]
 
-    def best_events(self, limit: int, without: Collection[str] = ()) -> tuple[Events, bool]:
-        """The best events, best first, but of some videos, and whether these are all."""
-        cosines = self.cosines
+    def best_events(
+        self, limit: int, token: str | None = None, without: Collection[str] = ()
+    ) -> tuple[Events, bool]:
+        """The best events of all videos but some, or of one, best first, and whether these are
+        all."""
+        windows = torch.arange(len(self.cosines)) if token is None else self._windows(token)
+        cosines = self.cosines if token is None else self.cosines[windows]
         if without:
             hidden = torch.tensor([self.matrix.code_of[token] for token in without])
             cosines = cosines.clone()
             cosines[torch.isin(self.matrix.codes, hidden)] = -torch.inf
         best = cosines.flatten().topk(min(limit, cosines.numel()))
         found = best.values > -torch.inf
-        rows = self.matrix.events(best.indices[found], best.values[found])
+        window, event = self._split(best.indices[found])
+        rows = self.matrix.events(windows[window], event, best.values[found])
         return rows, len(rows) < limit
 
     def events_of(self, token: str) -> Events:
         """All events of a video."""
-        windows = (self.matrix.codes == self.matrix.code_of[token]).nonzero()
-        places = windows * self.matrix.num_events + torch.arange(self.matrix.num_events)
-        return self.matrix.events(places.flatten(), self.cosines[windows[:, 0]].flatten())
+        windows = self._windows(token)
+        window, event = self._split(torch.arange(len(windows) * self.matrix.num_events))
+        return self.matrix.events(windows[window], event, self.cosines[windows].flatten())
+
+    def _windows(self, token: str) -> Tensor:
+        return (self.matrix.codes == self.matrix.code_of[token]).nonzero()[:, 0]
+
+    def _split(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Window and event of places among all events."""
+        return places // self.matrix.num_events, places % self.matrix.num_events
 
 
-def _product(block: Tensor, queries: Tensor) -> Tensor:
-    """[q, n] float32. By numpy: its BLAS is quicker on AMD's processors than torch's, and as quick
-    on others."""
-    if block.dtype == torch.float16:
-        return torch.cat([_product(x.float(), queries) for x in block.split(HALF_ROWS)], dim=1)
-    some = queries.numpy()
-    if len(some) == 1:
-        return torch.from_numpy(block.numpy() @ some[0])[None]
-    return torch.from_numpy(block.numpy() @ some.T).T
+def _product(block: Tensor, queries: Tensor, out: Tensor) -> None:
+    """Into [q, n]. By numpy: its BLAS is quicker on AMD's processors than torch's, and as quick on
+    others."""
+    if len(queries) == 1:
+        np.matmul(block.numpy(), queries[0].numpy(), out=out[0].numpy())
+    else:
+        np.matmul(queries.numpy(), block.numpy().T, out=out.numpy())
 
 
 def whole_windows(pieces: Iterator[Events], num_events: int) -> Iterator[Events]:

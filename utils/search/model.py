@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from models.clip_weights import WEIGHTS_FILES, WEIGHTS_FOLDER
+from models.clip_weights import WEIGHTS_FILES, WEIGHTS_FOLDER, weights_path
 from models.trained import backbone_fingerprint, load_propy
 from utils import SearchError
 from utils.search.windows import WINDOW_SECONDS
@@ -20,12 +20,8 @@ logger = logging.getLogger("propy.search")
 
 ROOT = WEIGHTS_FOLDER.parent
 DEMO = {"checkpoint": ROOT / "logs/demo/ckpt.best.pth.tar", "clip_weights": ROOT / "demo/clip.pt"}
-NOT_IN_EVENTS = {
-    "max_words",
-    "clip_name",
-    "readout",
-    "rank_readout",
-}  # settings that no event embedding shows
+# Settings that no event embedding shows.
+NOT_IN_EVENTS = {"max_words", "clip_name", "readout", "rank_readout"}
 
 
 def choose_model(checkpoint: str | None, clip_weights: str | None) -> dict[str, str | None]:
@@ -39,12 +35,12 @@ def choose_model(checkpoint: str | None, clip_weights: str | None) -> dict[str, 
         SearchError: nothing is at hand.
     """
     if checkpoint:
-        return _absolute(checkpoint, clip_weights)
+        return lasting(checkpoint, clip_weights)
     here = [WEIGHTS_FOLDER / name for name in WEIGHTS_FILES.values()]
     clip = clip_weights or next((path for path in here if path.is_file()), None)
     if clip:
         logger.warning("no --checkpoint: CLIP as it is (%s), its frames averaged by events", clip)
-        return _absolute(None, clip)
+        return lasting(None, clip)
     if not all(path.is_file() for path in DEMO.values()):
         raise SearchError(
             "no model: name a trained one (--checkpoint logs/…/ckpt.best.pth.tar), get CLIP "
@@ -55,7 +51,7 @@ def choose_model(checkpoint: str | None, clip_weights: str | None) -> dict[str, 
         "rendered scenes. `bash scripts/download_clip.sh` gets CLIP",
         WEIGHTS_FOLDER,
     )
-    return _absolute(**DEMO)
+    return lasting(**DEMO)
 
 
 def load_model(checkpoint: str | None, clip_weights: str | None) -> nn.Module:
@@ -94,8 +90,12 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _absolute(
+def lasting(
     checkpoint: str | Path | None, clip_weights: str | Path | None
 ) -> dict[str, str | None]:
-    files = {"checkpoint": checkpoint, "clip_weights": clip_weights}
-    return {name: str(Path(path).absolute()) if path else None for name, path in files.items()}
+    """What names them from everywhere: absolute paths, or the name of a CLIP as it is."""
+    if checkpoint:
+        checkpoint = str(Path(checkpoint).absolute())
+    if clip_weights and weights_path(clip_weights) == Path(clip_weights):
+        clip_weights = str(Path(clip_weights).absolute())
+    return {"checkpoint": checkpoint, "clip_weights": clip_weights}

@@ -5,34 +5,48 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dataloaders.tokenizer import tokenize
+from models.clip_weights import weights_path
 from modules.similarity import unit
 from utils import SearchError
 from utils.misc import choose_device
 from utils.search import progress
 from utils.search.engine import Filter, StoredEvents, matches, rank_moments, rank_videos
 from utils.search.hits import FAILED, Moment, Results, Video
-from utils.search.index import Storage, open_storage
+from utils.search.index import Entry, Storage
+from utils.search.indexer import Report, find_videos, index_videos
+from utils.search.lance import LanceIndex
 from utils.search.matrix import Matrix
-from utils.search.model import choose_model, describe, fingerprint, load_model
-
-if TYPE_CHECKING:
-    from utils.search.indexer import Report
+from utils.search.model import choose_model, describe, fingerprint, lasting, load_model
 
 DEFAULT_URI = "videos.index"
 MEMORY_GIB = 4.0
 RANKINGS = {"videos": rank_videos, "moments": rank_moments}
 RECALL_QUERIES = 100
 REFRESHES = 5  # of an index that changes while it is read
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The videos, by their ids, of a version of the index."""
+
+    version: int = -1
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def video(self, video_id: str) -> Entry:
+        """SearchError: there is none of that id, or no longer."""
+        if video_id not in self.entries:
+            raise SearchError(f"the index has no video {video_id!r}")
+        return self.entries[video_id]
 
 
 class VideoIndex:
@@ -58,14 +72,11 @@ class VideoIndex:
         self.uri = str(uri)
         self.storage: Storage = open_storage(self.uri)
         self.memory_gib, self.approximate = memory_gib, approximate
-        self._named = {
-            name: str(path) if path else None
-            for name, path in {"checkpoint": checkpoint, "clip_weights": clip_weights}.items()
-        }
+        self._named = lasting(checkpoint, clip_weights)
         self._device = device
-        self._version, self._entries, self._matrix = -1, {}, None
-        self._loaded = False
-        self._lock = threading.RLock()
+        self._snapshot, self._matrix, self._loaded = Snapshot(), None, False
+        self._searching = threading.RLock()  # which may take long
+        self._looking = threading.Lock()  # what is in the index: never waits for a search
 
     def __repr__(self) -> str:
         if not self.storage.model:
@@ -88,7 +99,7 @@ class VideoIndex:
             which: the fields of `Filter`: within, since, until, min_seconds, max_seconds.
 
         Raises:
-            SearchError: there is no index, or a filter is none.
+            SearchError: there is no index, the query is empty, or a filter is none.
             ModelError: its model cannot be loaded, or is another.
         """
         return self.search_many([query], k, by, **which)[0]
@@ -99,7 +110,9 @@ class VideoIndex:
         """`search` of many sentences at once, which is quicker; each with the mean time."""
         if k < 1 or by not in RANKINGS:
             raise SearchError(f"k is at least 1, and by is videos or moments: not {k} and {by!r}")
-        with self._lock:
+        if not all(map(str.strip, queries)):
+            raise SearchError("the query is empty: say what to look for")
+        with self._searching:
             self.load()
             started = time.perf_counter()
             rankings = self.search_embedded(self.encode_texts(queries), k, by, **which)
@@ -113,32 +126,31 @@ class VideoIndex:
         self, texts: Tensor, k: int = 10, by: str = "videos", **which: Any
     ) -> list[Results]:
         """`search` of the embeddings of sentences, float32 [T, D] of length 1 on the CPU."""
-        with self._lock:
+        with self._searching:
             started = time.perf_counter()
-            self._refresh()
-            source, wanted, only = self._source(), Filter(**which), None
+            (now, source), wanted, only = self._source(), Filter(**which), None
             if wanted != Filter():
-                only = {entry.id for entry in wanted.select(self._entries.values())}
+                only = {entry.id for entry in wanted.select(now.entries.values())}
             rank = RANKINGS[by]
-            hits = [rank(scores, k, self._entries) for scores in source.scores(texts, only)]
+            hits = [rank(scores, k, now.entries) for scores in source.scores(texts, only)]
             seconds = (time.perf_counter() - started) / max(1, len(texts))
-            return [Results("", seconds, self._version, found) for found in hits]
+            return [Results("", seconds, now.version, found) for found in hits]
 
     def load(self) -> None:
         """Load what the first search needs: model, vocabulary, events. It takes seconds, once."""
-        with self._lock:
+        with self._searching:
             if not self._loaded:
-                self._refresh()
                 self._source()
                 self.encode_texts(["warm up"])
                 self._loaded = True
 
     def timeline(self, query: str, video_id: str) -> list[Moment]:
         """Every event of a video with its score, in the order of time. SearchError: no video."""
-        with self._lock:
-            if self.video(video_id).status == FAILED:
+        with self._searching:
+            now, source = self._source()
+            if now.video(video_id).status == FAILED:
                 return []
-            (scores,) = self._source().scores(self.encode_texts([query]), {video_id})
+            (scores,) = source.scores(self.encode_texts([query]), {video_id})
             rows = scores.events_of(video_id)
         order = np.lexsort((rows.end, rows.start))
         columns = (rows.start, rows.end, rows.scores, rows.level)
@@ -154,31 +166,23 @@ class VideoIndex:
 
     def videos(self, within: str | None = None) -> list[Video]:
         """All videos, also those that failed, or those whose name or path fits a pattern."""
-        with self._lock:
-            self._refresh()
-            return [x for x in self._entries.values() if within is None or matches(x, within)]
+        entries = self._now().entries.values()
+        return [entry for entry in entries if within is None or matches(entry, within)]
 
     def video(self, video_id: str) -> Video:
         """The video of that id. SearchError: there is none, or no longer."""
-        with self._lock:
-            self._refresh()
-            if video_id not in self._entries:
-                raise SearchError(f"{self.uri}: no video {video_id!r}")
-            return self._entries[video_id]
+        return self._now().video(video_id)
 
     @property
     def roots(self) -> list[str]:
         """The folders that were indexed."""
-        with self._lock:
-            self._refresh()
-            return sorted({entry.root for entry in self._entries.values()})
+        return sorted({entry.root for entry in self._now().entries.values()})
 
     def status(self) -> dict:
         """Numbers of videos, failed ones, hours and events, the version, and ``indexing``: None or
         how far an indexer is (of indexes in a folder of this machine)."""
-        with self._lock:
-            self._refresh()
-            entries, version = list(self._entries.values()), self._version
+        now = self._now()
+        entries = now.entries.values()
         windows = sum(entry.windows for entry in entries)
         failed = sum(entry.status == FAILED for entry in entries)
         return {
@@ -186,15 +190,16 @@ class VideoIndex:
             "failed": failed,
             "hours": sum(entry.duration for entry in entries) / 3600,
             "events": windows * self._description["events"],
-            "version": version,
+            "version": now.version,
             "indexing": progress.read(self.uri),
         }
 
     def info(self) -> dict:
         """What is in it and what made it, to be printed."""
         own = self._description
-        names = ("checkpoint", "clip_weights", "clip", "fingerprint", "window_seconds")
-        return self.status() | {"roots": self.roots} | {name: own[name] for name in names}
+        model = {name: own[name] for name in ("checkpoint", "fingerprint", "window_seconds")}
+        model["clip_weights"] = own["clip_weights"] or own["clip"]
+        return self.status() | {"roots": self.roots} | model
 
     def approximate_recall(self, queries: Sequence[str] | None = None, k: int = 10) -> float:
         """Which share of the k best videos the approximate index finds, the mean over queries.
@@ -204,8 +209,7 @@ class VideoIndex:
         Raises:
             SearchError: there is no approximate index.
         """
-        with self._lock:
-            self._refresh()
+        with self._searching:
             texts = self.encode_texts(queries) if queries else self._some_events(RECALL_QUERIES)
             found = {}
             for self.approximate in (True, False):
@@ -216,7 +220,7 @@ class VideoIndex:
 
     def _some_events(self, count: int) -> Tensor:
         random = np.random.default_rng(0)
-        entries = [entry for entry in self._entries.values() if entry.windows]
+        entries = [entry for entry in self._now().entries.values() if entry.windows]
         if not entries:
             raise SearchError(f"{self.uri}: it has no events to draw queries from")
         drawn = random.choice(len(entries), min(count, len(entries)), replace=False)
@@ -229,17 +233,26 @@ class VideoIndex:
         end, vector. How many. SearchError: another kind of file."""
         from utils.search.export import export_events
 
-        with self._lock:
-            self._refresh()
-            return export_events(self.storage, self._entries, output)
+        return export_events(self.storage, self._now().entries, output)
 
     # ----------------------------------------------------------------------------------- changing
 
-    def add(self, paths: str | Path | Sequence[str | Path], **settings: Any) -> Report:
-        """Index files and folders; see `utils.search.indexer.index_videos` for the settings."""
-        from utils.search.indexer import index_videos
+    def add(
+        self, paths: str | Path | Sequence[str | Path], *, rebuild: bool = False, **settings: Any
+    ) -> Report:
+        """Index the videos of files and folders that are new or have changed.
 
-        return index_videos(self, [paths] if isinstance(paths, str | Path) else paths, **settings)
+        Args:
+            rebuild: forget what is in the index first, whatever model it was made with.
+            settings: those of `utils.search.indexer.index_videos`.
+
+        Raises:
+            SearchError: a path is not there, the index is another model's, or cannot be written.
+            OSError: there is no room for temporary files.
+        """
+        found = find_videos([paths] if isinstance(paths, str | Path) else paths)
+        self.prepare(rebuild)
+        return index_videos(found, self.storage, self.model, **settings)
 
     def remove(self, within: str) -> int:
         """Take the videos whose name or path fits a pattern out of the index; how many."""
@@ -264,7 +277,7 @@ class VideoIndex:
         files = choose_model(**self._named)
         self.model = model = load_model(**files).to(self.device)
         self.storage.create(describe(model, files), rebuild)
-        self._version, self._entries, self._matrix = -1, {}, None
+        self._snapshot, self._matrix = Snapshot(), None
         self._check_model(model)  # another process may have made it first
 
     # ---------------------------------------------------------------------------------- its parts
@@ -280,7 +293,7 @@ class VideoIndex:
         own = {name: self._description[name] for name in self._named}
         files = own | {name: path for name, path in self._named.items() if path}
         for name, path in files.items():
-            if path and not Path(path).is_file():
+            if path and not weights_path(path).is_file():
                 raise SearchError(f"{self.uri}: its model, {path}, is not there: give --{name}")
         model = load_model(**files)
         self._check_model(model)
@@ -304,29 +317,47 @@ class VideoIndex:
                 "--checkpoint and --clip_weights away, or index again with --rebuild"
             )
 
-    def _refresh(self) -> None:
-        """See what indexers have done since."""
+    def _now(self, anew: bool = False) -> Snapshot:
+        """What indexers have made of it by now; `anew`: read even if it seems unchanged."""
         self._description  # noqa: B018  there is an index
-        version = self.storage.version()
-        if version != self._version:
-            self._entries = {entry.id: entry for entry in self.storage.videos()}
-            self._version = version
+        with self._looking:
+            version = self.storage.version()
+            if version != self._snapshot.version or anew:
+                entries = {entry.id: entry for entry in self.storage.videos()}
+                self._snapshot = Snapshot(version, entries)
+            return self._snapshot
 
-    def _source(self) -> Matrix | StoredEvents:
-        """What is searched: the events in memory, in float16 if need be, or the store."""
+    def _source(self) -> tuple[Snapshot, Matrix | StoredEvents]:
+        """What is searched, of which videos: the events in memory, in float16 if need be, or the
+        store."""
         own, readout = self._description, self.model.readout
-        rows = sum(entry.windows for entry in self._entries.values()) * own["events"]
-        room, size = self.memory_gib * 2**30, rows * own["width"]
-        if self.approximate or 2 * size > room or self.storage.most_nearest:
-            self._matrix = None
-            known = self._entries.keys()
-            return StoredEvents(self.storage, known, readout, own["events"], self.approximate)
-        dtype = torch.float32 if 4 * size <= room else torch.float16
-        if self._matrix is None or self._matrix.dtype != dtype:
-            self._matrix = Matrix(self.storage, dtype, readout, np.array(own["levels"], np.int8))
-        for _ in range(REFRESHES):
-            if self._matrix.update(self._entries.values()):
-                return self._matrix
-            self._version = -1
-            self._refresh()
+        for attempt in range(REFRESHES):
+            now = self._now(anew=attempt > 0)
+            rows = sum(entry.windows for entry in now.entries.values()) * own["events"]
+            room, size = self.memory_gib * 2**30, rows * own["width"]
+            if self.approximate or 2 * size > room or self.storage.most_nearest:
+                self._matrix = None
+                known = now.entries.keys()
+                return now, StoredEvents(
+                    self.storage, known, readout, own["events"], self.approximate
+                )
+            dtype = torch.float32 if 4 * size <= room else torch.float16
+            if self._matrix is None or self._matrix.dtype != dtype:
+                levels = np.array(own["levels"], np.int8)
+                self._matrix = Matrix(self.storage, dtype, readout, levels)
+            if self._matrix.update(now.entries.values()):
+                return now, self._matrix
         raise SearchError(f"{self.uri}: events of some videos are missing: index with --rebuild")
+
+
+def open_storage(uri: str) -> Storage:
+    """A store by its address: a folder or ``s3://…`` is LanceDB, ``http://host:port`` Milvus.
+
+    Raises:
+        SearchError: a package is missing, or it cannot be reached.
+    """
+    if uri.startswith(("http://", "https://")):
+        from utils.search.milvus import MilvusIndex
+
+        return MilvusIndex(uri)
+    return LanceIndex(uri)
