@@ -141,7 +141,7 @@ class MatrixScores:
         return [(self.matrix.ids[code], score) for code, score in pairs if score > -np.inf]
 
     def best_events(self, limit: int, token: str | None = None) -> tuple[Events, bool]:
-        """The best events of all videos or of one, best first, and whether these are all."""
+        """The best events of all videos, best first, or of one; and whether these are all."""
         windows = torch.arange(len(self.cosines)) if token is None else self._windows(token)
         cosines = (self.cosines if token is None else self.cosines[windows]).flatten()
         best = cosines.topk(min(limit, len(cosines)))
