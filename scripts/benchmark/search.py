@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def measure(folder: Path, args: argparse.Namespace, sizes: Sizes) -> Iterator[Row]:
     """The rows, as they are measured."""
     # Old versions stay some minutes for those who read them; here their disk does not count.
-    lance.READERS = timedelta(milliseconds=1)
+    lance.READERS = timedelta(0)
     yield indexing(folder, args.model, sizes.videos)
     uri = folder / "videos.index"
     index = new_index(uri, args.model)

@@ -117,7 +117,7 @@ class StoredScores:
         self, limit: int, token: str | None = None, without: Collection[str] = ()
     ) -> tuple[Events, bool]:
         if token is not None:
-            return by_score(self.events_of(token)), True
+            return self.events_of(token), True
         rows, complete = self._nearest(limit, without)
         most = self.source.storage.most_nearest
         known = rows.take([token in self.source.known for token in rows.video])
@@ -162,7 +162,7 @@ def _best_moments(scores: MatrixScores | StoredScores, token: str, k: int) -> li
     limit = FIRST_EVENTS
     while True:
         rows, complete = scores.best_events(limit, token)
-        moments = spread(rows, k)
+        moments = spread(by_score(rows), k)  # equal ones in one order, whatever the source
         if len(moments) == k or complete:
             return moments
         limit *= 2

@@ -143,7 +143,7 @@ class MatrixScores:
     def best_events(
         self, limit: int, token: str | None = None, without: Collection[str] = ()
     ) -> tuple[Events, bool]:
-        """The best events of all videos but some, or of one, best first, and whether these are
+        """The best events of all videos but some, best first, or of one; and whether these are
         all."""
         windows = torch.arange(len(self.cosines)) if token is None else self._windows(token)
         cosines = self.cosines if token is None else self.cosines[windows]
