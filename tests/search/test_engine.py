@@ -121,6 +121,38 @@ def test_moments_are_ranked_exactly(corpus, storage, kind, k) -> None:
         assert [hit.score for hit in hits] == pytest.approx([x for _, x in expected], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["memory", "store"])
+def test_long_videos_do_not_hide_the_moments_of_others(tmp_path, monkeypatch, kind) -> None:
+    storage, corpus = LanceIndex(str(tmp_path / "i")), Corpus()
+    storage.create(MODEL)
+    for number, windows in enumerate((60, 40, 1, 1, 2)):
+        entry = corpus.draw(f"{number}.mp4", windows)
+        if windows > 2:  # each of their events is above all of the others'
+            corpus.events[entry.id].vectors[:, 0] += 10
+        storage.add(entry, corpus.events[entry.id])
+    monkeypatch.setattr(LanceIndex, "most_nearest", 100)  # as Milvus gives no more at once
+    entries = {entry.id: entry for entry in storage.videos()}
+    query = np.eye(1, 16, dtype=np.float32)
+    (scores,) = source(kind, storage, best_event).scores(torch.from_numpy(query), None)
+    for k in (3, 12, 500):
+        expected = [token for token, _ in brute_force_moments(corpus, query[0], k)]
+        assert [hit.video.id for hit in rank_moments(scores, k, entries)] == expected
+    assert len(expected) > 12
+
+
+def test_an_event_and_the_one_around_it_are_not_both_shown() -> None:
+    """Whatever the rounding of their times."""
+    length, count = 33.30223666666667, 32
+    for start in (0.0, length, 3600.1, 36000.3):
+        for i in range(0, count, 2):
+            spans = np.float32([
+                [start + i * length / count, start + (i + size) * length / count] for size in (1, 2)
+            ])  # fmt: skip
+            rows = Events(np.full(2, "v", object), np.zeros(2), np.arange(2), np.arange(2),
+                          *spans.T, scores=np.array([0.3, 0.2]))  # fmt: skip
+            assert len(spread(rows, 5)) == 1
+
+
 def test_half_precision_is_near(corpus, storage) -> None:
     texts = torch.from_numpy(queries())
     halves = source("float16", storage, best_event).scores(texts, None)
@@ -238,5 +270,6 @@ def test_filters(corpus, storage) -> None:
     assert names(min_seconds=20, max_seconds=20) == {e.name for e in entries if e.windows == 3}
     assert names(since="1990-01-01") == names() and names(until="1990-01-01") == set()
     assert names(since="2001-09-08", until="2001-09-09") == names()
-    with pytest.raises(SearchError, match="no date"):
-        names(since="yesterday")
+    for day in ("yesterday", "0001-01-01", "9999-12-31"):
+        with pytest.raises(SearchError, match="no date"):
+            names(since=day, until=day)

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,7 +216,14 @@ class TestFiles:
 
 class TestGuards:
     def test_every_answer_has_the_headers(self, served: Served) -> None:
-        for path in ("/", "/api/status", "/video/v0", "/nowhere", "/api/search?q="):
+        for path in (
+            "/",
+            "/api/status",
+            "/video/v0",
+            "/nowhere",
+            "/api/search?q=",
+            "/api/search?q=fail",
+        ):
             headers = ask(served, path).headers
             assert headers["x-content-type-options"] == "nosniff"
             assert headers["content-security-policy"].startswith("default-src 'self'")
@@ -320,10 +328,13 @@ class TestPreviews:
         asked = [previews.thumbnail(video, 1.0) for _ in range(20)]
         gate.set()
         assert len({future.result(10) for future in asked}) == 1
+        made = previews.thumbnail(video, 1.0).result(10)
+        assert made.read_bytes() == b"picture"
+        shutil.rmtree(made.parent)  # as programs do that tidy up old files
         assert previews.thumbnail(video, 1.0).result(10).read_bytes() == b"picture"
         os.utime(video, (1, 1))  # another video by now, for all that is known
         previews.thumbnail(video, 1.0).result(10)
-        assert calls == [1.0, 1.0]
+        assert calls == [1.0, 1.0, 1.0]
         previews.close()
 
     def test_the_cache_keeps_what_was_asked_for_last(

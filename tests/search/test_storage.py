@@ -111,6 +111,21 @@ def test_a_folder(tmp_path: Path) -> None:
     check_storage(LanceIndex(str(tmp_path / "i")), LanceIndex(str(tmp_path / "i")))
 
 
+def test_an_index_made_anew_for_another_model_is_not_searched_on(tmp_path: Path) -> None:
+    reader, other = (LanceIndex(str(tmp_path / "i")) for _ in range(2))
+    for storage in (reader, other):
+        storage.create(MODEL)
+    corpus = Corpus()
+    corpus.fill(reader, 2)
+    other.create(MODEL, replace=True)
+    assert reader.videos() == []
+    other.create({**MODEL, "fingerprint": "g"}, replace=True)
+    for refused in (reader.videos, lambda: reader.add(corpus.entries[0], None)):
+        with pytest.raises(SearchError, match="another model"):
+            refused()
+    assert other.videos() == []
+
+
 def test_the_last_row_counts(tmp_path: Path) -> None:
     corpus = Corpus()
     old, new = corpus.draw("a"), corpus.draw("a")

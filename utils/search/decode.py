@@ -175,7 +175,8 @@ def save_picture(path: Path, seconds: float, output: Path, height: int = 270) ->
     """
     done = run_ffmpeg([
         *("-v", "level+error", "-y", "-ss", f"{seconds:.3f}", *input_arguments(path)),
-        *("-map", "0:V:0", "-frames:v", "1", "-vf", f"scale=-2:{height}", "-q:v", "4"),
+        *("-map", "0:V:0", "-frames:v", "1", "-q:v", "4"),
+        *("-vf", f"scale='ceil(iw*sar/2)*2':ih,setsar=1,scale=-2:{height}"),
         *("-update", "1", "-f", "image2", f"file:{output}"),
     ], PICTURE_TIME_LIMIT)  # fmt: skip
     if done.status != 0 or not output.exists():

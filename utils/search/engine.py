@@ -17,7 +17,9 @@ from utils.search.hits import Hit, Moment, Video
 from utils.search.index import Entry, Events, Storage
 from utils.search.matrix import MatrixScores, joined
 
-MAX_IOU = 0.5  # of two moments of a video that are both shown
+# Of two moments of a video that are both shown. An event and one of twice its length around it have
+# exactly 0.5, but for the rounding of times (10 hours from the start: 4 ms).
+MAX_IOU = 0.5 - 5e-3
 PER_VIDEO = 5  # moments
 FIRST_EVENTS = 20  # looked at for a moment, or for a video's; twice as many until they suffice
 
@@ -40,8 +42,8 @@ class Filter:
 
     def select(self, entries: Iterable[Entry]) -> list[Entry]:
         """Those of the videos that pass. SearchError: a date is none."""
-        first = _day(self.since).timestamp() if self.since else -np.inf
-        last = (_day(self.until) + datetime.timedelta(days=1)).timestamp() if self.until else np.inf
+        first = _day(self.since) if self.since else -np.inf
+        last = _day(self.until, after=1) if self.until else np.inf
         shortest = -np.inf if self.min_seconds is None else self.min_seconds
         longest = np.inf if self.max_seconds is None else self.max_seconds
         return [
@@ -60,10 +62,12 @@ def matches(video: Video, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(x, p) for x in (video.name, video.path) for p in patterns)
 
 
-def _day(text: str) -> datetime.datetime:
+def _day(text: str, after: int = 0) -> float:
+    """When a day begins, or the one so many days after it, in seconds since 1970."""
     try:
-        return datetime.datetime.combine(datetime.date.fromisoformat(text), datetime.time())
-    except ValueError:
+        day = datetime.date.fromisoformat(text) + datetime.timedelta(days=after)
+        return datetime.datetime.combine(day, datetime.time()).timestamp()
+    except (ValueError, OverflowError):  # the years 1 and 9999 have days that no clock has
         raise SearchError(f"{text!r} is no date: write 2026-05-31") from None
 
 
@@ -109,16 +113,19 @@ class StoredScores:
                 return best
             limit *= 2
 
-    def best_events(self, limit: int, token: str | None = None) -> tuple[Events, bool]:
+    def best_events(
+        self, limit: int, token: str | None = None, without: Collection[str] = ()
+    ) -> tuple[Events, bool]:
         if token is not None:
             return self.events_of(token), True
-        rows, complete = self._nearest(limit)
+        rows, complete = self._nearest(limit, without)
         most = self.source.storage.most_nearest
         known = rows.take([token in self.source.known for token in rows.video])
         return known, complete or (most is not None and limit >= most)
 
     def events_of(self, token: str) -> Events:
         rows = joined([*self.source.storage.vectors({token})])
+        rows = rows.take(np.lexsort((rows.event, rows.window)))
         return replace(rows, vectors=None, scores=rows.vectors @ self.query)
 
     def _score(self, token: str, best: float) -> float:
@@ -168,15 +175,20 @@ def rank_moments(
     per_video: int = PER_VIDEO,
 ) -> list[Hit]:
     """The best k moments, of a video at most `per_video`."""
-    limit = FIRST_EVENTS * k
+    limit, settled = FIRST_EVENTS * k, {}
     while True:
-        rows, complete = scores.best_events(limit)
-        hits = [
-            Hit(entries[token], moment.score, [moment])
-            for token, moment in _spread(rows, k, per_video)
-        ]
-        if len(hits) == k or complete:
-            return hits
+        rows, complete = scores.best_events(limit, without=settled)
+        found = _spread(rows, k, per_video)
+        earlier = [(token, moment) for token, own in settled.items() for moment in own]
+        best = sorted(earlier + found, key=lambda pair: -pair[1].score)[:k]
+        own: dict[str, list[Moment]] = {}
+        for token, moment in found:
+            own.setdefault(token, []).append(moment)
+        # A video that has all its moments is not looked at again.
+        new = {token: moments for token, moments in own.items() if len(moments) == per_video}
+        if len(best) == k or (complete and not new):
+            return [Hit(entries[token], moment.score, [moment]) for token, moment in best]
+        settled |= new
         limit *= 2
 
 

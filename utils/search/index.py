@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from utils import SearchError
 from utils.search.hits import Video
 
 FORMAT = 1
@@ -120,3 +121,10 @@ def current(entries: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
         paths.add(entry.path)
         ids.add(entry.id)
     return sorted(counting, key=lambda entry: (entry.root, entry.name)), replaced
+
+
+def check_unchanged(uri: str, opened: dict, now: dict | None) -> None:
+    """SearchError: another process has made the index anew, for another model than it was opened
+    with, so that sentences and events of now do not compare."""
+    if now != opened:
+        raise SearchError(f"{uri}: it was made anew for another model: start this program again")

@@ -24,6 +24,7 @@ from utils.search.index import (
     ORPHANED_AFTER,
     Entry,
     Events,
+    check_unchanged,
     current,
     token_seconds,
 )
@@ -71,13 +72,15 @@ class LanceIndex:
         self._open()
 
     def version(self) -> int:
-        self._tables["videos"].checkout_latest()
-        return self._tables["videos"].version
+        return self._latest("videos").version
 
     def videos(self) -> list[Entry]:
+        check_unchanged(self.uri, self.model, self._read_model())
+        self._open_tables()  # they may have been made anew for the same model
         return current(self._rows())[0]
 
     def add(self, entry: Entry, events: Events | None, replaced: Sequence[Entry] = ()) -> None:
+        check_unchanged(self.uri, self.model, self._read_model())
         if events is not None:
             self._change("events", lambda table: table.add(_table(table, events)))
         self._change("videos", lambda table: table.add([asdict(entry)]))
@@ -156,6 +159,8 @@ class LanceIndex:
         for attempt in range(ATTEMPTS):
             try:
                 return act(self._latest(name))
+            except SearchError:
+                raise
             except Exception as error:  # RuntimeError, OSError, ValueError: LanceDB has no other
                 if "conflict" not in str(error).lower() or attempt == ATTEMPTS - 1:
                     raise SearchError(f"{self.uri}: cannot be changed: {_first(error)}") from error
@@ -163,7 +168,10 @@ class LanceIndex:
         raise AssertionError
 
     def _latest(self, name: str) -> lancedb.table.Table:
-        self._tables[name].checkout_latest()
+        try:
+            self._tables[name].checkout_latest()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SearchError(f"{self.uri}: cannot be read: {_first(error)}") from error
         return self._tables[name]
 
     def _connect(self) -> None:
@@ -185,17 +193,29 @@ class LanceIndex:
     def _open(self) -> None:
         if not {"model", "videos", "events"} <= set(self._there()):
             return
-        try:
-            row = self._db.open_table("model").to_arrow().to_pylist()[0]
+        self._open_tables()
+        self.model = self._read_model()
+
+    def _open_tables(self) -> None:
+        with self._damaged():
             self._tables = {name: self._db.open_table(name) for name in ("videos", "events")}
-        except (OSError, RuntimeError, ValueError, IndexError) as error:
-            raise SearchError(f"{self.uri}: damaged: {_first(error)}: index again") from error
+
+    def _read_model(self) -> dict:
+        with self._damaged():
+            row = self._db.open_table("model").to_arrow().to_pylist()[0]
         if row["format"] != FORMAT:
             raise SearchError(
                 f"{self.uri}: its format is {row['format']}, this program's {FORMAT}: index again "
                 "with --rebuild"
             )
-        self.model = json.loads(row["model"])
+        return json.loads(row["model"])
+
+    @contextlib.contextmanager
+    def _damaged(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError, IndexError) as error:
+            raise SearchError(f"{self.uri}: damaged: {_first(error)}: index again") from error
 
 
 def _table(table: lancedb.table.Table, events: Events) -> pa.Table:

@@ -140,11 +140,18 @@ class MatrixScores:
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [(self.matrix.ids[code], score) for code, score in pairs if score > -np.inf]
 
-    def best_events(self, limit: int, token: str | None = None) -> tuple[Events, bool]:
-        """The best events of all videos, best first, or of one; and whether these are all."""
+    def best_events(
+        self, limit: int, token: str | None = None, without: Collection[str] = ()
+    ) -> tuple[Events, bool]:
+        """The best events of all videos but some, best first, or of one; and whether these are
+        all."""
         windows = torch.arange(len(self.cosines)) if token is None else self._windows(token)
-        cosines = (self.cosines if token is None else self.cosines[windows]).flatten()
-        best = cosines.topk(min(limit, len(cosines)))
+        cosines = self.cosines if token is None else self.cosines[windows]
+        if without:
+            hidden = torch.tensor([self.matrix.code_of[token] for token in without])
+            cosines = cosines.clone()
+            cosines[torch.isin(self.matrix.codes, hidden)] = -torch.inf
+        best = cosines.flatten().topk(min(limit, cosines.numel()))
         found = best.values > -torch.inf
         window, event = self._split(best.indices[found])
         rows = self.matrix.events(windows[window], event, best.values[found])

@@ -25,6 +25,7 @@ from utils.search.index import (
     ORPHANED_AFTER,
     Entry,
     Events,
+    check_unchanged,
     current,
     token_seconds,
 )
@@ -79,9 +80,11 @@ class MilvusIndex:
         return facts["version"]
 
     def videos(self) -> list[Entry]:
+        check_unchanged(self.uri, self.model, self._read_model())
         return current(self._entries())[0]
 
     def add(self, entry: Entry, events: Events | None, replaced: Sequence[Entry] = ()) -> None:
+        check_unchanged(self.uri, self.model, self._read_model())
         pending = f"{PENDING}-{entry.id}"
         if events is not None:
             self._write(pending, {"id": entry.id})
@@ -167,10 +170,13 @@ class MilvusIndex:
             return
         for name in (self._events, self._videos):
             self._call("load_collection", name)
+        self.model = self._read_model()
+
+    def _read_model(self) -> dict | None:
         rows = self._rows([MODEL])
         if rows and rows[0]["format"] != FORMAT:
             raise SearchError(f"{self.uri}: its format is another version's: --rebuild")
-        self.model = rows[0]["model"] if rows else None
+        return rows[0]["model"] if rows else None
 
     def _entries(self) -> list[Entry]:
         keys = [key for key in self._keys() if not key.startswith((MODEL, VERSION, PENDING))]

@@ -70,7 +70,7 @@ class Previews:
         digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
         target = Path(self._folder.name, digest + Path(what).suffix)
         with self._lock:
-            if target in self._sizes:
+            if target in self._sizes and target.exists():  # systems tidy old files up
                 self._sizes.move_to_end(target)
                 done: Future[Path] = Future()
                 done.set_result(target)
@@ -83,6 +83,7 @@ class Previews:
 
     def _make(self, target: Path, write: Callable[[Path], None]) -> Path:
         try:
+            target.parent.mkdir(mode=0o700, exist_ok=True)
             write(target)
             size = target.stat().st_size
         except BaseException:

@@ -150,7 +150,7 @@ def own_names(host: str) -> set[str]:
 
 def make_app(
     index: VideoIndex, token: str | None = None, names: Collection[str] = LOOPBACK
-) -> Starlette:
+) -> ASGIApp:
     """The page as an ASGI application.
 
     Args:
@@ -175,10 +175,9 @@ def make_app(
         Route("/thumb/{video}/{time:int}.jpg", site.thumbnail),
     ]
     hosts = [f"[{name}]" if ":" in name else name for name in names]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(Headers, policy=site.policy),
             Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False),
             Middleware(Guard, token=token),
         ],
@@ -192,10 +191,12 @@ def make_app(
         },
         lifespan=site.lifespan,
     )
+    # Around all of it: Starlette answers for a failure outside of its middleware.
+    return Headers(app, site.policy)
 
 
 class Headers:
-    """Middleware: what every answer tells the browser to keep to."""
+    """An application around another: what every answer tells the browser to keep to."""
 
     def __init__(self, app: ASGIApp, policy: str) -> None:
         self._app = app
