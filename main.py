@@ -135,7 +135,8 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     if args.save_embeddings and is_main():
         saved = SavedEmbeddings.from_split(
             embeddings, val, model.pyramid.proposals,
-            max_words=args.max_words, checkpoint=best, epoch=epoch, scoring=args.zero_shot,
+            max_words=args.max_words, checkpoint=best, epoch=epoch,
+            readout="max" if args.zero_shot else args.readout, scoring=args.zero_shot,
         )  # fmt: skip
         save_embeddings(args.save_embeddings, saved)
         logger.info("embeddings saved in %s", args.save_embeddings)
@@ -254,14 +255,16 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
     missing = from_main(lambda: MissingVideos(args.output_dir, [(split, reasons)]))
     split = missing.remaining(split)
     pyramid = PromptPyramid.from_config(args.pyr_config_path)
-    events, ranking = pyramid, ranking_name(args.readout, args.rank_readout)
+    events, trained_with = pyramid, args.readout
+    ranking = ranking_name(trained_with, args.rank_readout)
     if args.zero_shot:
-        events, ranking = events_of(args.zero_shot, pyramid), "max"
+        events, trained_with, ranking = events_of(args.zero_shot, pyramid), "max", "max"
     proposals = events.proposals
     try:
         saved.check(
             split.queries, proposals,
-            max_words=args.max_words, checkpoint=args.resume, scoring=args.zero_shot,
+            max_words=args.max_words, readout=trained_with, checkpoint=args.resume,
+            scoring=args.zero_shot,
         )  # fmt: skip
     except RunError as error:
         raise RunError(f"{args.load_embeddings}: {error}") from None

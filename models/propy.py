@@ -294,9 +294,9 @@ def _group_sizes(groups: str, num_frames: int, layers: int) -> list[int]:
         sizes = [int(size) for size in groups.split(",") if groups]
     except ValueError:
         sizes = [0]
-    if len(sizes) > layers or any(size < 1 or num_frames % size for size in sizes):
+    if len(sizes) > layers or any(size < 2 or num_frames % size for size in sizes):
         raise ModelError(
-            f"frame_groups {groups!r}: sizes such as 2,4 that divide the {num_frames} frames, "
+            f"frame_groups {groups!r}: sizes from 2, as 2,4, that divide the {num_frames} frames, "
             f"for at most {layers} layers"
         )
     return sizes

@@ -30,7 +30,7 @@ class LoRA(nn.Module):
         """x (W + 2 B A)ᵀ + b of some rows of W: [..., D] to [..., rows].
 
         In training A and B stay apart, so that no gradient as large as W's is computed; without
-        gradients they are merged, which costs less than one token.
+        gradients they are merged, which costs as much as projecting r tokens.
         """
         up = SCALE * self.up[rows]
         if torch.is_grad_enabled():

@@ -276,7 +276,7 @@ class Runner:
         except BaseException:
             with self.lock:
                 self.stopped = True
-                for process in self.processes:
+                for process in [*self.processes]:  # others end meanwhile
                     process.terminate()
             pool.shutdown(cancel_futures=True)
             raise

@@ -20,6 +20,6 @@ temp_kernel_sz=${temp_kernel_sz:-5}
 
 datatype=custom
 subtask_type=${subtask_type:-PRVR}
-output_dir=${output_dir:-logs/${subtask_type,,}_$split}
-plot_dir=${plot_dir:-VIS/$split}
+output_dir=${output_dir:-logs/${subtask_type,,}_$split${variant:+_$variant}}
+plot_dir=${plot_dir:-VIS/$split${variant:+_$variant}}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh"

@@ -215,6 +215,26 @@ def test_the_scripts_evaluate_clip_alone(name, stubbed_scripts) -> None:
     assert args.plot_dir.name == f"{args.datatype}_zero_shot_best"
 
 
+@pytest.mark.parametrize("name", ["prvr_tvr", "vcmr_activitynet", "prvr_custom"])
+def test_the_recipe_past_the_published_one(name, stubbed_scripts) -> None:
+    """Two flags and folders of its own; each flag can still be set from outside."""
+    script = stubbed_scripts / f"{name}.sh"
+
+    def flags(**variables: str) -> dict[str, str]:
+        _, *words = words_of(script, split="mine", **variables)
+        parse_args(words)
+        return dict(zip(words[::2], words[1::2], strict=True))
+
+    recipe = {"--readout": "consensus", "--reversed_negatives": "0.3"}
+    folders = ("--output_dir", "--plot_dir")
+    published, plus = flags(), flags(variant="plus")
+    folder = f"logs/{name}_plus".replace("custom", "mine")
+    assert [plus.pop(key) for key in folders] == [folder, f"VIS/{folder.partition('_')[2]}"]
+    assert plus == {key: v for key, v in published.items() if key not in folders} | recipe
+    assert flags(variant="plus", readout="half")["--readout"] == "half"
+    assert not words_of(script, variant="more"), "no such variant"
+
+
 def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
     script = stubbed_scripts / "prvr_custom.sh"
     _, *words = words_of(script, split="mine", subtask_type="VCMR", do_train="0", do_eval="1")

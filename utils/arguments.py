@@ -268,8 +268,8 @@ def build_parser() -> argparse.ArgumentParser:
         "for --load_embeddings")
     add("--load_embeddings", type=Path, metavar="HDF5",
         help="--do_eval with saved embeddings: needs neither videos nor CLIP, and --resume only to "
-        "be sure of the checkpoint; a file of other annotations, another pyramid, checkpoint or "
-        "max_words is refused")
+        "be sure of the checkpoint; a file of other annotations, another pyramid, checkpoint, "
+        "readout or max_words is refused")
     add("--save_predictions", **switch, default=0,
         help="save the predicted moments of --do_eval in the output folder: predictions.h5, for "
         "scripts/{report,score_predictions}.py, and TVR's and QVHighlights' submission formats")

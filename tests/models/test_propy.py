@@ -70,7 +70,7 @@ def test_equals_plain_definition(pyramid, adapters: int, activation: str) -> Non
     adapter_kernel=st.sampled_from([1, 3, 7]),
     adapter_channels=st.sampled_from([1, 16]),
     lora_rank=st.sampled_from([0, 2]),
-    frame_groups=st.sampled_from(["", "2", "4", "2,4", "1,2"]),
+    frame_groups=st.sampled_from(["", "2", "4", "2,4", "4,2"]),
     frame_embedding=st.integers(0, 1),
     readout=st.sampled_from(list(READOUTS)),
 )  # fmt: skip
@@ -230,6 +230,7 @@ def test_options_of_the_tower_start_as_nothing() -> None:
         ({"frame_groups": "2,2,2"}, "for at most 2 layers"),
         ({"frame_groups": "two"}, "frame_groups 'two'"),
         ({"frame_groups": "0"}, "frame_groups '0'"),
+        ({"frame_groups": "2,1"}, "sizes from 2"),  # of one frame no distance is learned
         ({"lora_rank": -1}, "a rank are 0 or more"),
         ({"text_prompts": "learned"}, "text_prompts 'learned' is none of"),
         ({"visibility": "none"}, "visibility 'none' is none of"),

@@ -35,8 +35,9 @@ def saved(checkpoint) -> SavedEmbeddings:
     torch.manual_seed(0)
     embeddings = Embeddings(torch.randn(2, 3, 4), torch.randn(3, 4))
     return SavedEmbeddings.from_split(
-        embeddings, Split(VAL, QUERIES), PROPOSALS, max_words=32, checkpoint=checkpoint, epoch=7
-    )
+        embeddings, Split(VAL, QUERIES), PROPOSALS,
+        max_words=32, checkpoint=checkpoint, epoch=7, readout="consensus",
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_what_is_saved_is_read(file, saved, checkpoint):
             assert same.all() if torch.is_tensor(value) else same, name
     assert read.vid_names == ["v1", "v0"] and read.target.tolist() == [0, 1, 0]
     for path in (checkpoint, None):
-        read.check(QUERIES, PROPOSALS, max_words=32, checkpoint=path)
+        read.check(QUERIES, PROPOSALS, max_words=32, readout="consensus", checkpoint=path)
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,14 @@ def test_what_is_saved_is_read(file, saved, checkpoint):
         ({"queries": [*QUERIES[:2], replace(QUERIES[2], desc="vier")]}, "'drei', in the .* 'vier'"),
         ({"queries": [*QUERIES[:2], replace(QUERIES[2], vid_name="v0")]}, "vid_name of query 3"),
         ({"max_words": 64}, "--max_words 32, not 64"),
+        ({"readout": "max"}, "--readout consensus, not max: give that"),
         ({"proposals": PROPOSALS[:2]}, "another pyramid, of 3 events"),
         ({"proposals": PROPOSALS / 2}, "another pyramid"),
     ],
 )
 def test_another_evaluation_is_refused(saved, change, message):
-    now = {"queries": QUERIES, "proposals": PROPOSALS, "max_words": 32, "checkpoint": None} | change
+    now = {"queries": QUERIES, "proposals": PROPOSALS, "max_words": 32, "readout": "consensus"}
+    now |= {"checkpoint": None} | change
     with pytest.raises(RunError, match=message):
         saved.check(now.pop("queries"), now.pop("proposals"), **now)
 
@@ -81,7 +84,7 @@ def test_another_evaluation_is_refused(saved, change, message):
 def test_another_checkpoint_of_that_name_is_refused(saved, checkpoint):
     checkpoint.write_bytes(b"weights after another epoch")
     with pytest.raises(RunError, match=r"another checkpoint than .*after epoch 7"):
-        saved.check(QUERIES, PROPOSALS, max_words=32, checkpoint=checkpoint)
+        saved.check(QUERIES, PROPOSALS, max_words=32, readout="consensus", checkpoint=checkpoint)
 
 
 def test_values_that_are_not_finite_are_refused(file):

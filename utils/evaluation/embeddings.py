@@ -21,9 +21,9 @@ from utils.evaluation.hdf5 import read_hdf5, write_hdf5
 from utils.evaluation.rows import scoring_of, zero_shot_name
 
 REMEDY = "make the file with main.py --save_embeddings"
-FORMAT = "ProPy embeddings, version 1"
+FORMAT = "ProPy embeddings, version 2"
 LAYOUT = {
-    "max_words": "int", "checkpoint": "text", "sha256": "text", "epoch": "int",
+    "max_words": "int", "checkpoint": "text", "sha256": "text", "epoch": "int", "readout": "text",
     "desc_ids": "text T", "captions": "text T", "vid_names": "text V", "target": "int32<V T",
     "durations": "float32 V", "proposals": "float32 N_e 2", "events": "float32 V N_e D",
     "texts": "float32 T D",
@@ -45,11 +45,12 @@ class SavedEmbeddings:
     checkpoint: str  # path of the model, as it was named, or zero_shot_name
     sha256: str  # of that file, or of CLIP's weights
     epoch: int  # epochs that it was trained
+    readout: str  # that it was trained with, by which goes how videos are ranked
 
     @classmethod
     def from_split(
         cls, embeddings: Embeddings, split: Split, proposals: Tensor,
-        *, max_words: int, checkpoint: Path, epoch: int, scoring: str | None = None,
+        *, max_words: int, checkpoint: Path, epoch: int, readout: str, scoring: str | None = None,
     ) -> SavedEmbeddings:  # fmt: skip
         """Embeddings of a split; those of zero-shot CLIP have a scoring, and its weights in place
         of a checkpoint."""
@@ -65,6 +66,7 @@ class SavedEmbeddings:
             checkpoint=zero_shot_name(scoring, checkpoint) if scoring else str(checkpoint),
             sha256=sha256_of(checkpoint),
             epoch=epoch,
+            readout=readout,
         )
 
     @property
@@ -74,7 +76,7 @@ class SavedEmbeddings:
 
     def check(
         self, queries: Sequence[Query], proposals: Tensor,
-        *, max_words: int, checkpoint: Path | None, scoring: str | None = None,
+        *, max_words: int, readout: str, checkpoint: Path | None, scoring: str | None = None,
     ) -> None:  # fmt: skip
         """Compare with what they would be computed from now.
 
@@ -105,6 +107,8 @@ class SavedEmbeddings:
             made = f"{self.checkpoint}: evaluate it {flag}, or"
         elif self.max_words != max_words:
             made = f"--max_words {self.max_words}, not {max_words}: give that, or"
+        elif self.readout != readout:
+            made = f"--readout {self.readout}, not {readout}: give that, or"
         elif not torch.equal(proposals.cpu().float(), self.proposals):
             events = f"of {len(self.proposals)} events"
             made = f"another pyramid, {events}: give its --pyr_config_path, or"
