@@ -20,6 +20,7 @@ temp_kernel_sz=${temp_kernel_sz:-5}
 
 datatype=custom
 subtask_type=${subtask_type:-PRVR}
-output_dir=${output_dir:-logs/${subtask_type,,}_$split${variant:+_$variant}}
-plot_dir=${plot_dir:-VIS/$split${variant:+_$variant}}
+name=$split${variant:+_$variant}${zero_shot:+_zero_shot_$zero_shot}
+output_dir=${output_dir:-logs/${subtask_type,,}_$name}
+plot_dir=${plot_dir:-VIS/$name}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/launch.sh"
