@@ -347,6 +347,7 @@ def test_a_removed_video_is_a_grey_card(visit: Visit, index: FakeIndex) -> None:
     visit.card("holiday/fleeting.mp4").locator(".hit").click()
     visit.page.wait_for_selector(".card.gone [title='holiday/fleeting.mp4']")
     assert visit.page.locator("video").count() == 0
+    visit.page.wait_for_load_state("networkidle")  # thumbnails of it, too
     visit.expect("status of 404")
 
 
