@@ -147,8 +147,9 @@ def opened(args: argparse.Namespace):
 
 def index(args: argparse.Namespace) -> None:
     part = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
-    if args.rebuild and part[1] > 1:
-        raise SearchError("--rebuild: with one process, before the others index")
+    if (args.rebuild or args.prune) and part[1] > 1:
+        flag = "--rebuild: with one process, before" if args.rebuild else "--prune: with one, after"
+        raise SearchError(f"{flag} the others index")
     report = opened(args).add(
         args.paths, prune=args.prune, rebuild=args.rebuild, workers=args.workers,
         batch=args.batch, time_limit=args.time_limit, part=part,

@@ -82,6 +82,15 @@ def test_changed_touched_moved_and_vanished_files(index: VideoIndex, folder: Pat
     assert index.storage._latest("events").count_rows() == 3 * 42
 
 
+def test_a_moved_file_and_its_copy_are_two(index: VideoIndex, folder: Path) -> None:
+    index.add(folder, quiet=True)
+    shutil.copy(folder / "0.mp4", folder / "copy.mp4")
+    (folder / "0.mp4").rename(folder / "moved.mp4")
+    report = index.add(folder, quiet=True, prune=True)
+    assert (report.moved, report.added) == (1, 1)
+    assert names(index) == ["1.mp4", "2.mp4", "3.mp4", "copy.mp4", "moved.mp4"]
+
+
 def test_a_copy_is_a_video_of_its_own(index: VideoIndex, folder: Path) -> None:
     shutil.copy(folder / "0.mp4", folder / "copy.mp4")
     index.add(folder, quiet=True)

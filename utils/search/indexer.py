@@ -319,6 +319,8 @@ class Indexer:
             old = self.by_digest.get(entry.digest)
             if not old or Path(old.path).exists():
                 return False
+            if self.by_digest.pop(entry.digest, None) is None:  # another copy has taken its place
+                return False
             job.moved_from = old
         kept = {"id": old.id, "duration": old.duration, "status": old.status}
         job.entry = replace(entry, **kept, reason=old.reason, windows=old.windows)
