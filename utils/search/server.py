@@ -173,6 +173,7 @@ def make_app(
         Route("/video/{video}", site.video),
         Route("/clip/{video}/{start:int}-{end:int}.mp4", site.clip),
         Route("/thumb/{video}/{time:int}.jpg", site.thumbnail),
+        Route("/favicon.ico", site.icon),
     ]
     hosts = [f"[{name}]" if ":" in name else name for name in names]
     app = Starlette(
@@ -327,6 +328,12 @@ class Site:
         query, video, _ = _query(request), *await self._file(request)
         moments = await self._score(lambda: self._index.timeline(query, video.id))
         return JSONResponse({"events": [[m.start, m.end, m.score, m.level] for m in moments]})
+
+    async def icon(self, _: Request) -> Response:
+        """None: the page has its own, but browsers ask for one beside an error."""
+        from starlette.responses import Response
+
+        return Response(status_code=204)
 
     async def status(self, _: Request) -> Response:
         from starlette.responses import JSONResponse
