@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -26,23 +24,22 @@ from dataloaders.annotations import TRAIN, VAL, Split
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.datasets import LoaderConfig, TrainingLoader, check_batch_size
 from dataloaders.frame_store import FrameStore
-from dataloaders.tokenizer import count_cut
 from models import ProPy, ProPyConfig
 from models.clip_weights import build_clip, weights_path
 from models.zero_shot import ZeroShot, events_of
 from modules.pyramid import PromptPyramid
 from modules.readout import ranking_name, readout_of
 from utils import RunError
-from utils.arguments import config_from, parse_args
-from utils.command import USER_ERRORS, run_command
+from utils.arguments import config_from, parse_args, plain
+from utils.command import run_command
 from utils.distributed import from_main, is_main, process_group, rank, world_size
 from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_embeddings
-from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator
+from utils.evaluation.evaluator import CorpusEvaluator, EvalConfig, Evaluator, report
 from utils.evaluation.predictions import EXPORTS, SAVED
-from utils.evaluation.published import split_size_warning
-from utils.evaluation.rows import VCMR, zero_shot_name
-from utils.files import atomic_write, check_outputs, locked_folder, new_folder
-from utils.logger import append_json, log_to_file, setup_logging
+from utils.evaluation.rows import zero_shot_name
+from utils.evaluation.splits import log_cut, read_split
+from utils.files import check_outputs, locked_folder, new_folder
+from utils.logger import errors_in_log, setup_logging, write_args
 from utils.misc import choose_device, disable_tf32, git_revision, memory_advice, set_seed
 from utils.missing_videos import MissingVideos, require_videos
 from utils.pictures.attention_store import ATTENTION, HITS, SCORES
@@ -71,10 +68,8 @@ def main(args: argparse.Namespace) -> None:
         disable_tf32()
         set_seed(args.seed)
         args.precision = args.precision or ("amp" if device.type == "cuda" else "fp32")
-        logger.info(
-            "device %s, processes %d, precision %s; float32 is computed as such",
-            *(device, world_size(), args.precision),
-        )
+        used = (device, world_size(), args.precision)
+        logger.info("device %s, processes %d, precision %s; float32 is computed as such", *used)
         if is_main():
             check_outputs(outputs(args))
         val = read_split(args.prvr_val_annos, VAL, args.datatype)
@@ -92,11 +87,7 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
         check_batch_size(splits[-1], args.batch_size)
     model = build(args, splits[-1] if args.do_train else None)
     for split in splits:
-        cut = count_cut((query.desc for query in split.queries), args.max_words)
-        logger.info(
-            "%s: %s of %s captions are cut at --max_words %d",
-            *(split.path, f"{cut:,}", f"{len(split.queries):,}", args.max_words),
-        )
+        log_cut(split, args.max_words)
     clips = FrameStore(args.frame_store) if args.frame_store else VideoFolder(args.video_dir)
     size, allow = model.input_resolution, bool(args.allow_missing)
     missing = from_main(lambda: require_videos(splits, clips, size, args.output_dir, allow))
@@ -104,8 +95,6 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
     loading, config = config_from(LoaderConfig, args), config_from(EvalConfig, args)
     evaluator = CorpusEvaluator(val, clips, model, loading, config, missing)
     evaluator.check_times(training=bool(args.do_train))
-    if args.zero_shot == "mean" and args.subtask_type == VCMR:
-        logger.warning("--zero_shot mean: the only moment of a video is the whole of it")
     plots = PlotSettings(
         args.plot_dir, args.plot_layer, args.plot_head, args.plot_style, args.plot_format
     )
@@ -126,7 +115,7 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
         epoch, best = 0, weights_path(args.pretrained_clip_name)
         logger.info("using %s", source := zero_shot_name(args.zero_shot, best))
         if is_main() and not (args.output_dir / "log.jsonl").exists():  # else training's stay
-            write_args(args, {})
+            write_args(args.output_dir, plain(args))
     else:
         epoch, source = load_checkpoint(best, model).epoch, str(best)
         logger.info("using %s, %d epochs trained", best, epoch)
@@ -141,7 +130,7 @@ def run(args: argparse.Namespace, val: Split, device: torch.device) -> None:
         save_embeddings(args.save_embeddings, saved)
         logger.info("embeddings saved in %s", args.save_embeddings)
     if args.do_eval:
-        report(args, evaluator, embeddings, source, epoch)
+        report(evaluator, embeddings, args.output_dir, source, epoch, bool(args.save_predictions))
     if args.do_plot:
         plot_split(
             evaluator, embeddings, model, plots,
@@ -167,16 +156,6 @@ def outputs(args: argparse.Namespace) -> list[Path]:
     if args.do_plot:
         files += [args.plot_dir / name for name in (ATTENTION, SCORES, HITS)]
     return files
-
-
-def read_split(path: Path, name: str, datatype: str) -> Split:
-    """Annotations of one split, with a warning if it is not the data set's standard one."""
-    split = Split.read(path, name)
-    videos, queries = len(split.videos), len(split.queries)
-    logger.info("%s: %s videos, %s queries", path, f"{videos:,}", f"{queries:,}")
-    if warning := split_size_warning(datatype, name, videos, queries):
-        logger.warning("%s: %s", path, warning)
-    return split
 
 
 def build(args: argparse.Namespace, train_split: Split | None) -> ProPy | ZeroShot:
@@ -224,25 +203,11 @@ def train(
         device=device, flags=plain(args), facts=facts, resume=resume, zero_shot=zero_shot,
     )  # fmt: skip
     parameters = model.parameter_counts()
-    logger.info(
-        "%s parameters, %s trainable (%s can receive a gradient)",
-        *(f"{count / 1e6:.2f} M" for count in parameters.values()),
-    )
+    counts = (f"{count / 1e6:.2f} M" for count in parameters.values())
+    logger.info("%s parameters, %s trainable (%s can receive a gradient)", *counts)
     if is_main():
-        write_args(args, parameters)
+        write_args(args.output_dir, plain(args) | parameters)
     return trainer.run()
-
-
-def plain(args: argparse.Namespace) -> dict:
-    """The flags by name, as JSON and checkpoints hold them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-
-
-def write_args(args: argparse.Namespace, parameters: dict[str, int]) -> None:
-    """args.json of the output folder."""
-    with atomic_write(args.output_dir / "args.json") as part:
-        record = plain(args) | parameters | {"git": git_revision()}
-        part.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device) -> None:
@@ -254,15 +219,13 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
         reasons = dict.fromkeys(sorted(absent), f"{args.load_embeddings}: made without it")
     missing = from_main(lambda: MissingVideos(args.output_dir, [(split, reasons)]))
     split = missing.remaining(split)
-    pyramid = PromptPyramid.from_config(args.pyr_config_path)
-    events, trained_with = pyramid, args.readout
+    events, trained_with = PromptPyramid.from_config(args.pyr_config_path), args.readout
     ranking = ranking_name(trained_with, args.rank_readout)
     if args.zero_shot:
-        events, trained_with, ranking = events_of(args.zero_shot, pyramid), "max", "max"
-    proposals = events.proposals
+        events, trained_with, ranking = events_of(args.zero_shot, events), "max", "max"
     try:
         saved.check(
-            split.queries, proposals,
+            split.queries, events.proposals,
             max_words=args.max_words, readout=trained_with, checkpoint=args.resume,
             scoring=args.zero_shot,
         )  # fmt: skip
@@ -273,31 +236,17 @@ def evaluate_saved(args: argparse.Namespace, split: Split, device: torch.device)
         *(args.load_embeddings, saved.checkpoint, saved.epoch, ranking),
     )
     config, readout = config_from(EvalConfig, args), readout_of(ranking, events, device)
-    evaluator = Evaluator(split, proposals, config, missing, readout, scoring=args.zero_shot)
+    evaluator = Evaluator(split, events.proposals, config, missing, readout, scoring=args.zero_shot)
     evaluator.check_times(training=False)
-    report(args, evaluator, saved.embeddings.to(device), saved.checkpoint, saved.epoch)
-
-
-def report(
-    args: argparse.Namespace, evaluator: Evaluator, embeddings, checkpoint: str, epoch: int
-) -> None:
-    """Compute the metrics of an evaluation, show them, and add them to eval.jsonl."""
-    rows = evaluator.run(embeddings, args.output_dir if args.save_predictions else None)
-    for table in evaluator.tables(rows):
-        logger.info("\n%s", table)
-    record = {"checkpoint": checkpoint, "epoch": epoch, "git": git_revision()}
-    record |= evaluator.counts() | {"metrics": rows}
-    if is_main():
-        append_json(args.output_dir / "eval.jsonl", record)
+    embeddings, made = saved.embeddings.to(device), (saved.checkpoint, saved.epoch)
+    report(evaluator, embeddings, args.output_dir, *made, bool(args.save_predictions))
 
 
 def command_line(argv: list[str] | None = None) -> None:
     """The program: log.txt has its errors too; a signal ends it with 128 + its number."""
     try:
-        main(parse_args(argv))
-    except USER_ERRORS as error:
-        log_to_file(f"error: {error}")
-        raise
+        with errors_in_log():
+            main(parse_args(argv))
     except Stopped as stop:
         logger.warning(
             "stopped by %s, everything is saved: the same command with --resume auto resumes "
@@ -305,9 +254,6 @@ def command_line(argv: list[str] | None = None) -> None:
             stop,
         )
         sys.exit(128 + stop.number)
-    except Exception:
-        log_to_file(traceback.format_exc())
-        raise
 
 
 if __name__ == "__main__":

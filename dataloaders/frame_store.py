@@ -33,6 +33,7 @@ from dataloaders.video import DECODE_TIME_LIMIT, PREPARE, load_every_frame
 logger = logging.getLogger("propy.frame_store")
 
 FORMAT, VERSION = "propy frames", 1
+LOCK_NAME = "packing.lock"  # in the folder of what is being packed
 PACK = "make it with `.venv/bin/python -m scripts.data.pack_frames`"
 # Chroma at full resolution: with half of it quality 90 loses 2.5 dB more, and the same loss takes
 # more bytes (measured on real clips; dataloaders/README.md).
@@ -350,7 +351,13 @@ class FrameStoreWriter:
             with self._writing(), temporary_sibling(self._packing / "store") as part:
                 self._write_hdf5(part)
                 commit(part, self.path)
-        shutil.rmtree(self._packing)
+        # The lock last: until then no other process takes what is going for clips to keep.
+        for path in self._packing.iterdir():
+            if path.name != LOCK_NAME:
+                path.unlink()
+        (self._packing / LOCK_NAME).unlink()
+        with contextlib.suppress(OSError):  # another process begins to pack
+            self._packing.rmdir()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -413,7 +420,7 @@ class FrameStoreWriter:
             raise DataError(f"{path}: {error}: remove it and run again") from error
 
     def _take_lock(self, shared: bool) -> BinaryIO:
-        folder, path = self._packing, self._packing / "packing.lock"
+        folder, path = self._packing, self._packing / LOCK_NAME
         ours = {".lock", ".frames", ".part"}
         if folder.exists() and not (
             folder.is_dir() and {p.suffix for p in folder.iterdir()} <= ours

@@ -208,6 +208,16 @@ def test_resuming_elsewhere_writes_the_rows_there(logged, run) -> None:
     assert read_zero_shot(run.logs) == read_zero_shot(logged.logs)
 
 
+def test_rows_that_do_not_compare_any_more_are_not_read_from_the_log(logged, run) -> None:
+    shutil.copytree(logged.logs, run.logs, dirs_exist_ok=True)
+    told = run.works(
+        *TRAIN, *EVALUATE[2:], "--resume", "auto", "--epochs", "2", "--max_words", "9"
+    )  # fmt: skip
+    assert "the zero-shot rows do not compare" in told
+    assert read_zero_shot(logged.logs) and not read_zero_shot(run.logs)
+    assert [record["epoch"] for record in read_epochs(run.logs)] == [1, 2]
+
+
 def test_rows_of_another_split_are_left_out() -> None:
     rows = {"best": {"cosine": {"R1": 1.0}}}
     for name, kept in ((VAL_ANNOTATIONS, {}), ("window_rule", {}), ("lr", rows)):

@@ -39,6 +39,11 @@ def config_from(cls: type[Config], args: argparse.Namespace, **given: Any) -> Co
     return cls(**{name: getattr(args, FLAG_OF_FIELD.get(name, name)) for name in names}, **given)
 
 
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags by name, as JSON and checkpoints hold them."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; an impossible combination ends the program with a message."""
     parser = build_parser()

@@ -7,9 +7,14 @@ import json
 import logging
 import math
 import sys
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from utils.files import append_line, read_records, writing
+from utils.command import USER_ERRORS
+from utils.files import append_line, atomic_write, read_records, writing
+from utils.misc import git_revision
 
 # Numbers of an epoch that differ from one time to the next.
 MEASURED = ("data_time", "step_time", "memory_gib")
@@ -54,6 +59,25 @@ def log_to_file(message: str) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _LogFile):
             handler.emit(logging.makeLogRecord({"msg": message}))
+
+
+@contextlib.contextmanager
+def errors_in_log() -> Iterator[None]:
+    """What ends the block is in log.txt too: an error's message, or a bug's traceback."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        log_to_file(f"error: {error}")
+        raise
+    except Exception:
+        log_to_file(traceback.format_exc())
+        raise
+
+
+def write_args(folder: Path, settings: Mapping[str, Any]) -> None:
+    """``args.json`` of a run: what it was started with, and by which revision of the program."""
+    with atomic_write(folder / "args.json") as part:
+        part.write_text(json.dumps({**settings, "git": git_revision()}, indent=1) + "\n")
 
 
 def append_json(path: Path, record: dict) -> None:

@@ -265,6 +265,25 @@ def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["[f].h5", "whole.h5"]
 
 
+def test_no_shard_begins_while_what_was_packed_is_removed(video_dir, tmp_path, monkeypatch):
+    """What it adds would be removed too."""
+    path, unlink, ended = tmp_path / "f.h5", Path.unlink, []
+
+    def unlink_and_begin(file: Path, **settings: bool) -> None:
+        unlink(file, **settings)
+        if file.suffix == ".frames":
+            shard = in_process(lambda: FrameStoreWriter(path, SIZE, 90, shared=True) and 0)
+            shard.join(60)
+            ended.append(shard.exitcode)
+
+    with FrameStoreWriter(path, SIZE, 90) as writer:
+        for name, file in files_of(video_dir, ["few", "one"]):
+            writer.add(*pack_clip(name, file, SIZE, 90))
+        monkeypatch.setattr(Path, "unlink", unlink_and_begin)
+        writer.finish()
+    assert ended == [1, 1] and [p.name for p in tmp_path.iterdir()] == ["f.h5"]
+
+
 def test_what_did_not_come_to_the_disk_is_packed_again(video_dir, tmp_path):
     path, packing = tmp_path / "f.h5", tmp_path / "f.h5.packing"
     whole = make_store(tmp_path / "whole.h5", video_dir, ["few"])

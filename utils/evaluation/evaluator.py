@@ -51,6 +51,8 @@ from utils.evaluation.rows import (
     video_rows,
 )
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
+from utils.logger import append_json
+from utils.misc import git_revision
 from utils.missing_videos import MissingVideos
 
 logger = logging.getLogger("propy.evaluator")
@@ -150,7 +152,8 @@ class Evaluator:
         return round(rows[DOT]["SumR"], 6)
 
     def check_times(self, training: bool) -> None:
-        """A warning if moments are to be scored, but not all queries have times.
+        """A warning if moments are to be scored, but not all queries have times, or videos no
+        other moment than their whole.
 
         Raises:
             RunError: none has, so no best epoch could be chosen by them.
@@ -164,6 +167,8 @@ class Evaluator:
             )
         if missing:
             logger.warning("%s: %s", path, missing)
+        if self.evaluate_vcmr and self.scoring == "mean":
+            logger.warning("--zero_shot mean: the only moment of a video is the whole of it")
 
     def counts(self) -> dict[str, int]:
         """For the records of a run: numbers of videos and queries, where some are missing."""
@@ -235,6 +240,25 @@ class CorpusEvaluator(Evaluator):
             sizes = [len(some) for some in batches_of(len(self.split.videos), self.loading)]
             shape = (model.pyramid.num_events, texts.shape[-1])
             return Embeddings(gather_batches(events, sizes, shape, device), texts)
+
+
+def report(
+    evaluator: Evaluator, embeddings: Embeddings, folder: Path, checkpoint: str, epoch: int,
+    save_predictions: bool = False,
+) -> None:  # fmt: skip
+    """Compute the metrics of an evaluation, show them, and add them to the folder's eval.jsonl.
+
+    Args:
+        checkpoint, epoch: what the embeddings are of, for the record.
+        save_predictions: the predicted moments in the folder too.
+    """
+    rows = evaluator.run(embeddings, folder if save_predictions else None)
+    for table in evaluator.tables(rows):
+        logger.info("\n%s", table)
+    record = {"checkpoint": checkpoint, "epoch": epoch, "git": git_revision()}
+    record |= evaluator.counts() | {"metrics": rows}
+    if is_main():
+        append_json(folder / "eval.jsonl", record)
 
 
 def vcmr_rows(

@@ -18,8 +18,9 @@ import torch
 
 from dataloaders import DataError
 from dataloaders.datasets import TrainingLoader
-from models import ProPy
+from models import ProPy, ProPyConfig
 from modules import ModelError
+from modules.readout import ranking_name
 from utils import OutputError, RunError
 from utils.arguments import AUTO
 from utils.distributed import barrier, from_main, is_main, largest, world_size
@@ -36,7 +37,13 @@ from utils.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from utils.training.engine import LOG_EVERY, StepResult, TrainConfig, train_one_epoch
+from utils.training.engine import (
+    LOG_EVERY,
+    LossWeights,
+    StepResult,
+    TrainConfig,
+    train_one_epoch,
+)
 from utils.training.optim import build_optimizer, learning_rate
 from utils.training.progress import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, EpochSums, Progress
 from utils.training.signals import DeferredSignals, Stopped
@@ -45,7 +52,11 @@ logger = logging.getLogger("propy.trainer")
 # Settings that leave a run's results as they are.
 HARMLESS = {"precision", "save_every_steps", "datatype", "subtask_type"}
 CHANGE_A_RUN = {field.name for cls in (TrainConfig, EvalConfig) for field in fields(cls)}
-CHANGE_A_RUN = (CHANGE_A_RUN | {"batch_size", "max_words", "seed", "rank_readout"}) - HARMLESS
+CHANGE_A_RUN |= {"batch_size", "freeze_clip", "max_words", "seed", "rank_readout"}
+CHANGE_A_RUN -= HARMLESS
+# What a run had whose checkpoint is older than these settings.
+BEFORE_THERE_WERE = {field.name: field.default for field in fields(LossWeights)}
+BEFORE_THERE_WERE |= {"readout": ProPyConfig.readout, "rank_readout": ProPyConfig.rank_readout}
 # Zero-shot rows depend on these.
 CHANGE_ZERO_SHOT = {"max_words", "event_scores", "npev", "window_rule", VAL_ANNOTATIONS}
 # The order of an epoch's videos depends on these.
@@ -78,9 +89,10 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
     the new settings from here on, at the same epoch and step.
 
     Args:
-        settings: of CHANGE_A_RUN, and facts of the run, by name.
+        settings: of CHANGE_A_RUN, and facts of the run, by name; "rank_readout" is the one in use.
     """
-    before = progress.args | progress.facts
+    before = BEFORE_THERE_WERE | progress.args | progress.facts
+    before["rank_readout"] = ranking_name(before["readout"], before["rank_readout"])
     changed = [name for name, now in settings.items() if before.get(name, now) != now]
     if not changed:
         return []
@@ -96,7 +108,8 @@ def reconcile(progress: Progress, settings: Mapping, task: str = "PRVR") -> list
     if progress.best_epoch is not None and measures[0] != measures[1]:
         progress.set_best("best")
         warnings.append("earlier scores do not compare: the best epoch is one from here on")
-    if {"event_scores", VAL_ANNOTATIONS} & set(changed):  # else it would be one of some epochs
+    # else it would be one of some epochs
+    if {"event_scores", "rank_readout", VAL_ANNOTATIONS} & set(changed):
         progress.set_best("best_dot")
         if settings.get("event_scores") == "both":
             warnings.append('the best epoch of the row "dot" is one from here on')
@@ -137,6 +150,7 @@ class Trainer:
         self._say_what_an_epoch_is()
         self.optimizer = build_optimizer(model, config.lr, config.coef_lr, config.wd)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "amp")
+        self._zero_shot_was_dropped = False
         start = Progress(zero_shot=dict(zero_shot or {}))
         self.progress = self._resume(resume, flags, facts) if resume else start
         evaluator.baselines = self.progress.zero_shot
@@ -184,8 +198,11 @@ class Trainer:
             "resuming %s after epoch %d, step %d", path, progress.epoch, progress.sums.steps
         )
         settings = {name: value for name, value in flags.items() if name in CHANGE_A_RUN}
+        settings["rank_readout"] = self.model.config.rank_readout
+        had_zero_shot = bool(progress.zero_shot)
         for warning in reconcile(progress, settings | facts, task):
             logger.warning("%s", warning)
+        self._zero_shot_was_dropped = had_zero_shot and not progress.zero_shot
         return progress
 
     def run(self) -> Path:
@@ -219,8 +236,10 @@ class Trainer:
 
     def _show_zero_shot(self) -> None:
         """What is to beat: as a table, and as a record, which a log that is continued has."""
-        if rows := self.progress.zero_shot:
+        rows = self.progress.zero_shot
+        if rows:
             logger.info("CLIP alone, to beat:\n%s", self.evaluator.tables({})[0])
+        if rows or self._zero_shot_was_dropped:  # readers of the log take the last record's
             counts = self.evaluator.counts()
             self.epoch_log.write({"epoch": 0, "global_step": 0} | counts | {"zero_shot": rows})
 
