@@ -238,7 +238,9 @@ class Runner:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / SETTING, self.setting(run))
             own = [*run.variant.flags, f"--seed={run.seed}", f"--output_dir={run.folder}"]
-            self._call([*self.corpus.train, *own, "--resume=auto"], run.folder, places)
+            # CLIP alone is the same for every run, and no table here has it
+            train = [*self.corpus.train, "--log_zero_shot=0", *own, "--resume=auto"]
+            self._call(train, run.folder, places)
             evaluated = run.folder / "eval.jsonl"
             if not (evaluated.is_file() and read_records(evaluated)):
                 own += [f"--resume={run.folder / BEST}"]

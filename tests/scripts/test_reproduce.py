@@ -169,6 +169,12 @@ def test_training_that_is_stopped_goes_on_and_seeds_are_compared_by_their_mean(
     assert "was trained with lr 0.002, not 0.001: move it away" in capsys.readouterr().out
 
 
+def test_a_fine_tuned_clip_is_not_the_published_setting(monkeypatch) -> None:
+    monkeypatch.setenv("freeze_clip", "0")
+    (row,) = reproduce.rows_of(reproduce.parse_arguments(["tvr", "--task", "PRVR"]))
+    assert reproduce.other_settings(row) == ["freeze_clip 0"]
+
+
 def test_a_frame_store_that_is_asked_for_is_made_and_used(
     corpus, launched, tmp_path, monkeypatch, capsys
 ) -> None:
