@@ -117,7 +117,7 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     state, ours = content["state_dict"], not is_from_authors(content)
     has_clip = bool(model.backbone_names() & set(state))
     with naming(path):
-        _check_config(content, model)
+        check_config(content, model)
         weights = _check_tensors(state, model)
         if ours and not has_clip and content["backbone"] != backbone_fingerprint(model.clip):
             raise ModelError(
@@ -137,6 +137,36 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     model.config = replace(model.config, clip_seconds=seconds)
     for warning in warnings:
         logger.warning("%s was trained with %s: scores differ from its training's", path, warning)
+
+
+def check_config(content: Mapping, model: ProPy) -> None:
+    """ModelError: a checkpoint is of a model with other settings or another pyramid."""
+    ours = asdict(model.config)
+    # What a file does not name was written when there was no other setting than the published one.
+    published = {f.name: f.default for f in fields(model.config) if f.name not in SEEN_IN_TENSORS}
+    theirs = published | content.get("config", {})
+    if "num_adapter_layers" in theirs:  # early files of this format name more than there are
+        layers = model.clip.sizes.vision_layers
+        theirs["num_adapter_layers"] = min(theirs["num_adapter_layers"], layers)
+    different = [
+        f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
+        for name in theirs
+        if name not in NOT_COMPARED and theirs[name] != ours.get(name)
+    ]
+    if different:
+        raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
+    if is_from_authors(content):
+        return
+    if "config" in content:
+        theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
+    else:
+        theirs_pyramid = content["proposals"]
+    proposals = model.pyramid.proposals
+    if theirs_pyramid.shape != proposals.shape or not theirs_pyramid.equal(proposals):
+        raise ModelError(
+            "trained with another pyramid, whose events cover other parts of a video: give the "
+            "same --pyr_config_path as in the run's args.json"
+        )
 
 
 @contextlib.contextmanager
@@ -221,35 +251,6 @@ def _config_of(content: Mapping) -> ProPyConfig:
         config.max_words,
     )
     return config
-
-
-def _check_config(content: Mapping, model: ProPy) -> None:
-    ours = asdict(model.config)
-    # What a file does not name was written when there was no other setting than the published one.
-    published = {f.name: f.default for f in fields(model.config) if f.name not in SEEN_IN_TENSORS}
-    theirs = published | content.get("config", {})
-    if "num_adapter_layers" in theirs:  # early files of this format name more than there are
-        layers = model.clip.sizes.vision_layers
-        theirs["num_adapter_layers"] = min(theirs["num_adapter_layers"], layers)
-    different = [
-        f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
-        for name in theirs
-        if name not in NOT_COMPARED and theirs[name] != ours.get(name)
-    ]
-    if different:
-        raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
-    if is_from_authors(content):
-        return
-    if "config" in content:
-        theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
-    else:
-        theirs_pyramid = content["proposals"]
-    proposals = model.pyramid.proposals
-    if theirs_pyramid.shape != proposals.shape or not theirs_pyramid.equal(proposals):
-        raise ModelError(
-            "trained with another pyramid, whose events cover other parts of a video: give the "
-            "same --pyr_config_path as in the run's args.json"
-        )
 
 
 def _differences(content: Mapping, model: ProPy) -> list[str]:

@@ -187,6 +187,20 @@ def test_a_wrong_checkpoint_of_ours_changes_nothing(golden, tmp_path, change, me
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"lora_rank": 2}, {"frame_embedding": 1}, {"text_prompts": "none"}]
+)
+def test_resuming_another_network_names_what_differs(golden, tmp_path, changes) -> None:
+    """And not the optimizer's number of parameters, which follows from it."""
+    path = tmp_path / "c.pth.tar"
+    save(path, trained(golden))
+    model = golden.build(**changes)
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 0.2)
+    ((name, value),) = changes.items()
+    with pytest.raises(ModelError, match=rf"trained with {name} .*, not {value!r}"):
+        load_checkpoint(path, model, optimizer)
+
+
 def test_a_flipped_bit_is_found(golden, tmp_path) -> None:
     """Anywhere in the weights: torch itself does not look at the checksums."""
     path = tmp_path / "flipped.pth.tar"

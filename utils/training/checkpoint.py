@@ -14,6 +14,7 @@ import torch
 
 from models import ProPy
 from models.trained import (
+    check_config,
     is_from_authors,
     load_weights,
     naming,
@@ -99,6 +100,7 @@ def load_checkpoint(
         progress = _progress(content)
         resumed = optimizer if progress.has_optimizer else None
         if resumed:
+            check_config(content, model)  # first, since it says what makes other parameters
             _check_optimizer(content["optimizer"], model, resumed)
     load_weights(content, model, path)
     if resumed:
