@@ -117,11 +117,11 @@ def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         uint8 [n, 3, size, size].
     """
-    from torchvision.transforms import functional  # slow to import
+    from torchvision.transforms.functional import center_crop as crop  # slow to import
 
     if frames.shape[-1] == 3:
         frames = frames.permute(0, 3, 1, 2)
-    return functional.center_crop(frames, [size, size]).contiguous()
+    return crop(frames, [size, size]).contiguous()
 
 
 def _load(

@@ -15,9 +15,9 @@ from models.propy import ProPy
 from modules.pyramid import PromptPyramid
 
 
-def heads_of(x: Tensor) -> Tensor:
-    """[B, N, D] to [B, heads, N, 64]."""
-    return x.unflatten(-1, (-1, 64)).transpose(1, 2)
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """[B, N, D] to [B, heads, N, D / heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def attention(
@@ -31,9 +31,10 @@ def attention(
     if lora is not None:
         weight = weight + 2 * lora.up @ lora.down
     weight = weight.chunk(3)
-    q = heads_of(F.linear(queries, weight[0], bias[0])) / 8
-    k, v = (heads_of(F.linear(others, weight[i], bias[i])) for i in (1, 2))
-    logits = q @ k.transpose(-1, -2) + added
+    heads = attn.num_heads
+    q = heads_of(F.linear(queries, weight[0], bias[0]), heads)
+    k, v = (heads_of(F.linear(others, weight[i], bias[i]), heads) for i in (1, 2))
+    logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + added
     if visible is not None:
         logits = logits.masked_fill(~visible, float("-inf"))
     weights = logits.softmax(dim=-1)

@@ -30,19 +30,6 @@ from modules.similarity import event_scores, unit
 SCORINGS = ("mean", "best", "events")
 
 
-class SingleFrames(PromptPyramid):
-    """Every frame of a video an event of its own, all of one level and none above it."""
-
-    def __init__(self, num_frames: int) -> None:
-        self.num_frames = self.num_events = self.num_bottom_events = num_frames
-        self.config = {"Nf": num_frames, "H": []}
-        self.events_per_level = [num_frames]
-        first = torch.arange(num_frames)
-        self.spans = torch.stack([first, first + 1], dim=1)
-        self.level_of_event = torch.ones(num_frames, dtype=torch.int64)
-        self.proposals = self.spans.to(torch.float32) / num_frames
-
-
 def events_of(scoring: str, pyramid: PromptPyramid) -> PromptPyramid:
     """The events of a scoring on a pyramid's frames. ModelError: there is no such scoring."""
     if scoring not in SCORINGS:
@@ -50,7 +37,9 @@ def events_of(scoring: str, pyramid: PromptPyramid) -> PromptPyramid:
     if scoring == "events":
         return pyramid
     frames = pyramid.num_frames
-    return SingleFrames(frames) if scoring == "best" else PromptPyramid(frames, [(frames, 1)])
+    if scoring == "mean":
+        return PromptPyramid(frames, [(frames, 1)])
+    return PromptPyramid(frames, [(1, 1), (frames, 1)], drop_top=1)
 
 
 def span_means(frames: Tensor, events: PromptPyramid) -> Tensor:

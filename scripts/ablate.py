@@ -3,8 +3,9 @@
     bash scripts/ablate.sh demo scripts/ablations/visibility.json --epochs 8
     seeds="1 2 3 4 5" bash scripts/ablate.sh tvr scripts/ablations/readout.json
 
-The same command goes on after an interruption; a finished run is never run again. Flags of main.py
-after the grid are for all runs. One run at a time on each GPU (or group of --gpus), one on a CPU.
+The same command continues after an interruption; a finished run is never run again. Flags of
+main.py after the grid are for all runs. One run at a time on each GPU (or group of --gpus), one on
+a CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from utils.arguments import parse_args
 from utils.command import USER_ERRORS, Parser, run_command
 from utils.evaluation.embeddings import load_embeddings
 from utils.evaluation.ranking import video_scores
-from utils.files import atomic_write, locked_folder, read_records
+from utils.files import locked_folder, read_records, write_json
 from utils.report.ablation import MOST_SEEDS, TWIN, Ablation, Variant, numbers_of
 from utils.report.run_log import read_args, read_epochs
 from utils.training.checkpoint import BEST
@@ -348,11 +349,6 @@ def report(
     ablation = Ablation(f"{title} on {corpus.name}", variants, results, notes)
     paths = ablation.write(output)
     print(ablation.markdown(), *paths, sep="\n")
-
-
-def write_json(path: Path, content: dict) -> None:
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from utils.command import USER_ERRORS, Parser, run_command
 from utils.evaluation.published import DATATYPES, PRVR_RESULTS, VCMR_RESULTS, split_size_warning
 from utils.evaluation.rows import COSINE, DOT, VCMR
 from utils.evaluation.tables import metrics_table
-from utils.files import atomic_write, read_records
+from utils.files import read_records, write_json
 from utils.misc import git_revision
 from utils.missing_videos import reduced_size
 from utils.report.run_log import read_args, read_epochs
@@ -454,8 +454,7 @@ def save(row: Row, step: str, found: list[dict]) -> None:
         results = load(row)
         results.setdefault(row.name, {})[step] = found
         results[row.name]["git"] = git_revision()
-        with atomic_write(row.results) as part:
-            part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(row.results, results)
 
 
 def once(row: Row, step: str, inputs: Mapping, act: Callable[[], dict]) -> dict:
@@ -472,7 +471,7 @@ def reproduce(row: Row) -> None:
     """All steps of a row.
 
     Raises:
-        DataError, ModelError, OutputError, RunError: one cannot go on.
+        DataError, ModelError, OutputError, RunError: one cannot be done.
     """
     row.folder.mkdir(parents=True, exist_ok=True)
     for number, (name, step) in enumerate(STEPS.items(), start=1):
@@ -562,7 +561,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all done, 1 a row cannot go on, or `check` found something missing."""
+    """Exit status: 0 all done, 1 a row cannot be finished, or `check` found something missing."""
     args = parse_arguments(arguments)
     logging.basicConfig(format="%(message)s")
     stopped = []
@@ -573,10 +572,10 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             reproduce(row)
         except USER_ERRORS as error:
-            print(f"{row.name} cannot go on: {error}", flush=True)
+            print(f"{row.name} cannot be finished: {error}", flush=True)
             stopped.append(row.name)
     if stopped:
-        print(f"not done: {', '.join(stopped)}; when that is fixed, the same command goes on")
+        print(f"not done: {', '.join(stopped)}; when that is fixed, the same command continues")
     return int(bool(stopped))
 
 

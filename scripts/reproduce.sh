@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The way to a row of the paper, step by step; what is done is skipped, and what cannot go on is named.
-# Killed at any time, the same command goes on:
+# The way to a row of the paper, step by step; what is done is skipped, and what cannot be done is named.
+# Killed at any time, the same command continues:
 #   bash scripts/reproduce.sh check           what is missing for each of the nine rows, and what gets it
 #   bash scripts/reproduce.sh tvr             TVR's two rows, PRVR and VCMR; `all` does every one
 #   seeds="1 2 3" frame_store=data/charades/frames.h5 bash scripts/reproduce.sh charades --task PRVR

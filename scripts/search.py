@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: off
     add = command(index, "Make an index of videos, or bring it up to date.",
                   "Unchanged files are skipped, changed ones replaced, moved ones recognised. "
-                  "Stopped or killed at any time, the next run goes on.")
+                  "Stopped or killed at any time, the next run continues.")
     add("paths", nargs="+", type=Path, metavar="FOLDER|FILE")
     add_model(add)
     add("--prune", action="store_true", help="take videos out whose files are gone")
@@ -166,13 +166,13 @@ def find(args: argparse.Namespace) -> None:
     else:
         print(results)
     if args.pictures:
-        from utils.search.decode import save_picture
+        from utils.search.preview import write_thumbnail
 
         args.pictures.mkdir(parents=True, exist_ok=True)
         for rank, hit in enumerate(results, start=1):
             place = (hit.moments[0].start + hit.moments[0].end) / 2
             output = args.pictures / f"{rank:03d}.jpg"
-            save_picture(Path(hit.video.path), place, output)
+            write_thumbnail(Path(hit.video.path), place, output)
             print(output)
 
 

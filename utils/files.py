@@ -166,6 +166,12 @@ def read_records(path: Path) -> list[dict]:
     return records
 
 
+def write_json(path: Path, content: dict) -> None:
+    """A JSON file, whole or not at all. OutputError: it cannot be written."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def write_records(path: Path, records: Iterable[dict]) -> None:
     """A file of JSON lines, whole or not at all. OutputError: it cannot be written."""
     with atomic_write(path) as part:

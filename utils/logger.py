@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command import USER_ERRORS
-from utils.files import append_line, atomic_write, read_records, writing
+from utils.files import append_line, read_records, write_json, writing
 from utils.misc import git_revision
 
 # Numbers of an epoch that differ from one time to the next.
@@ -76,8 +76,7 @@ def errors_in_log() -> Iterator[None]:
 
 def write_args(folder: Path, settings: Mapping[str, Any]) -> None:
     """``args.json`` of a run: what it was started with, and by which revision of the program."""
-    with atomic_write(folder / "args.json") as part:
-        part.write_text(json.dumps({**settings, "git": git_revision()}, indent=1) + "\n")
+    write_json(folder / "args.json", {**settings, "git": git_revision()})
 
 
 def append_json(path: Path, record: dict) -> None:

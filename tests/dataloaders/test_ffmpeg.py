@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def test_the_time_limit_ends_the_process():
     with pytest.raises(DataError, match=r"not done within 0\.3 s"):
         run_ffmpeg(ENDLESS, time_limit=0.3)
     assert time.monotonic() - start < 5
+    assert no_child_is_left()
+
+
+def test_running_processes_can_be_killed_from_another_thread():
+    threading.Timer(0.3, ffmpeg.kill_running).start()
+    with pytest.raises(DataError, match="signal 9"):
+        run_ffmpeg(ENDLESS, time_limit=30)
     assert no_child_is_left()
 
 

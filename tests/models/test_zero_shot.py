@@ -13,9 +13,10 @@ from models.clip_weights import build_clip
 from models.zero_shot import SCORINGS, ZeroShot, load_zero_shot
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
+from modules.transformer import QUICK_GELU
 from tests.golden_model import make_weights
+from tests.models.test_clip import CAPTIONS, reference
 
-CAPTIONS = ["a man opens the door", "two dogs", "she pours 2 cups of water into the pot"]
 PYRAMID = {"Nf": 6, "H": [[2, 2], [2, 1], [2, 1]]}
 
 
@@ -33,17 +34,9 @@ def frames() -> torch.Tensor:
 
 def theirs(state: dict, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """open_clip's normalised features of the videos' frames, [V, N_f, D], and captions, [T, D]."""
-    sizes = build_clip(state, activation="quick_gelu").sizes
-    vision = {
-        "layers": sizes.vision_layers, "width": sizes.vision_width,
-        "patch_size": sizes.patch_size, "image_size": sizes.input_resolution,
-    }  # fmt: skip
-    text = {
-        "context_length": sizes.context_length, "vocab_size": sizes.vocab_size,
-        "width": sizes.text_width, "heads": sizes.text_width // 64, "layers": sizes.text_layers,
-    }  # fmt: skip
-    model = open_clip.CLIP(sizes.embed_dim, vision, text, quick_gelu=True).eval()
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)
+    sizes = build_clip(state, activation=QUICK_GELU).sizes
+    floats = {name: tensor.float() for name, tensor in state.items()}
+    model = reference(floats, sizes, QUICK_GELU)
     mean, std = (
         torch.tensor(x).view(3, 1, 1)
         for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)

@@ -12,7 +12,7 @@ from dataloaders import DataError
 from dataloaders.clips import VideoFolder
 from dataloaders.ffmpeg import write_video
 from scripts.data import check_videos
-from scripts.data.check_videos import main
+from scripts.data.check_videos import check_size, main
 from tests.corpus import annotate, moving_noise
 
 
@@ -142,3 +142,20 @@ def test_values_that_make_no_sense_are_refused_before_any_work(folder, tmp_path,
     with pytest.raises(SystemExit):
         main(["--video_dir", str(folder), "--annotations", str(annotations), *flags])
     assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "ours", "theirs"),
+    [
+        ((398, 224), True, True),
+        ((224, 224), True, True),
+        ((224, 398), True, False),
+        ((224, 126), False, True),
+        ((399, 224), False, False),
+        ((320, 240), False, False),
+        ((80, 64), False, False),
+    ],
+)
+def test_sizes(size, ours, theirs):
+    assert check_size(*size) == ours
+    assert check_size(*size, authors_scale=True) == theirs

@@ -206,7 +206,7 @@ def test_what_is_missing_is_named_by_check_and_stops_the_row(
     assert f"{tmp_path}/gone: {problem}" in printed
     assert "`split=tiny bash scripts/reproduce.sh custom --task PRVR`" in printed
     assert run(tmp_path) == 1
-    assert f"prvr_tiny cannot go on: {tmp_path}/gone: {problem}" in capsys.readouterr().out
+    assert f"prvr_tiny cannot be finished: {tmp_path}/gone: {problem}" in capsys.readouterr().out
     assert not launched
 
 
@@ -220,7 +220,7 @@ def test_published_weights_are_fetched_and_have_to_be_the_published_ones(
     assert run(tmp_path) == 1
     assert commands[0] == ["bash", "scripts/download_clip.sh", "ViT-B/32"]
     message = f"{path}: no CLIP weights there: `bash scripts/download_clip.sh ViT-B/32`"
-    assert f"prvr_tiny cannot go on: {message}" in capsys.readouterr().out
+    assert f"prvr_tiny cannot be finished: {message}" in capsys.readouterr().out
     path.write_bytes((corpus / "clip.pt").read_bytes())
     assert run(tmp_path) == 1
     assert f"{path}: not the published file (sha256 differs)" in capsys.readouterr().out

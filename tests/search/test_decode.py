@@ -13,7 +13,7 @@ from dataloaders.ffmpeg import run_ffmpeg, write_video
 from dataloaders.sampling import eval_indices
 from dataloaders.video import load_clip, load_every_frame
 from scripts.data.convert_video import Settings, convert_video
-from utils.search.decode import VideoFrames, save_picture
+from utils.search.decode import VideoFrames
 from utils.search.windows import grid_frames
 
 SIZE = 64
@@ -122,11 +122,3 @@ def test_a_decoder_that_gives_no_frame_in_time_is_stopped(tmp_path: Path) -> Non
     video.time_limit = 0.0001
     with pytest.raises(DataError, match="no frame within"):
         list(video)
-
-
-def test_a_picture_of_a_moment(tmp_path: Path) -> None:
-    write_video(tmp_path / "clip.mp4", numbered(30))
-    save_picture(tmp_path / "clip.mp4", 5.0, tmp_path / "picture.jpg")
-    assert (tmp_path / "picture.jpg").read_bytes()[:2] == b"\xff\xd8"
-    with pytest.raises(DataError, match="no picture"):
-        save_picture(tmp_path / "clip.mp4", 500.0, tmp_path / "none.jpg")

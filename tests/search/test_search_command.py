@@ -144,8 +144,8 @@ def test_under_torchrun(made: Path, tmp_path: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--index", str(uri), "--clip_weights", str(clip)]
     done = subprocess.run(
-        [sys.executable, *launch, str(ROOT / "scripts/search.py"), "index", "videos", *flags],
-        cwd=made, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *launch, "-m", "scripts.search", "index", str(made / "videos"), *flags],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -29,7 +29,6 @@ from dataloaders.ffmpeg import (
     listing_arguments,
     parse_track,
     read_packets,
-    run_ffmpeg,
     stream_output,
 )
 from dataloaders.prepared import (
@@ -46,7 +45,6 @@ from dataloaders.video import center_crop
 from utils.search.windows import cut_windows, grid_frames, grid_step
 
 MIN_DECODED = 0.5  # share of a video below which it is not indexed
-PICTURE_TIME_LIMIT = 60.0  # seconds
 TEXT_BYTES = 512  # of the start of a file, by which a text is known
 
 
@@ -165,19 +163,3 @@ def refuse_text(path: Path) -> None:
         raise DataError("it is empty")
     if not re.search(rb"[^\t\n\f\r -\x7e]", start.removeprefix(codecs.BOM_UTF8)):
         raise DataError("it is a text, no video")
-
-
-def save_picture(path: Path, seconds: float, output: Path, height: int = 270) -> None:
-    """The frame that a video shows at a time, as a JPEG file.
-
-    Raises:
-        DataError: it has none there.
-    """
-    done = run_ffmpeg([
-        *("-v", "level+error", "-y", "-ss", f"{seconds:.3f}", *input_arguments(path)),
-        *("-map", "0:V:0", "-frames:v", "1", "-q:v", "4"),
-        *("-vf", f"scale='ceil(iw*sar/2)*2':ih,setsar=1,scale=-2:{height}"),
-        *("-update", "1", "-f", "image2", f"file:{output}"),
-    ], PICTURE_TIME_LIMIT)  # fmt: skip
-    if done.status != 0 or not output.exists():
-        raise DataError(f"{path}: no picture at {seconds:.1f} s: {done.reason}")

@@ -91,7 +91,7 @@ class StoredScores:
     """What one query [D] finds; as `MatrixScores`.
 
     Exact for every read-out that is not above the best event's cosine, as none is: videos come in
-    the order of their best event, and the search goes on until that is below the k-th best score.
+    the order of their best event, and the search continues until that is below the k-th best score.
     """
 
     source: StoredEvents

@@ -124,7 +124,7 @@ def current(entries: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
 
 
 def check_unchanged(uri: str, opened: dict, now: dict | None) -> None:
-    """SearchError: another process has made the index anew, for another model than it was opened
-    with, so that sentences and events of now do not compare."""
+    """SearchError: another process has replaced the index by one of another model than it was
+    opened with, so that sentences and events of now do not compare."""
     if now != opened:
-        raise SearchError(f"{uri}: it was made anew for another model: start this program again")
+        raise SearchError(f"{uri}: it is another model's by now: start this program again")

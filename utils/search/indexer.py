@@ -7,7 +7,6 @@ when its last window is. What was added is in the index for good, whenever the p
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
 import queue
@@ -368,12 +367,11 @@ class Indexer:
                 yield job
 
     def _wait(self, progress: Progress) -> tuple:
-        for _ in itertools.count():
+        while True:
             try:
                 return self.decoded.get(timeout=1.0)
             except queue.Empty:
                 progress.sign()
-        raise AssertionError
 
     @torch.inference_mode()
     def _encode(self, pending: list[tuple[Job, Tensor]]) -> None:

@@ -76,7 +76,7 @@ class LanceIndex:
 
     def videos(self) -> list[Entry]:
         check_unchanged(self.uri, self.model, self._read_model())
-        self._open_tables()  # they may have been made anew for the same model
+        self._open_tables()  # they may have been replaced, for the same model
         return current(self._rows())[0]
 
     def add(self, entry: Entry, events: Events | None, replaced: Sequence[Entry] = ()) -> None:

@@ -58,7 +58,7 @@ class Matrix:
         if new:
             few = len(new) <= FEW and len(new) < len(wanted)
             self._read(new, self.storage.vectors(new if few else None))
-        for token in self.code_of.keys() - wanted.keys():  # its rows are scored for nobody
+        for token in self.code_of.keys() - wanted.keys():  # its rows are scored for no one
             self.code_of.pop(token)
         found = torch.bincount(self.codes, minlength=len(self.ids)).tolist()
         lacking = [token for token, code in self.code_of.items() if found[code] != wanted[token]]

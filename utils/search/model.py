@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from models import ProPyConfig
 from models.clip_weights import WEIGHTS_FILES, WEIGHTS_FOLDER, weights_path
 from models.trained import backbone_fingerprint, load_propy
 from utils import SearchError
@@ -60,7 +61,7 @@ def load_model(checkpoint: str | None, clip_weights: str | None) -> nn.Module:
         return load_propy(checkpoint, clip_weights)
     from models.zero_shot import load_zero_shot
 
-    return load_zero_shot(clip_weights).eval()
+    return load_zero_shot(clip_weights)
 
 
 def describe(model: nn.Module, files: dict[str, str | None]) -> dict:
@@ -78,8 +79,10 @@ def describe(model: nn.Module, files: dict[str, str | None]) -> dict:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 of all that event embeddings depend on: weights and settings."""
-    settings = {k: v for k, v in asdict(model.config).items() if k not in NOT_IN_EVENTS}
+    """sha256 of all that event embeddings depend on: weights, and settings that are not the
+    published ones, so that an index outlives the settings that later versions add."""
+    published, settings = asdict(ProPyConfig()), asdict(model.config)
+    settings = {k: v for k, v in settings.items() if k not in NOT_IN_EVENTS and v != published[k]}
     digest = hashlib.sha256(json.dumps([type(model).__name__, settings], sort_keys=True).encode())
     digest.update(backbone_fingerprint(model.clip).encode())
     backbone = {f"clip.{name}" for name in model.clip.state_dict()}

@@ -241,15 +241,14 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _answer(self, request: Request) -> Response | None:
-        from starlette.responses import JSONResponse, RedirectResponse
+        from starlette.responses import RedirectResponse
 
         if request.method not in ("GET", "HEAD"):
-            headers = {"allow": "GET, HEAD"}
-            return JSONResponse({"error": "only GET"}, status_code=405, headers=headers)
+            return _said(405, "only GET", {"allow": "GET, HEAD"})
         site = request.headers.get("sec-fetch-site", "none")
         mode = request.headers.get("sec-fetch-mode")
         if site not in ("none", "same-origin") and mode != "navigate":
-            return JSONResponse({"error": "only from this page"}, status_code=403)
+            return _said(403, "only from this page")
         if self._token is None:
             return None
         given = request.query_params.get("token")
@@ -261,8 +260,7 @@ class Guard:
             return answer
         if self._right(request.cookies.get(COOKIE, "")):
             return None
-        said = "a token is needed: open the address that the program printed"
-        return JSONResponse({"error": said}, status_code=401)
+        return _said(401, "a token is needed: open the address that the program printed")
 
     def _right(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token.encode())

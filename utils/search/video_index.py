@@ -211,10 +211,13 @@ class VideoIndex:
         """
         with self._searching:
             texts = self.encode_texts(queries) if queries else self._some_events(RECALL_QUERIES)
-            found = {}
-            for self.approximate in (True, False):
-                results = self.search_embedded(texts, k)
-                found[self.approximate] = [{hit.video.id for hit in r} for r in results]
+            found, before = {}, self.approximate
+            try:
+                for self.approximate in (True, False):
+                    results = self.search_embedded(texts, k)
+                    found[self.approximate] = [{hit.video.id for hit in r} for r in results]
+            finally:
+                self.approximate = before
         pairs = zip(found[True], found[False], strict=True)
         return float(np.mean([len(some & all_) / len(all_) for some, all_ in pairs if all_]))
 
@@ -269,7 +272,7 @@ class VideoIndex:
         """Make the index unless it is there, for the model that is named or at hand.
 
         Raises:
-            SearchError: it is there, for another model, and `rebuild` does not say to make it anew.
+            SearchError: it is there, for another model, and `rebuild` does not say to replace it.
         """
         if self.storage.model and not rebuild:
             self.model  # noqa: B018  refuses another
@@ -317,12 +320,12 @@ class VideoIndex:
                 "--checkpoint and --clip_weights away, or index again with --rebuild"
             )
 
-    def _now(self, anew: bool = False) -> Snapshot:
-        """What indexers have made of it by now; `anew`: read even if it seems unchanged."""
+    def _now(self, again: bool = False) -> Snapshot:
+        """What indexers have made of it by now; `again`: read even if it seems unchanged."""
         self._description  # noqa: B018  there is an index
         with self._looking:
             version = self.storage.version()
-            if version != self._snapshot.version or anew:
+            if version != self._snapshot.version or again:
                 entries = {entry.id: entry for entry in self.storage.videos()}
                 self._snapshot = Snapshot(version, entries)
             return self._snapshot
@@ -332,7 +335,7 @@ class VideoIndex:
         store."""
         own, readout = self._description, self.model.readout
         for attempt in range(REFRESHES):
-            now = self._now(anew=attempt > 0)
+            now = self._now(again=attempt > 0)
             rows = sum(entry.windows for entry in now.entries.values()) * own["events"]
             room, size = self.memory_gib * 2**30, rows * own["width"]
             if self.approximate or 2 * size > room or self.storage.most_nearest:

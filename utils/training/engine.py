@@ -254,7 +254,7 @@ def train_one_epoch(
             if sums.skipped_steps == sums.steps == SKIPPED_TO_WARN:
                 logger.warning(
                     "the loss scaler has skipped all %d steps of this epoch so far: loss or "
-                    "gradient are not finite in float16, and nothing is trained. If it goes on: "
+                    "gradient are not finite in float16, and nothing is trained. If it stays so: "
                     "--precision bf16 or fp32, or a lower --lr",
                     sums.steps,
                 )

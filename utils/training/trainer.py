@@ -29,7 +29,6 @@ from utils.evaluation.rows import VCMR, Rows
 from utils.logger import EpochLog, SilentEpochLog
 from utils.misc import memory_advice, peak_memory_gib
 from utils.training.checkpoint import (
-    BEST,
     BESTS,
     LATEST,
     copy_checkpoint,
@@ -144,7 +143,7 @@ class Trainer:
         zero_shot: Mapping[str, Rows] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.loader, self.evaluator = model, loader, evaluator
-        self.latest, self.best = folder / LATEST, folder / BEST
+        self.latest = folder / LATEST
         self.bests = {name: folder / file for name, file in BESTS.items()}
         self.config, self.device, self.resumed_from = config, device, resume
         self._say_what_an_epoch_is()
@@ -232,7 +231,7 @@ class Trainer:
             score, epoch = progress.best(name)
             if epoch is not None:
                 logger.info("best epoch %s, score %.2f: %s", epoch, score, path)
-        return self.best
+        return self.bests["best"]
 
     def _show_zero_shot(self) -> None:
         """What is to beat: as a table, and as a record, which a log that is continued has."""
