@@ -31,8 +31,9 @@ def clip_file(base: Path) -> Path:
     return path
 
 
-def write_noise(path: Path, seed: int, frames: int = 12) -> None:
-    """A video of 3 frames a second like no other."""
+def write_noise(path: Path, seed: int, frames: int = 36) -> None:
+    """A video of 3 frames a second like no other; none of the 32 that are seen is seen twice, so no
+    two events are equal."""
     random = np.random.default_rng(seed)
     small = random.integers(0, 255, (frames, 8, 8, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)

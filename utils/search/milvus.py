@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import string
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -37,6 +38,7 @@ NAME, FACTS, PATIENCE = 64, 60_000, 30.0  # bytes of an id and of a row's JSON; 
 DTYPES = dict(zip(COLUMNS, (object, "i4", "i2", "i1", "f4", "f4"), strict=True))
 # Rows of the collection of videos that are none.
 MODEL, VERSION, PENDING = "model", "version", "pending"
+KEY_LETTERS = f"{string.ascii_lowercase}{string.digits}-"
 
 
 class MilvusIndex:
@@ -187,14 +189,12 @@ class MilvusIndex:
         ]
 
     def _keys(self, prefix: str = "") -> list[str]:
-        """Of all rows of videos, page by page in their order."""
-        keys: list[str] = []
-        while True:
-            last = keys[-1] if keys else ""
-            page = self._query(self._videos, f'key > "{last}"', ["key"])
-            if not page:
-                return [key for key in keys if key.startswith(prefix)]
-            keys = sorted({*keys, *(row["key"] for row in page)})
+        """Of all rows of videos that begin so. An answer that is full may lack any: then by the
+        next character."""
+        page = self._query(self._videos, f'key like "{prefix}%"', ["key"])
+        if len(page) < MOST_ROWS:
+            return [row["key"] for row in page]
+        return [key for letter in KEY_LETTERS for key in self._keys(prefix + letter)]
 
     def _rows(self, keys: Sequence[str]) -> list[dict]:
         found = self._query(self._videos, f"key in {json.dumps(list(keys))}", ["facts"])
