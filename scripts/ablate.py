@@ -4,8 +4,8 @@
     seeds="1 2 3 4 5" bash scripts/ablate.sh tvr scripts/ablations/readout.json
 
 The same command continues after an interruption; a finished run is never run again. Flags of
-main.py after the grid are for all runs. One run at a time on each GPU (or group of --gpus), one on
-a CPU.
+main.py after the grid are for all runs. One run at a time on each GPU (or group of --gpus); without
+any, runs share the cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from utils.command import USER_ERRORS, Parser, run_command
 from utils.evaluation.embeddings import load_embeddings
 from utils.evaluation.ranking import video_scores
 from utils.files import locked_folder, read_records, write_json
-from utils.report.ablation import MOST_SEEDS, TWIN, Ablation, Variant, numbers_of
+from utils.misc import usable_cores
+from utils.report.ablation import CHOSEN_BY, MOST_SEEDS, TWIN, Ablation, Variant, numbers_of
 from utils.report.run_log import read_args, read_epochs
 from utils.training.checkpoint import BEST
 
@@ -52,6 +53,7 @@ DECIDED = {
 NEEDED = "--do_train=1 --prvr_train_annos=x --prvr_val_annos=x --video_dir=x"  # of any training
 SETTING, RESULT, OUTPUT = "setting.json", "result.json", "output.txt"
 EMBEDDINGS = "embeddings.h5"
+MOST_AT_ONCE = 8  # runs without GPUs, each with a thread or more and a GiB or more
 TEST_CHOSEN = (
     "Epochs were chosen on the split that is reported, as in the authors' program, so all numbers "
     "are somewhat too high."
@@ -193,7 +195,7 @@ class Runner:
         self.corpus = corpus
         self.lock, self.processes, self.stopped = threading.Lock(), set(), False
         self.free: queue.Queue[dict[str, str]] = queue.Queue()
-        for places in gpu_groups(gpus):
+        for places in run_places(gpus):
             self.free.put(places)
 
     def run_all(self, runs: Sequence[Run]) -> list[str]:
@@ -285,13 +287,15 @@ class Runner:
             raise
 
 
-def gpu_groups(gpus: int) -> list[dict[str, str]]:
-    """The environment of each place where a run can be: groups of GPUs; one without any."""
+def run_places(gpus: int) -> list[dict[str, str]]:
+    """The environment of each place where a run can be: groups of GPUs, or shares of the cores."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     names = named.split(",")[:count] if named else [str(i) for i in range(count)]
-    if not names:
-        return [{}]
+    if not names:  # small networks gain more by runs side by side than by threads
+        cores = usable_cores()
+        places = max(1, min(cores // gpus, MOST_AT_ONCE))
+        return [{"OMP_NUM_THREADS": str(max(1, cores // (places * gpus)))}] * places
     if gpus > len(names):
         raise RunError(f"--gpus {gpus}: this machine has {len(names)}")
     groups = [names[i : i + gpus] for i in range(0, len(names) - gpus + 1, gpus)]
@@ -319,6 +323,7 @@ def measure(folder: Path, test: Path | None) -> dict[str, float]:
         model.encode_video(frames)
     numbers["gflop"] = counter.get_total_flops() / 1e9
     if test:
+        numbers[CHOSEN_BY] = max(epoch["SumR"] for epoch in epochs)
         split, saved = Split.read(test, VAL), load_embeddings(folder / EMBEDDINGS).embeddings
         scores = video_scores(saved.texts, saved.events, readout=model.readout)
         for kind in demo.QUERY_TYPES:

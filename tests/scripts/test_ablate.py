@@ -21,7 +21,7 @@ from models import ProPy, ProPyConfig
 from models.clip import CLIP
 from modules.pyramid import PromptPyramid
 from scripts import ablate
-from scripts.ablate import Corpus, Run, Runner, gpu_groups, open_corpus, read_grid, report
+from scripts.ablate import Corpus, Run, Runner, open_corpus, read_grid, report, run_places
 from scripts.demo import run as demo
 from scripts.demo.run import against_twin
 from tests.corpus import FLAGS, TinyRun, tiny_corpus
@@ -58,7 +58,7 @@ def stub(tmp_path, monkeypatch):
     path, log = tmp_path / "stub.py", tmp_path / "stub.log"
     path.write_text(STUB)
     monkeypatch.setenv("STUB_LOG", str(log))
-    monkeypatch.setattr(ablate, "gpu_groups", lambda gpus: [{}])
+    monkeypatch.setattr(ablate, "run_places", lambda gpus: [{}])
     measured = lambda folder, test: {"SumR": float(folder.name[5:])}  # noqa: E731
     monkeypatch.setattr(ablate, "measure", measured)
 
@@ -119,7 +119,7 @@ def test_runs_of_another_setting_are_refused(stub, tmp_path, other) -> None:
 def test_an_interruption_stops_the_runs_and_the_next_call_goes_on(
     stub, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(ablate, "gpu_groups", lambda gpus: [{"CUDA_VISIBLE_DEVICES": "0"}] * 2)
+    monkeypatch.setattr(ablate, "run_places", lambda gpus: [{"CUDA_VISIBLE_DEVICES": "0"}] * 2)
     monkeypatch.setenv("STUB_SECONDS", "60")
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
@@ -136,7 +136,7 @@ def test_an_interruption_stops_the_runs_and_the_next_call_goes_on(
 
 def test_each_gpu_has_one_run_at_a_time(stub, tmp_path, monkeypatch) -> None:
     places = [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
-    monkeypatch.setattr(ablate, "gpu_groups", lambda gpus: places)
+    monkeypatch.setattr(ablate, "run_places", lambda gpus: places)
     monkeypatch.setenv("STUB_SECONDS", "0.3")
     assert Runner(stub.corpus, 2).run_all(runs(tmp_path, seeds=(1, 2, 3))) == []
     calls = sorted(stub.calls(), key=lambda call: call["from"])
@@ -150,20 +150,29 @@ def test_each_gpu_has_one_run_at_a_time(stub, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("visible", "count", "gpus", "groups"),
     [
-        (None, 0, 1, None), ("", 0, 4, None), (None, 3, 1, ["0", "1", "2"]),
-        ("4,5,6,7,8", 5, 2, ["4,5", "6,7"]), ("GPU-a,GPU-b", 2, 1, ["GPU-a", "GPU-b"]),
+        (None, 3, 1, ["0", "1", "2"]), ("4,5,6,7,8", 5, 2, ["4,5", "6,7"]),
+        ("GPU-a,GPU-b", 2, 1, ["GPU-a", "GPU-b"]),
     ],
 )  # fmt: skip
-def test_groups_of_gpus(monkeypatch, visible, count, gpus, groups) -> None:
+def test_places_on_gpus(monkeypatch, visible, count, gpus, groups) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    expected = [{"CUDA_VISIBLE_DEVICES": names} for names in groups] if groups else [{}]
-    assert gpu_groups(gpus) == expected
-    if groups:
-        with pytest.raises(RunError, match=f"this machine has {count}"):
-            gpu_groups(count + 1)
+    assert run_places(gpus) == [{"CUDA_VISIBLE_DEVICES": names} for names in groups]
+    with pytest.raises(RunError, match=f"this machine has {count}"):
+        run_places(count + 1)
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "places", "threads"),
+    [(1, 1, 1, 1), (2, 1, 2, 1), (2, 4, 1, 1), (6, 2, 3, 1), (32, 1, 8, 4), (32, 4, 8, 1)],
+)
+def test_places_on_a_cpu_share_its_cores(monkeypatch, cores, gpus, places, threads) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(ablate, "usable_cores", lambda: cores)
+    assert run_places(gpus) == [{"OMP_NUM_THREADS": str(threads)}] * places
 
 
 def test_flags_of_the_base_are_those_of_all(tmp_path) -> None:
@@ -260,6 +269,7 @@ def tiny(tmp_path, tmp_path_factory, monkeypatch) -> Corpus:
         run.works(*command)
 
     monkeypatch.setattr(Runner, "_call", call)
+    monkeypatch.setattr(ablate, "run_places", lambda gpus: [{}])  # forks come one by one
     return Corpus("tiny", [*common, *train], [*common, *evaluate], "", "A note.", test)
 
 
