@@ -166,6 +166,7 @@ def test_a_batch_in_parts_is_the_whole_batch(parts: int, chosen: dict) -> None:
     (whole, gradients), (in_parts, part_gradients) = results
     assert in_parts.loss == pytest.approx(whole.loss, abs=1e-12)
     assert in_parts.grad_norm == pytest.approx(whole.grad_norm, rel=1e-10)
+    assert in_parts.level_shares == pytest.approx(whole.level_shares, rel=1e-6)
     torch.testing.assert_close(part_gradients, gradients, rtol=1e-9, atol=1e-12)
 
 

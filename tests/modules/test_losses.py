@@ -91,7 +91,7 @@ def test_a_step_adds_the_weighted_term(name: str) -> None:
     losses, gradients = [], []
     for used in (PUBLISHED_LOSS, weights):
         model.zero_grad()
-        losses.append(batch_gradient(model, batch, scaler, "fp32", 1, used).item())
+        losses.append(batch_gradient(model, batch, scaler, "fp32", 1, used)[0].item())
         gradients.append(model.prompts.visual_prompts.grad.clone())
     with torch.no_grad():
         texts, target = model.encode_text(batch["token_ids"]), batch["text_to_video"]

@@ -97,13 +97,15 @@ def test_an_epoch_run_again_counts_once(tmp_path) -> None:
 
 
 def test_what_is_a_curve() -> None:
-    epochs = [*records(2), {"epoch": 3, "loss": None, "lr": float("nan"), "note": "text", "R1": 1}]
-    assert curve_names(epochs) == ["loss", "lr", "R1", "SumR", "VCMR/0.5-r10",
+    epochs = [*records(2), {"epoch": 3, "loss": None, "lr": float("nan"), "note": "text", "R1": 1,
+                            "gradient/level_2": 40.0}]  # fmt: skip
+    assert curve_names(epochs) == ["loss", "lr", "gradient/level_2", "R1", "SumR", "VCMR/0.5-r10",
                                    "VCMR/random_event/0.5-r10", "VR/r1"]  # fmt: skip
     assert curve(epochs, "loss") == [(1, 1.0), (2, 0.5)] and len(curve(epochs, "lr")) == 2
     assert curve(epochs, "R1")[-1] == (3, 1)
     assert best_epoch(records(5))["epoch"] == 4
     assert label("VR/r5") == "VR R@5 (%)" and label("something") == "something"
+    assert label("gradient/level_2") == "share of the gradient, level 2 (%)"
 
 
 def test_scores_that_are_not_normalised_have_a_panel_of_their_own(tmp_path) -> None:

@@ -126,7 +126,7 @@ def test_a_frozen_logit_scale_is_clamped_again(golden, tmp_path, step: int, expe
 
 def test_all_of_a_runs_state_comes_back(golden, tmp_path) -> None:
     model, optimizer, scaler = trained(golden)
-    sums = EpochSums(7, 1, 0.1 + 0.2, 1 / 3, 5.5, 6.5)
+    sums = EpochSums(7, 1, 0.1 + 0.2, 1 / 3, 5.5, 6.5, [0.1, 0.7])
     record, facts = {"epoch": 1, "global_step": 14, "loss": 0.1}, {"precision in use": "amp"}
     progress = Progress(1, 17, None, None, {}, sums, last_record=record, facts=facts)
     seeded = [random.seed, np.random.seed, torch.manual_seed]

@@ -1,15 +1,19 @@
-"""An epoch of steps: what is said when the loss scaler skips them."""
+"""An epoch of steps: what is said when the loss scaler skips them, and levels' shares of the
+gradient."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from models import build_model
+from modules.losses import video_text_loss
+from tests.distributed_program import random_batch
 from tests.golden_model import GoldenModel
 from utils import RunError
 from utils.training import engine
-from utils.training.engine import SKIPPED_TO_WARN, TrainConfig, train_one_epoch
+from utils.training.engine import SKIPPED_TO_WARN, TrainConfig, batch_gradient, train_one_epoch
 from utils.training.optim import build_optimizer
 from utils.training.progress import EpochSums
 
@@ -52,3 +56,29 @@ def test_skipped_steps_are_warned_of_and_an_epoch_of_them_is_an_error(
     assert torch.equal(before, model.prompts.event_prompts) == (not taken)
     assert sums.skipped_steps == steps - len(taken)
     assert (f"skipped all {SKIPPED_TO_WARN} steps" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("readout", ["max", "consensus", "levels"])
+def test_a_level_gets_gradient_where_the_score_asks_it(readout: str) -> None:
+    """By the best events' levels for "max", in some measure always where every level is asked."""
+    torch.manual_seed(0)
+    model = GoldenModel.read("m3").build(readout=readout).double()
+    batch = random_batch(model, torch.float64)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    _, shares = batch_gradient(model, batch, scaler, "fp32", 1)
+    assert shares.sum().item() == pytest.approx(1)
+
+    events = model.encode_video(batch["frames"]).detach().requires_grad_()
+    texts = model.encode_text(batch["token_ids"]).detach()
+    video_text_loss(model.scores(texts, events), batch["text_to_video"]).backward()
+    levels, norms = model.pyramid.level_of_event.tolist(), [0.0] * len(shares)
+    for video in events.grad:
+        for level, gradient in zip(levels, video, strict=True):
+            norms[level - 1] += sum(x * x for x in gradient.tolist()) ** 0.5
+    assert shares.tolist() == pytest.approx([norm / sum(norms) for norm in norms])
+
+    unit_texts, unit_events = (nn.functional.normalize(rows, dim=-1) for rows in (texts, events))
+    cosines = torch.einsum("td,ved->tve", unit_texts, unit_events)
+    winners = {levels[e] for e in cosines.argmax(-1).flatten().tolist()}
+    rewarded = {level for level, share in enumerate(shares.tolist(), start=1) if share}
+    assert rewarded == (winners if readout == "max" else set(levels))

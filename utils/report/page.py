@@ -182,7 +182,7 @@ def result_rows(run: Run) -> dict[str, Rows]:
         else:
             rows, name = {}, ""
             for key, value in record.items():
-                if key not in (*run_log.COUNTERS, *run_log.TRAINING):
+                if run_log.is_metric(key):
                     row, _, key = key.rpartition("/")
                     rows.setdefault(row or COSINE, {})[key] = value
         if not isinstance(rows, dict) or not all(isinstance(r, dict) for r in rows.values()):

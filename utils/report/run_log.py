@@ -17,7 +17,7 @@ COUNTERS = (
     *("epoch", "global_step", "steps", "skipped_steps", "best_epoch", "best_dot_epoch"),
     *("val_videos", "val_videos_left_out", "val_queries", "val_queries_left_out"),
 )
-# What training says of itself; every other number of a record is a metric.
+# What training says of itself, besides shares of the gradient; every other number is a metric.
 TRAINING = ("loss", "lr", "grad_norm", "data_time", "step_time", "memory_gib")
 NAMES = {
     "loss": "training loss", "lr": "learning rate", "grad_norm": "gradient norm before clipping",
@@ -28,6 +28,7 @@ NAMES = {
 OF_DOT = f"{DOT}/"  # before PRVR metrics of scores whose events are not normalised
 NOT_NORMALISED = ", events not normalised"
 MOMENT_RECALL = re.compile(r"(\w+)/([\d.]+)-r(\d+)")
+LEVEL_SHARE = re.compile(r"gradient/level_(\d+)")  # of the pyramid, the bottom is 1
 VIDEO_RECALL = re.compile(r"(\w+)/r(\d+)")
 
 
@@ -119,13 +120,20 @@ def curve(epochs: list[dict], name: str) -> list[tuple[int, float]]:
 def curve_names(epochs: list[dict]) -> list[str]:
     """All numbers that were logged: training first, then metrics in the order of the log."""
     found = dict.fromkeys(key for record in epochs for key in record if curve([record], key))
-    rest = [name for name in found if name not in (*COUNTERS, *TRAINING)]
-    return [name for name in TRAINING if name in found] + rest
+    first = [name for name in TRAINING if name in found]
+    first += [name for name in found if LEVEL_SHARE.fullmatch(name)]
+    return first + [name for name in found if is_metric(name)]
+
+
+def is_metric(name: str) -> bool:
+    """Whether a number of the log is one of retrieval, not of training."""
+    return name not in (*COUNTERS, *TRAINING) and not LEVEL_SHARE.fullmatch(name)
 
 
 def label(name: str) -> str:
     """What a reader calls a number of the log, with its unit."""
     plain = MOMENT_RECALL.sub(r"\1 R@\3, IoU ≥ \2 (%)", name.removeprefix(OF_DOT))
+    plain = LEVEL_SHARE.sub(r"share of the gradient, level \1 (%)", plain)
     shown = NAMES.get(plain, VIDEO_RECALL.sub(r"\1 R@\2 (%)", plain))
     return shown + NOT_NORMALISED if name.startswith(OF_DOT) else shown
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from utils import RunError
 from utils.distributed import gather, gather_rows, is_main, rank, shares, sum_gradients
 from utils.misc import autocast, peak_memory_gib, to_device
 from utils.training.optim import set_learning_rate
-from utils.training.progress import EpochSums
+from utils.training.progress import EpochSums, StepResult
 
 logger = logging.getLogger("propy.engine")
 
@@ -58,15 +58,6 @@ class TrainConfig(LossWeights):
     save_every_steps: int = 0
 
 
-@dataclass
-class StepResult:
-    """What one optimizer step did."""
-
-    loss: float
-    grad_norm: float  # before clipping
-    skipped: bool  # by the loss scaler, because a gradient was not finite
-
-
 def train_step(
     model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     *, precision: str = "fp32", micro_batches: int = 1, clip_grad_norm: float = 1.0,
@@ -86,7 +77,7 @@ def train_step(
             it has skipped so many that it never will find a scale. The weights are as before.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = batch_gradient(model, batch, scaler, precision, micro_batches, weights)
+    loss, shares = batch_gradient(model, batch, scaler, precision, micro_batches, weights)
     if not scaler.is_enabled() and not loss.isfinite():
         raise _not_finite("loss", loss, batch)
     scaler.unscale_(optimizer)
@@ -101,14 +92,15 @@ def train_step(
     skipped = scaler.get_scale() < scale
     if skipped and scaler.get_scale() < SMALLEST_LOSS_SCALE:
         raise _not_finite("loss or gradient", loss, batch)
-    return StepResult(loss.item(), grad_norm.item(), skipped)
+    return StepResult(loss.item(), grad_norm.item(), skipped, shares.tolist())
 
 
 def batch_gradient(
     model: nn.Module, batch: dict, scaler: torch.amp.GradScaler, precision: str,
     micro_batches: int, weights: LossWeights = PUBLISHED_LOSS,
-) -> Tensor:  # fmt: skip
-    """The gradient of the whole batch's loss, scaled, into the parameters; returns the loss.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient of the whole batch's loss, scaled, into the parameters; returns the loss and
+    the levels' shares of its gradient.
 
     Own rows are embedded, those of all processes gathered, the loss is that of all; its gradient of
     the own rows continues into the network. With several micro-batches only one of them holds its
@@ -135,8 +127,9 @@ def batch_gradient(
     with torch.set_grad_enabled(micro_batches == 1):
         embedded = [[embed(encode, rows) for rows in inputs] for encode, inputs in sides]
     own = [torch.cat(rows).detach().requires_grad_() for rows in embedded]
-    events, texts = map(gather_rows, own, counts)
-    events, backwards = _apart(events, videos, turned)
+    rows, texts = map(gather_rows, own, counts)
+    rows.retain_grad()
+    events, backwards = _apart(rows, videos, turned)
     frozen = None
     if weights.text_relations:
         with torch.no_grad():
@@ -144,6 +137,7 @@ def batch_gradient(
         frozen = gather(frozen, counts[1])
     loss = _loss(model, batch["text_to_video"], events, texts, weights, turned, backwards, frozen)
     scaler.scale(loss).backward()
+    gradients_by_level = level_shares(rows.grad, model.pyramid.events_per_level)
     if not is_main():  # the whole loss's own gradients, of a trained logit scale, count once
         model.zero_grad(set_to_none=True)
     for (encode, inputs), embeddings, whole in zip(sides, embedded, own, strict=True):
@@ -154,7 +148,24 @@ def batch_gradient(
             if embedding.requires_grad:  # texts without prompts on a frozen CLIP do not
                 embedding.backward(gradient)
     sum_gradients(model)
-    return loss.detach()
+    return loss.detach(), gradients_by_level
+
+
+def level_shares(gradient: Tensor, events_per_level: Sequence[int]) -> Tensor:
+    """How much of a loss's gradient each level of the pyramid gets: the norms of its events'
+    gradients, as shares of those of all events. A level whose events never win a maximum gets 0.
+
+    Args:
+        gradient: [B, N_e, D], top level first.
+        events_per_level: bottom level first.
+
+    Returns:
+        [number of levels], bottom level first.
+    """
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    by_level = gradient.norm(dim=2).sum(0).split(list(events_per_level[::-1]))
+    norms = torch.stack([level.sum() for level in reversed(by_level)])
+    return norms / norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def _reversed_videos(num_videos: int, weights: LossWeights) -> list[int]:
@@ -250,7 +261,7 @@ def train_one_epoch(
             except RunError as error:
                 raise RunError(f"step {step + 1}: {error}") from None
             done = time.perf_counter()
-            sums.add(result.loss, result.grad_norm, result.skipped, loaded - started, done - loaded)
+            sums.add(result, loaded - started, done - loaded)
             if sums.skipped_steps == sums.steps == SKIPPED_TO_WARN:
                 logger.warning(
                     "the loss scaler has skipped all %d steps of this epoch so far: loss or "

@@ -25,6 +25,16 @@ def run_facts(
 
 
 @dataclass
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    skipped: bool  # by the loss scaler, because a gradient was not finite
+    level_shares: list[float]  # of the gradient, see `engine.level_shares`
+
+
+@dataclass
 class EpochSums:
     """Running sums over the steps of an epoch so far, from which its means are logged."""
 
@@ -34,22 +44,30 @@ class EpochSums:
     grad_norm: float = 0.0
     data_time: float = 0.0  # seconds waiting for batches
     step_time: float = 0.0  # seconds working on them
+    level_shares: list[float] = field(default_factory=list)  # bottom level first
 
-    def add(
-        self, loss: float, grad_norm: float, skipped: bool, data_time: float, step_time: float
-    ) -> None:
+    def add(self, result: StepResult, data_time: float, step_time: float) -> None:
         """One more step."""
         self.steps += 1
-        self.skipped_steps += skipped
-        self.loss += 0.0 if skipped else loss
-        self.grad_norm += 0.0 if skipped else grad_norm
         self.data_time += data_time
         self.step_time += step_time
+        if result.skipped:
+            self.skipped_steps += 1
+            return
+        self.loss += result.loss
+        self.grad_norm += result.grad_norm
+        before = self.level_shares or [0.0] * len(result.level_shares)
+        self.level_shares = [a + b for a, b in zip(before, result.level_shares, strict=True)]
 
     def means(self) -> dict[str, float | None]:
-        """Means a step, and numbers of steps; None for loss and gradient if all were skipped."""
-        taken = self.steps - self.skipped_steps
-        return {
+        """Means a step, and numbers of steps; None for loss and gradient if all were skipped. The
+        levels' shares of the gradient in %."""
+        taken, whole = self.steps - self.skipped_steps, sum(self.level_shares)
+        shares = {
+            f"gradient/level_{level}": 100 * share / whole if whole else None
+            for level, share in enumerate(self.level_shares, start=1)
+        }
+        return shares | {
             "loss": self.loss / taken if taken else None,
             "grad_norm": self.grad_norm / taken if taken else None,
             "data_time": self.data_time / self.steps,

@@ -39,12 +39,17 @@ from utils.training.checkpoint import (
 from utils.training.engine import (
     LOG_EVERY,
     LossWeights,
-    StepResult,
     TrainConfig,
     train_one_epoch,
 )
 from utils.training.optim import build_optimizer, learning_rate
-from utils.training.progress import TRAIN_ANNOTATIONS, VAL_ANNOTATIONS, EpochSums, Progress
+from utils.training.progress import (
+    TRAIN_ANNOTATIONS,
+    VAL_ANNOTATIONS,
+    EpochSums,
+    Progress,
+    StepResult,
+)
 from utils.training.signals import DeferredSignals, Stopped
 
 logger = logging.getLogger("propy.trainer")
