@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from io import FileIO
 from itertools import chain
 from pathlib import Path
 
@@ -58,6 +60,7 @@ MAX_TIME_LIMIT = 1e6  # seconds; the system's timers overflow far above
 # header that claims absurd sizes must not take the machine down.
 MEMORY_LIMIT = 8 * 2**30
 MAX_MESSAGES = 2**24  # bytes of ffmpeg's messages that are read
+PIPE = 2**20  # bytes, the most that Linux lets anyone have: several frames
 NO_TIMESTAMP = -(2**63)  # how ffmpeg prints a time it does not know
 # Messages that end every failure and say less than the ones before them.
 CLOSING_WORDS = (
@@ -210,40 +213,30 @@ def run_ffmpeg(
 
 def stream_output(
     arguments: list[str], size: int, patience: float = DEFAULT_TIME_LIMIT
-) -> Iterator[bytes]:
+) -> Iterator[bytearray]:
     """What ffmpeg writes to standard output, in pieces of `size` bytes, as it comes.
 
     Args:
         arguments: as for `run_ffmpeg`.
-        patience: seconds that a piece may take; the time that the caller takes does not count.
+        patience: seconds without a byte; the time that the caller takes does not count.
 
     Returns:
         By way of ``yield from``, ffmpeg's end: a `Completed` without output.
 
     Raises:
-        DataError: a piece took longer, or the process was killed.
+        DataError: nothing came for longer, or the process was killed.
     """
     command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            start_new_session=True, bufsize=0, pipesize=PIPE,
+        )  # fmt: skip
         _running.add(process)
-        timed_out = threading.Event()
         try:
             if prlimit is not None:
                 _limit_memory(process)
-            while True:
-                timer = threading.Timer(patience, lambda: (timed_out.set(), process.kill()))
-                timer.start()
-                piece = process.stdout.read(size)
-                timer.cancel()
-                if len(piece) < size:
-                    break
+            while len(piece := _read_piece(process.stdout, size, patience)) == size:
                 yield piece
             status = process.wait()
         finally:
@@ -251,11 +244,25 @@ def stream_output(
             process.stdout.close()
             process.wait()
             _running.discard(process)
-        if timed_out.is_set():
-            raise DataError(f"no frame within {patience:g} s, and stopped")
         if status < 0:
             raise DataError(f"ffmpeg was ended by signal {-status}")
         return Completed(status, "", _read_back(errors, MAX_MESSAGES))
+
+
+def _read_piece(pipe: FileIO, size: int, patience: float) -> bytearray:
+    """The next `size` bytes; fewer at the end. DataError: nothing came for `patience` seconds."""
+    piece, filled = bytearray(size), 0
+    ready = select.poll()
+    ready.register(pipe, select.POLLIN)
+    while filled < size:
+        if not ready.poll(1000 * patience):
+            raise DataError(f"no frame within {patience:g} s, and stopped")
+        count = pipe.readinto(memoryview(piece)[filled:])
+        if not count:
+            break
+        filled += count
+    del piece[filled:]
+    return piece
 
 
 def _limit_memory(process: subprocess.Popen) -> None:

@@ -134,7 +134,7 @@ class VideoFrames:
                 except StopIteration as end:
                     done = end.value
                     break
-                frame = torch.frombuffer(bytearray(piece), dtype=torch.uint8)
+                frame = torch.frombuffer(piece, dtype=torch.uint8)
                 yield center_crop(frame.view(1, height, width, 3), self.size)[0]
             listed = listing.read_text() if listing.exists() else ""
         self._judge(replace(done, output=listed))
