@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from dataloaders import DataError
 from dataloaders.annotations import TRAIN, VAL, Split
@@ -34,7 +35,7 @@ from modules.torch_files import sha256_of
 from scripts import report
 from scripts.data import check_videos, pack_frames
 from utils import RunError
-from utils.arguments import FLAG_OF_FIELD, parse_args
+from utils.arguments import FLAG_OF_FIELD, parse_args, plain
 from utils.command import USER_ERRORS, Parser, run_command
 from utils.evaluation.published import DATATYPES, PRVR_RESULTS, VCMR_RESULTS, split_size_warning
 from utils.evaluation.rows import COSINE, DOT, VCMR
@@ -226,9 +227,7 @@ def finished(row: Row, folder: Path) -> bool:
     """Whether a run is trained to its end. RunError: it was with other settings."""
     if not (folder / "log.jsonl").is_file():
         return False
-    before = read_args(folder)
-    names = sorted(CHANGE_A_RUN - {"seed"})
-    settings = {name: getattr(row.settings, name) for name in names}
+    before, settings = read_args(folder), decisive(row.settings)
     if other := [f"{k} {before[k]}, not {v}" for k, v in settings.items() if before.get(k, v) != v]:
         raise RunError(
             f"{folder}: was trained with {', '.join(other)}: move it away, or give those"
@@ -380,10 +379,17 @@ def comparison(row: Row) -> Iterator[dict]:
 
 def other_settings(row: Row) -> list[str]:
     """Those that change a run or its model and come from outside."""
-    plain = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    ours, published = (vars(s) for s in (row.settings, read_settings(row.split, plain)))
-    names = sorted((CHANGE_A_RUN | OF_MODEL) - {"seed"} & ours.keys())
-    return [f"{name} {ours[name]}" for name in names if ours[name] != published[name]]
+    without = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    ours, published = (decisive(s) for s in (row.settings, read_settings(row.split, without)))
+    return [f"{name} {value}" for name, value in ours.items() if value != published[name]]
+
+
+def decisive(settings: argparse.Namespace) -> dict[str, Any]:
+    """The flags that decide a run's results or its model, but the seed, as args.json has them."""
+    flags = plain(settings)
+    return {
+        name: flags[name] for name in sorted((CHANGE_A_RUN | OF_MODEL) - {"seed"} & flags.keys())
+    }
 
 
 def compare(

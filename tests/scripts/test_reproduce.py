@@ -167,6 +167,10 @@ def test_training_that_is_stopped_goes_on_and_seeds_are_compared_by_their_mean(
     monkeypatch.setenv("lr", "1e-3")
     assert run(tmp_path, *flags) == 1
     assert "was trained with lr 0.002, not 0.001: move it away" in capsys.readouterr().out
+    monkeypatch.setenv("lr", "2e-3")
+    monkeypatch.setenv("readout", "consensus")
+    assert run(tmp_path, *flags) == 1
+    assert "was trained with readout max, not consensus" in capsys.readouterr().out
 
 
 def test_a_fine_tuned_clip_is_not_the_published_setting(monkeypatch) -> None:
