@@ -33,6 +33,7 @@ from dataloaders.annotations import VAL, Split
 from models import load_propy
 from scripts.benchmark.harness import CPU_FLOP
 from scripts.demo import run as demo
+from scripts.reproduce import decisive, read_settings
 from utils import RunError
 from utils.arguments import parse_args
 from utils.command import USER_ERRORS, Parser, run_command
@@ -71,7 +72,7 @@ class Corpus:
     name: str
     train: list[str]
     evaluate: list[str]
-    made_with: str  # what its videos depend on
+    made_with: str  # what its videos and the runs' common settings depend on
     note: str
     test: Path | None = None  # the demo's test split, whose videos come in pairs
 
@@ -185,7 +186,10 @@ def open_corpus(name: str, gpus: int) -> Corpus:
     evaluate = ["--do_train=0", "--do_eval=1", "--subtask_type=VCMR"]
     program = ["env", f"gpus={gpus}", "bash", script] if gpus > 1 else ["bash", script]
     train = [*program, "--do_train=1", "--do_eval=0"]
-    return Corpus(name, train, [*program, *evaluate], script, TEST_CHOSEN)
+    common = read_settings(name)  # with the variables that are set outside
+    annotations = [str(path) for path in (common.prvr_train_annos, common.prvr_val_annos)]
+    made_with = json.dumps([*annotations, decisive(common)])
+    return Corpus(name, train, [*program, *evaluate], made_with, TEST_CHOSEN)
 
 
 class Runner:

@@ -234,8 +234,10 @@ def test_shipped_grids_are_of_models_that_differ(path, monkeypatch) -> None:
     assert all(a != b for a, b in itertools.combinations(settings, 2)), "two variants are the same"
 
 
-def test_a_corpus_is_the_demo_or_a_split() -> None:
+def test_a_corpus_is_the_demo_or_a_split(monkeypatch) -> None:
     corpus = open_corpus("charades", gpus=2)
+    monkeypatch.setenv("lr", "1e-2")
+    assert open_corpus("charades", gpus=2).made_with != corpus.made_with, "variables count"
     assert corpus.train[:4] == ["env", "gpus=2", "bash", "scripts/prvr_charades.sh"]
     assert "as in the authors' program" in corpus.note
     with pytest.raises(RunError, match="nothing: neither demo"):
