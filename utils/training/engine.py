@@ -127,9 +127,9 @@ def batch_gradient(
     with torch.set_grad_enabled(micro_batches == 1):
         embedded = [[embed(encode, rows) for rows in inputs] for encode, inputs in sides]
     own = [torch.cat(rows).detach().requires_grad_() for rows in embedded]
-    rows, texts = map(gather_rows, own, counts)
-    rows.retain_grad()
-    events, backwards = _apart(rows, videos, turned)
+    all_events, texts = map(gather_rows, own, counts)
+    all_events.retain_grad()
+    events, backwards = _apart(all_events, videos, turned)
     frozen = None
     if weights.text_relations:
         with torch.no_grad():
@@ -137,7 +137,7 @@ def batch_gradient(
         frozen = gather(frozen, counts[1])
     loss = _loss(model, batch["text_to_video"], events, texts, weights, turned, backwards, frozen)
     scaler.scale(loss).backward()
-    gradients_by_level = level_shares(rows.grad, model.pyramid.events_per_level)
+    gradients_by_level = level_shares(all_events.grad, model.pyramid.events_per_level)
     if not is_main():  # the whole loss's own gradients, of a trained logit scale, count once
         model.zero_grad(set_to_none=True)
     for (encode, inputs), embeddings, whole in zip(sides, embedded, own, strict=True):
