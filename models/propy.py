@@ -33,7 +33,7 @@ from modules.interaction import (
 from modules.lora import LoRA
 from modules.prompts import PyramidPrompts
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
-from modules.readout import ranking_name, readout_of
+from modules.readout import AnnealedMaximum, ranking_name, readout_of
 from modules.similarity import event_scores
 from modules.transformer import QUICK_GELU
 
@@ -251,6 +251,12 @@ class ProPy(nn.Module):
             "trainable": sum(trained.values()),
             "reached_by_gradient": sum(n for name, n in trained.items() if name not in dead),
         }
+
+    def set_progress(self, share: float) -> None:
+        """What changes in the course of training: to be called before every optimizer step, with
+        the share of all steps that is done."""
+        if isinstance(self.training_readout, AnnealedMaximum):
+            self.training_readout.anneal(share)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -18,7 +18,8 @@ from modules.pyramid import PromptPyramid
 
 Readout = Callable[[Tensor], Tensor]  # cosines [T, B, N_e] -> scores [T, B]
 
-SOFT_TEMPERATURE = 0.05  # of the soft read-outs; ITA's
+SOFT_TEMPERATURE = 0.05  # of the four best; ITA's
+WARMEST, COLDEST = 0.5, 0.005  # of the annealed maximum: nearly the mean, nearly the largest
 
 
 def best_event(cosines: Tensor) -> Tensor:
@@ -102,16 +103,30 @@ def mean_of_levels(cosines: Tensor, sizes: Sequence[int]) -> Tensor:
     return torch.stack(levels).mean(dim=0)
 
 
-def soft_maximum(cosines: Tensor, count: int | None = None, last: int | None = None) -> Tensor:
-    """Σ w c with w = softmax(c / 0.05), over the `count` largest of the `last` events.
+class AnnealedMaximum(nn.Module):
+    """Σ w c with w = softmax(c / T) over all events, where T falls with training."""
 
-    With 4 of the events it is ITA's aggregation without the sum's normalisation, which would need
-    the embeddings.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("temperature", torch.tensor(WARMEST), persistent=False)
+
+    def anneal(self, share: float) -> None:
+        """Args: share: of training that is done, from 0 to 1."""
+        self.temperature.fill_(WARMEST * (COLDEST / WARMEST) ** share)
+
+    def forward(self, cosines: Tensor) -> Tensor:
+        return _weighted(cosines, self.temperature.to(cosines.device))
+
+
+def top_four(cosines: Tensor, last: int | None = None) -> Tensor:
+    """Σ w c with w = softmax(c / 0.05), over the four largest of the `last` events: ITA's
+    aggregation without the sum's normalisation, which would need the embeddings."""
     chosen = cosines if last is None else cosines[..., -last:]
-    if count is not None:
-        chosen = chosen.topk(min(count, chosen.shape[-1])).values
-    return ((chosen / SOFT_TEMPERATURE).softmax(dim=-1) * chosen).sum(dim=-1)
+    return _weighted(chosen.topk(min(4, chosen.shape[-1])).values, SOFT_TEMPERATURE)
+
+
+def _weighted(cosines: Tensor, temperature: float | Tensor) -> Tensor:
+    return ((cosines / temperature).softmax(dim=-1) * cosines).sum(dim=-1)
 
 
 READOUTS: dict[str, Callable[[PromptPyramid], Readout]] = {
@@ -119,13 +134,12 @@ READOUTS: dict[str, Callable[[PromptPyramid], Readout]] = {
     "consensus": Consensus,
     "half": partial(Consensus, with_best=True),
     "levels": lambda pyramid: partial(mean_of_levels, sizes=pyramid.events_per_level[::-1]),
-    "soft": lambda pyramid: soft_maximum,
-    "top4": lambda pyramid: partial(soft_maximum, count=4),
-    "top4_bottom": lambda pyramid: partial(
-        soft_maximum, count=4, last=pyramid.num_bottom_events
-    ),
-}  # fmt: skip
-RANKED_BY = {"consensus": "half", "soft": "max"}  # after such a training; others rank as they train
+    "annealed": lambda pyramid: AnnealedMaximum(),
+    "top4": lambda pyramid: top_four,
+    "top4_bottom": lambda pyramid: partial(top_four, last=pyramid.num_bottom_events),
+}
+# After such a training; others rank as they train.
+RANKED_BY = {"consensus": "half", "annealed": "max"}
 
 
 def readout_of(name: str, pyramid: PromptPyramid, device: torch.device | None = None) -> Readout:

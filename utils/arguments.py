@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLOT_STYLES = ("readable", "authors")  # of utils.pictures.draw, which imports matplotlib
 # Of modules.pyramid and modules.readout, which import torch.
 VISIBILITIES = ("relatives", "ancestors", "descendants", "all", "self")
-READOUTS = ("max", "consensus", "half", "levels", "soft", "top4", "top4_bottom")
+READOUTS = ("max", "consensus", "half", "levels", "annealed", "top4", "top4_bottom")
 AUTO = "auto"  # --resume: the output folder's own checkpoint; a file of that name is ./auto
 
 # Fields of configurations whose flags have other names, those of the authors' program.
@@ -206,8 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a video's score in training, from its events' cosines: models/README.md#options "
         "explains it and the other options of the network and the loss [published: max]")
     add("--rank_readout", choices=READOUTS,
-        help="its score when videos are ranked (default: consensus: half; soft: max; else that of "
-        "training)")
+        help="its score when videos are ranked (default: consensus: half; annealed: max; else that "
+        "of training)")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=10, help="[published: 10]")

@@ -31,6 +31,18 @@ def test_every_readout_is_its_definition(config, seed: int) -> None:
         assert torch.equal(readout_of(name, pyramid)(cosines[0, 0]), found[0, 0])
 
 
+@pytest.mark.parametrize(("share", "temperature"), [(0, 0.5), (0.5, 0.05), (1, 0.005)])
+def test_the_annealed_maximum_ends_as_one(share: float, temperature: float) -> None:
+    pyramid = PromptPyramid.from_config(PUBLISHED_PYRAMID)
+    readout, cosines = readout_of("annealed", pyramid), torch.rand(4, 5, 42).double()
+    readout.anneal(share)
+    weights = torch.exp(cosines / temperature)
+    expected = (weights * cosines).sum(-1) / weights.sum(-1)
+    torch.testing.assert_close(readout(cosines), expected, rtol=1e-6, atol=0)
+    if share == 1:
+        assert (readout(cosines) - best_event(cosines)).abs().max() < 0.02
+
+
 def test_gaps_in_the_upper_levels_are_gaps() -> None:
     pyramid = PromptPyramid.from_config(GAPS)
     covered = pyramid.frames_of_event[pyramid.level_of_event == 1].any(dim=0)

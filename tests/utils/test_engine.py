@@ -82,3 +82,16 @@ def test_a_level_gets_gradient_where_the_score_asks_it(readout: str) -> None:
     winners = {levels[e] for e in cosines.argmax(-1).flatten().tolist()}
     rewarded = {level for level, share in enumerate(shares.tolist(), start=1) if share}
     assert rewarded == (winners if readout == "max" else set(levels))
+
+
+def test_the_annealed_readout_follows_the_steps_of_all_epochs() -> None:
+    model = GoldenModel.read("m3").build(readout="annealed")
+    optimizer = build_optimizer(model, 1e-3, 1e-3, 0.2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    batch, seen = random_batch(model, torch.float32), []
+    train_one_epoch(
+        model, [batch] * 2, optimizer, scaler, EpochSums(), TrainConfig(epochs=2),
+        num_steps=2, learning_rate=lambda step: 1e-3, first_step=2, device=torch.device("cpu"),
+        after_step=lambda _: seen.append(model.training_readout.temperature.item()),
+    )  # fmt: skip
+    assert seen == pytest.approx([0.5 * 0.01 ** (2 / 4), 0.5 * 0.01 ** (3 / 4)])

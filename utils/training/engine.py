@@ -252,6 +252,7 @@ def train_one_epoch(
             step = first_step + sums.steps
             rate = learning_rate(step)
             set_learning_rate(optimizer, rate)
+            model.set_progress(step / (num_steps * config.epochs))
             try:
                 result = train_step(
                     model, batch, optimizer, scaler,
