@@ -15,10 +15,8 @@ bash scripts/setup.sh
 case ${variant:=} in
   "") ;;
   plus)
-    # models/README.md, "Options". The evidence so far is the demo's, a synthetic corpus, mostly with
-    # its test split and few seeds: it is not yet confirmed on validation data, nor on real videos.
-    readout=${readout:-consensus}
-    reversed_negatives=${reversed_negatives:-0.3} ;;
+    # scripts/README.md, "Measured on the demo": six seeds of a synthetic corpus, no real videos yet.
+    readout=${readout:-consensus} ;;
   *) echo "launch: variant $variant: plus, or none for the published method" >&2; exit 2 ;;
 esac
 

@@ -217,7 +217,7 @@ def test_the_scripts_evaluate_clip_alone(name, stubbed_scripts) -> None:
 
 @pytest.mark.parametrize("name", ["prvr_tvr", "vcmr_activitynet", "prvr_custom"])
 def test_the_recipe_past_the_published_one(name, stubbed_scripts) -> None:
-    """Two flags and folders of its own; each flag can still be set from outside."""
+    """A flag and folders of its own; the flag can still be set from outside."""
     script = stubbed_scripts / f"{name}.sh"
 
     def flags(**variables: str) -> dict[str, str]:
@@ -225,7 +225,7 @@ def test_the_recipe_past_the_published_one(name, stubbed_scripts) -> None:
         parse_args(words)
         return dict(zip(words[::2], words[1::2], strict=True))
 
-    recipe = {"--readout": "consensus", "--reversed_negatives": "0.3"}
+    recipe = {"--readout": "consensus"}
     folders = ("--output_dir", "--plot_dir")
     published, plus = flags(), flags(variant="plus")
     folder = f"logs/{name}_plus".replace("custom", "mine")
