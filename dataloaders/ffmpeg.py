@@ -18,6 +18,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -60,7 +61,6 @@ MAX_TIME_LIMIT = 1e6  # seconds; the system's timers overflow far above
 # header that claims absurd sizes must not take the machine down.
 MEMORY_LIMIT = 8 * 2**30
 MAX_MESSAGES = 2**24  # bytes of ffmpeg's messages that are read
-PIPE = 2**20  # bytes, the most that Linux lets anyone have: several frames
 NO_TIMESTAMP = -(2**63)  # how ffmpeg prints a time it does not know
 # Messages that end every failure and say less than the ones before them.
 CLOSING_WORDS = (
@@ -218,19 +218,19 @@ def stream_output(
 
     Args:
         arguments: as for `run_ffmpeg`.
-        patience: seconds without a byte; the time that the caller takes does not count.
+        patience: seconds that a piece may take; the time that the caller takes does not count.
 
     Returns:
         By way of ``yield from``, ffmpeg's end: a `Completed` without output.
 
     Raises:
-        DataError: nothing came for longer, or the process was killed.
+        DataError: a piece took longer, or the process was killed.
     """
     command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            start_new_session=True, bufsize=0, pipesize=PIPE,
+            start_new_session=True, bufsize=0,
         )  # fmt: skip
         _running.add(process)
         try:
@@ -250,12 +250,12 @@ def stream_output(
 
 
 def _read_piece(pipe: FileIO, size: int, patience: float) -> bytearray:
-    """The next `size` bytes; fewer at the end. DataError: nothing came for `patience` seconds."""
-    piece, filled = bytearray(size), 0
+    """The next `size` bytes; fewer at the end. DataError: they take longer than `patience`."""
+    piece, filled, deadline = bytearray(size), 0, time.monotonic() + patience
     ready = select.poll()
     ready.register(pipe, select.POLLIN)
     while filled < size:
-        if not ready.poll(1000 * patience):
+        if not ready.poll(1000 * max(0.0, deadline - time.monotonic())):
             raise DataError(f"no frame within {patience:g} s, and stopped")
         count = pipe.readinto(memoryview(piece)[filled:])
         if not count:

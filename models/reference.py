@@ -142,7 +142,7 @@ def encode_text(model: ProPy, token_ids: Tensor) -> Tensor:
 
 
 def readout(name: str, cosines: Tensor, pyramid: PromptPyramid) -> Tensor:
-    """[..., N_e] to [...]: the score of a video in training, at its start, or in ranking."""
+    """[..., N_e] to [...]: the score of a video in training, at its end, or in ranking."""
     best = cosines.max(dim=-1).values
     if name == "max":
         return best
@@ -162,7 +162,7 @@ def readout(name: str, cosines: Tensor, pyramid: PromptPyramid) -> Tensor:
         cosines = cosines[..., level == 1]
     if name != "annealed":
         cosines = cosines.sort(dim=-1, descending=True).values[..., :4]
-    weights = torch.exp(cosines / (0.5 if name == "annealed" else 0.05))
+    weights = torch.exp(cosines / (0.005 if name == "annealed" else 0.05))
     return (weights * cosines).sum(dim=-1) / weights.sum(dim=-1)
 
 

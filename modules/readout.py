@@ -18,7 +18,7 @@ from modules.pyramid import PromptPyramid
 
 Readout = Callable[[Tensor], Tensor]  # cosines [T, B, N_e] -> scores [T, B]
 
-SOFT_TEMPERATURE = 0.05  # of the four best; ITA's
+TOP_TEMPERATURE = 0.05  # of the four best; ITA's
 WARMEST, COLDEST = 0.5, 0.005  # of the annealed maximum: nearly the mean, nearly the largest
 
 
@@ -104,11 +104,13 @@ def mean_of_levels(cosines: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 class AnnealedMaximum(nn.Module):
-    """Σ w c with w = softmax(c / T) over all events, where T falls with training."""
+    """Σ w c with w = softmax(c / T) over all events, where T falls with training; without training
+    it is what it ends as."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("temperature", torch.tensor(WARMEST), persistent=False)
+        coldest = torch.tensor(COLDEST, dtype=torch.float64)
+        self.register_buffer("temperature", coldest, persistent=False)
 
     def anneal(self, share: float) -> None:
         """Args: share: of training that is done, from 0 to 1."""
@@ -122,7 +124,7 @@ def top_four(cosines: Tensor, last: int | None = None) -> Tensor:
     """Σ w c with w = softmax(c / 0.05), over the four largest of the `last` events: ITA's
     aggregation without the sum's normalisation, which would need the embeddings."""
     chosen = cosines if last is None else cosines[..., -last:]
-    return _weighted(chosen.topk(min(4, chosen.shape[-1])).values, SOFT_TEMPERATURE)
+    return _weighted(chosen.topk(min(4, chosen.shape[-1])).values, TOP_TEMPERATURE)
 
 
 def _weighted(cosines: Tensor, temperature: float | Tensor) -> Tensor:

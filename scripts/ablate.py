@@ -5,7 +5,7 @@
 
 The same command continues after an interruption; a finished run is never run again. Flags of
 main.py after the grid are for all runs. One run at a time on each GPU (or group of --gpus); without
-any, runs share the cores.
+any, the demo's runs share the cores.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from dataloaders.annotations import VAL, Split
 from models import load_propy
 from scripts.benchmark.harness import CPU_FLOP
 from scripts.demo import run as demo
-from scripts.reproduce import decisive, read_settings
+from scripts.reproduce import decisive, environment, read_settings
 from utils import RunError
-from utils.arguments import parse_args
+from utils.arguments import parse_args, plain
 from utils.command import USER_ERRORS, Parser, run_command
 from utils.evaluation.embeddings import load_embeddings
 from utils.evaluation.ranking import video_scores
 from utils.files import locked_folder, read_records, write_json
 from utils.misc import usable_cores
 from utils.report.ablation import CHOSEN_BY, MOST_SEEDS, TWIN, Ablation, Variant, numbers_of
-from utils.report.run_log import read_args, read_epochs
+from utils.report.run_log import best_epoch, read_args, read_epochs
 from utils.training.checkpoint import BEST
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,20 +187,21 @@ def open_corpus(name: str, gpus: int) -> Corpus:
     program = ["env", f"gpus={gpus}", "bash", script] if gpus > 1 else ["bash", script]
     train = [*program, "--do_train=1", "--do_eval=0"]
     common = read_settings(name)  # with the variables that are set outside
-    annotations = [str(path) for path in (common.prvr_train_annos, common.prvr_val_annos)]
-    made_with = json.dumps([*annotations, decisive(common)])
+    sources = ("prvr_train_annos", "prvr_val_annos", "video_dir", "frame_store", "subtask_type")
+    chosen = {name: plain(common)[name] for name in sources}
+    made_with = json.dumps(chosen | decisive(common))
     return Corpus(name, train, [*program, *evaluate], made_with, TEST_CHOSEN)
 
 
 class Runner:
-    """Runs everything that is not finished, one run on each group of GPUs."""
+    """Runs everything that is not finished, one run in each place."""
 
     def __init__(self, corpus: Corpus, gpus: int) -> None:
         self.corpus = corpus
         self.lock, self.processes, self.stopped = threading.Lock(), set(), False
         self.free: queue.Queue[dict[str, str]] = queue.Queue()
-        for places in run_places(gpus):
-            self.free.put(places)
+        for place in run_places(gpus, side_by_side=corpus.test is not None):
+            self.free.put(place)
 
     def run_all(self, runs: Sequence[Run]) -> list[str]:
         """Returns why runs failed."""
@@ -224,7 +225,7 @@ class Runner:
         return failed
 
     def check(self, runs: Sequence[Run]) -> None:
-        """RunError: what is in a run's folder was made with other flags or videos."""
+        """RunError: what is in a run's folder was made with other flags or settings."""
         for run in runs:
             setting, path = self.setting(run), run.folder / SETTING
             before = json.loads(path.read_text()) if path.is_file() else setting
@@ -235,38 +236,38 @@ class Runner:
                 )
 
     def setting(self, run: Run) -> dict:
-        corpus = {"corpus": self.corpus.name, "videos": self.corpus.made_with}
+        corpus = {"corpus": self.corpus.name, "settings": self.corpus.made_with}
         return corpus | {"flags": run.variant.flags}
 
     def run(self, run: Run) -> dict[str, float]:
         """Train, score, measure; what an earlier call has done of it stays done."""
-        places = self.free.get()
+        place = self.free.get()
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / SETTING, self.setting(run))
             own = [*run.variant.flags, f"--seed={run.seed}", f"--output_dir={run.folder}"]
             # CLIP alone is the same for every run, and no table here has it
             train = [*self.corpus.train, "--log_zero_shot=0", *own, "--resume=auto"]
-            self._call(train, run.folder, places)
+            self._call(train, run.folder, place)
             evaluated = run.folder / "eval.jsonl"
             if not (evaluated.is_file() and read_records(evaluated)):
                 own += [f"--resume={run.folder / BEST}"]
                 if self.corpus.test:
                     own += [f"--save_embeddings={run.folder / EMBEDDINGS}"]
-                self._call([*self.corpus.evaluate, *own], run.folder, places)
+                self._call([*self.corpus.evaluate, *own], run.folder, place)
             numbers = measure(run.folder, self.corpus.test)
             write_json(run.folder / RESULT, numbers)
             return numbers
         finally:
-            self.free.put(places)
+            self.free.put(place)
 
-    def _call(self, command: list[str], folder: Path, places: dict[str, str]) -> None:
+    def _call(self, command: list[str], folder: Path, place: dict[str, str]) -> None:
         with (folder / OUTPUT).open("ab+") as file:
             with self.lock:
                 if self.stopped:
                     raise RunError(f"{folder}: stopped")
                 process = subprocess.Popen(
-                    command, cwd=ROOT, env=os.environ | places, stdin=subprocess.DEVNULL,
+                    command, cwd=ROOT, env=environment(**place), stdin=subprocess.DEVNULL,
                     stdout=file, stderr=file,
                 )  # fmt: skip
                 self.processes.add(process)
@@ -291,11 +292,14 @@ class Runner:
             raise
 
 
-def run_places(gpus: int) -> list[dict[str, str]]:
-    """The environment of each place where a run can be: groups of GPUs, or shares of the cores."""
+def run_places(gpus: int, side_by_side: bool) -> list[dict[str, str]]:
+    """The environment of each place where a run can be: groups of GPUs; without any, shares of the
+    cores if runs are small enough to be `side_by_side`, else one."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     names = named.split(",")[:count] if named else [str(i) for i in range(count)]
+    if not names and not side_by_side:
+        return [{}]
     if not names:  # small networks gain more by runs side by side than by threads
         cores = usable_cores()
         places = max(1, min(cores // gpus, MOST_AT_ONCE))
@@ -327,7 +331,8 @@ def measure(folder: Path, test: Path | None) -> dict[str, float]:
         model.encode_video(frames)
     numbers["gflop"] = counter.get_total_flops() / 1e9
     if test:
-        numbers[CHOSEN_BY] = max(epoch["SumR"] for epoch in epochs)
+        if "SumR" in (best := best_epoch(epochs)):
+            numbers[CHOSEN_BY] = best["SumR"]
         split, saved = Split.read(test, VAL), load_embeddings(folder / EMBEDDINGS).embeddings
         scores = video_scores(saved.texts, saved.events, readout=model.readout)
         for kind in demo.QUERY_TYPES:

@@ -35,7 +35,7 @@ from modules.torch_files import sha256_of
 from scripts import report
 from scripts.data import check_videos, pack_frames
 from utils import RunError
-from utils.arguments import FLAG_OF_FIELD, parse_args, plain
+from utils.arguments import FLAG_OF_FIELD, build_parser, parse_args, plain
 from utils.command import USER_ERRORS, Parser, run_command
 from utils.evaluation.published import DATATYPES, PRVR_RESULTS, VCMR_RESULTS, split_size_warning
 from utils.evaluation.rows import COSINE, DOT, VCMR
@@ -228,7 +228,9 @@ def finished(row: Row, folder: Path) -> bool:
     if not (folder / "log.jsonl").is_file():
         return False
     before, settings = read_args(folder), decisive(row.settings)
-    if other := [f"{k} {before[k]}, not {v}" for k, v in settings.items() if before.get(k, v) != v]:
+    default = build_parser().get_default  # of what there was no flag for
+    then = {name: before.get(name, default(name)) for name in settings}
+    if other := [f"{k} {then[k]}, not {v}" for k, v in settings.items() if then[k] != v]:
         raise RunError(
             f"{folder}: was trained with {', '.join(other)}: move it away, or give those"
         )

@@ -35,7 +35,8 @@ def test_every_readout_is_its_definition(config, seed: int) -> None:
 def test_the_annealed_maximum_ends_as_one(share: float, temperature: float) -> None:
     pyramid = PromptPyramid.from_config(PUBLISHED_PYRAMID)
     readout, cosines = readout_of("annealed", pyramid), torch.rand(4, 5, 42).double()
-    readout.anneal(share)
+    if share < 1:  # else as a model that is loaded has it
+        readout.anneal(share)
     weights = torch.exp(cosines / temperature)
     expected = (weights * cosines).sum(-1) / weights.sum(-1)
     torch.testing.assert_close(readout(cosines), expected, rtol=1e-6, atol=0)

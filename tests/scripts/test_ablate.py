@@ -58,7 +58,7 @@ def stub(tmp_path, monkeypatch):
     path, log = tmp_path / "stub.py", tmp_path / "stub.log"
     path.write_text(STUB)
     monkeypatch.setenv("STUB_LOG", str(log))
-    monkeypatch.setattr(ablate, "run_places", lambda gpus: [{}])
+    monkeypatch.setattr(ablate, "run_places", lambda *_, **__: [{}])
     measured = lambda folder, test: {"SumR": float(folder.name[5:])}  # noqa: E731
     monkeypatch.setattr(ablate, "measure", measured)
 
@@ -102,14 +102,14 @@ def test_the_test_split_is_scored_once(stub, tmp_path) -> None:
     assert (run.folder / "result.json").is_file()
 
 
-@pytest.mark.parametrize("other", ["flags", "videos"])
+@pytest.mark.parametrize("other", ["flags", "settings"])
 def test_runs_of_another_setting_are_refused(stub, tmp_path, other) -> None:
     Runner(stub.corpus, 1).run_all(runs(tmp_path))
     corpus, variants = stub.corpus, VARIANTS
     if other == "flags":
         variants = [VARIANTS[0], Variant("more", "b", ["--Nvp=3"])]
     else:
-        corpus = Corpus("stub", *stub.programs, "other videos", "A note.")
+        corpus = Corpus("stub", *stub.programs, "other settings", "A note.")
     with pytest.raises(RunError, match=rf"a run with other {other}: give another --output"):
         Runner(corpus, 1).check(runs(tmp_path, variants, (1, 2, 3)))
     Runner(stub.corpus, 1).check(runs(tmp_path, seeds=(1, 2, 3)))
@@ -119,7 +119,7 @@ def test_runs_of_another_setting_are_refused(stub, tmp_path, other) -> None:
 def test_an_interruption_stops_the_runs_and_the_next_call_goes_on(
     stub, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(ablate, "run_places", lambda gpus: [{"CUDA_VISIBLE_DEVICES": "0"}] * 2)
+    monkeypatch.setattr(ablate, "run_places", lambda *_, **__: [{"CUDA_VISIBLE_DEVICES": "0"}] * 2)
     monkeypatch.setenv("STUB_SECONDS", "60")
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
@@ -136,7 +136,7 @@ def test_an_interruption_stops_the_runs_and_the_next_call_goes_on(
 
 def test_each_gpu_has_one_run_at_a_time(stub, tmp_path, monkeypatch) -> None:
     places = [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
-    monkeypatch.setattr(ablate, "run_places", lambda gpus: places)
+    monkeypatch.setattr(ablate, "run_places", lambda *_, **__: places)
     monkeypatch.setenv("STUB_SECONDS", "0.3")
     assert Runner(stub.corpus, 2).run_all(runs(tmp_path, seeds=(1, 2, 3))) == []
     calls = sorted(stub.calls(), key=lambda call: call["from"])
@@ -159,9 +159,10 @@ def test_places_on_gpus(monkeypatch, visible, count, gpus, groups) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert run_places(gpus) == [{"CUDA_VISIBLE_DEVICES": names} for names in groups]
+    expected = [{"CUDA_VISIBLE_DEVICES": names} for names in groups]
+    assert run_places(gpus, side_by_side=False) == run_places(gpus, side_by_side=True) == expected
     with pytest.raises(RunError, match=f"this machine has {count}"):
-        run_places(count + 1)
+        run_places(count + 1, side_by_side=True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,9 @@ def test_places_on_a_cpu_share_its_cores(monkeypatch, cores, gpus, places, threa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(ablate, "usable_cores", lambda: cores)
-    assert run_places(gpus) == [{"OMP_NUM_THREADS": str(threads)}] * places
+    shares = [{"OMP_NUM_THREADS": str(threads)}] * places
+    assert run_places(gpus, side_by_side=True) == shares
+    assert run_places(gpus, side_by_side=False) == [{}], "a real CLIP needs the memory"
 
 
 def test_flags_of_the_base_are_those_of_all(tmp_path) -> None:
@@ -271,7 +274,7 @@ def tiny(tmp_path, tmp_path_factory, monkeypatch) -> Corpus:
         run.works(*command)
 
     monkeypatch.setattr(Runner, "_call", call)
-    monkeypatch.setattr(ablate, "run_places", lambda gpus: [{}])  # forks come one by one
+    monkeypatch.setattr(ablate, "run_places", lambda *_, **__: [{}])  # forks come one by one
     return Corpus("tiny", [*common, *train], [*common, *evaluate], "", "A note.", test)
 
 

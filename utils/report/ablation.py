@@ -26,7 +26,7 @@ from utils.report.curves import COLOURS
 from utils.report.queries import data_uri
 
 # Names of a run's numbers, with the heads of their columns; all metrics in %, higher is better.
-CHOSEN_BY = "val/SumR"  # of the best epoch, on videos that no other number here is of
+CHOSEN_BY = "val/SumR"  # of the epoch that it chose, on videos that no other number here is of
 TWIN = "twin"  # "twin/<query type>", of the demo: how often a video beats its twin
 METRICS = {
     CHOSEN_BY: "SumR on val", "SumR": "SumR", "R1": "R@1", f"{VR}/appearance/r1": "appearance R@1",

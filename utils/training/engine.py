@@ -77,7 +77,7 @@ def train_step(
             it has skipped so many that it never will find a scale. The weights are as before.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss, shares = batch_gradient(model, batch, scaler, precision, micro_batches, weights)
+    loss, by_level = batch_gradient(model, batch, scaler, precision, micro_batches, weights)
     if not scaler.is_enabled() and not loss.isfinite():
         raise _not_finite("loss", loss, batch)
     scaler.unscale_(optimizer)
@@ -92,7 +92,7 @@ def train_step(
     skipped = scaler.get_scale() < scale
     if skipped and scaler.get_scale() < SMALLEST_LOSS_SCALE:
         raise _not_finite("loss or gradient", loss, batch)
-    return StepResult(loss.item(), grad_norm.item(), skipped, shares.tolist())
+    return StepResult(loss.item(), grad_norm.item(), skipped, by_level.tolist())
 
 
 def batch_gradient(
@@ -137,7 +137,7 @@ def batch_gradient(
         frozen = gather(frozen, counts[1])
     loss = _loss(model, batch["text_to_video"], events, texts, weights, turned, backwards, frozen)
     scaler.scale(loss).backward()
-    gradients_by_level = level_shares(all_events.grad, model.pyramid.events_per_level)
+    by_level = level_shares(all_events.grad, model.pyramid.events_per_level)
     if not is_main():  # the whole loss's own gradients, of a trained logit scale, count once
         model.zero_grad(set_to_none=True)
     for (encode, inputs), embeddings, whole in zip(sides, embedded, own, strict=True):
@@ -148,7 +148,7 @@ def batch_gradient(
             if embedding.requires_grad:  # texts without prompts on a frozen CLIP do not
                 embedding.backward(gradient)
     sum_gradients(model)
-    return loss.detach(), gradients_by_level
+    return loss.detach(), by_level
 
 
 def level_shares(gradient: Tensor, events_per_level: Sequence[int]) -> Tensor:
@@ -163,8 +163,8 @@ def level_shares(gradient: Tensor, events_per_level: Sequence[int]) -> Tensor:
         [number of levels], bottom level first.
     """
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    by_level = gradient.norm(dim=2).sum(0).split(list(events_per_level[::-1]))
-    norms = torch.stack([level.sum() for level in reversed(by_level)])
+    levels = gradient.norm(dim=2).sum(0).split(list(events_per_level[::-1]))
+    norms = torch.stack([level.sum() for level in reversed(levels)])
     return norms / norms.sum().clamp(min=torch.finfo(norms.dtype).tiny)
 
 
@@ -231,7 +231,7 @@ def train_one_epoch(
 
     Args:
         sums: of the epoch so far; every step is added.
-        num_steps: of the whole epoch, for the progress bar.
+        num_steps: of the whole epoch.
         learning_rate: the rate before a step, by its number counted from 0 over the whole run.
         first_step: number of the epoch's first step.
         after_step: called when a step is complete and added; may end the epoch by an exception.
