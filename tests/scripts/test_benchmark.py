@@ -41,7 +41,7 @@ def test_search_measures_all_its_aims(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(lance, "READERS", lance.READERS)  # which the benchmark sets
     search.main(["--quick", "--repeats", "1", "--json", str(tmp_path / "b.json")])
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert len(rows) == 8 and all(row["measured"] > 0 for row in rows)
+    assert len(rows) == 10 and all(row["measured"] > 0 for row in rows)
     assert capsys.readouterr().out.count("≤ 1.5") == 2
     events = next(row["numbers"]["events"] for row in rows if "memory" in row["title"])
     assert events == search.QUICK.memory * 42
