@@ -43,9 +43,9 @@ def gradients(folder: Path, name: str, micro_batches: int, freeze_clip: int) -> 
     model = golden.build().double()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = random_batch(model, torch.float64)
-    loss, shares = batch_gradient(model, batch, scaler, "fp32", micro_batches)
+    loss, _ = batch_gradient(model, batch, scaler, "fp32", micro_batches)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    save(folder, found | {"loss": loss, "shares": shares})
+    save(folder, found | {"loss": loss})
 
 
 def more_losses(folder: Path, micro_batches: int, share: float) -> None:
@@ -55,9 +55,9 @@ def more_losses(folder: Path, micro_batches: int, share: float) -> None:
     weights = LossWeights(0.7, 3.0, 0.3, share)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = random_batch(model, torch.float64)
-    loss, shares = batch_gradient(model, batch, scaler, "fp32", micro_batches, weights)
+    loss, _ = batch_gradient(model, batch, scaler, "fp32", micro_batches, weights)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    save(folder, found | {"loss": loss, "shares": shares})
+    save(folder, found | {"loss": loss})
 
 
 def steps(folder: Path, precision: str, inf_on: int = -1) -> None:

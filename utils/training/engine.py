@@ -100,7 +100,7 @@ def batch_gradient(
     micro_batches: int, weights: LossWeights = PUBLISHED_LOSS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradient of the whole batch's loss, scaled, into the parameters; returns the loss and
-    the levels' shares of its gradient.
+    the levels' shares of its gradient in the events of this process's videos.
 
     Own rows are embedded, those of all processes gathered, the loss is that of all; its gradient of
     the own rows continues into the network. With several micro-batches only one of them holds its
@@ -128,7 +128,6 @@ def batch_gradient(
         embedded = [[embed(encode, rows) for rows in inputs] for encode, inputs in sides]
     own = [torch.cat(rows).detach().requires_grad_() for rows in embedded]
     all_events, texts = map(gather_rows, own, counts)
-    all_events.retain_grad()
     events, backwards = _apart(all_events, videos, turned)
     frozen = None
     if weights.text_relations:
@@ -137,7 +136,7 @@ def batch_gradient(
         frozen = gather(frozen, counts[1])
     loss = _loss(model, batch["text_to_video"], events, texts, weights, turned, backwards, frozen)
     scaler.scale(loss).backward()
-    by_level = level_shares(all_events.grad, model.pyramid.events_per_level)
+    by_level = level_shares(own[0].grad, model.pyramid.events_per_level)
     if not is_main():  # the whole loss's own gradients, of a trained logit scale, count once
         model.zero_grad(set_to_none=True)
     for (encode, inputs), embeddings, whole in zip(sides, embedded, own, strict=True):
