@@ -114,7 +114,7 @@ def measure(folder: Path, args: argparse.Namespace, sizes: Sizes) -> Iterator[Ro
         if windows in sizes.searched:
             yield one_query(index, windows, args.repeats)
             yield queries_at_once(index, windows, max(1, args.repeats // 5))
-            yield from_disk(index, windows, max(1, args.repeats // 5))
+            yield by_the_store(index, windows, max(1, args.repeats // 5))
         if windows == sizes.memory:
             yield memory(uri, args.model, windows * events_of(index))
 
@@ -152,7 +152,7 @@ def queries_at_once(index: VideoIndex, windows: int, repeats: int) -> Row:
     return Row(title, ratio, "≤ 0.1", ratio <= 0.1, seconds)
 
 
-def from_disk(index: VideoIndex, windows: int, repeats: int) -> Row:
+def by_the_store(index: VideoIndex, windows: int, repeats: int) -> Row:
     """What does not fit into memory: the store's own search, beside the least that streaming all
     vectors past the query would take. The files are in the system's cache for both."""
     stored = VideoIndex(index.uri, memory_gib=0)

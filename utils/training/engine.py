@@ -127,8 +127,8 @@ def batch_gradient(
     with torch.set_grad_enabled(micro_batches == 1):
         embedded = [[embed(encode, rows) for rows in inputs] for encode, inputs in sides]
     own = [torch.cat(rows).detach().requires_grad_() for rows in embedded]
-    all_events, texts = map(gather_rows, own, counts)
-    events, backwards = _apart(all_events, videos, turned)
+    events, texts = map(gather_rows, own, counts)
+    events, backwards = _apart(events, videos, turned)
     frozen = None
     if weights.text_relations:
         with torch.no_grad():
