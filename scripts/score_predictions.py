@@ -13,13 +13,7 @@ from dataloaders.annotations import read_annotations
 from utils import RunError
 from utils.command import Parser, run_command
 from utils.evaluation.moment_metrics import WINDOW_RULES
-from utils.evaluation.moment_tables import (
-    level_report,
-    level_table,
-    moment_report,
-    report_tables,
-    times_missing,
-)
+from utils.evaluation.moment_tables import moment_report, moment_tables, times_missing
 from utils.evaluation.predictions import export_all, load_predictions
 from utils.missing_videos import missing_counts, reduced_size
 
@@ -61,9 +55,7 @@ def score(args: argparse.Namespace) -> None:
         print(f"{size}\n")
     if untimed := times_missing(queries):
         print(f"{args.annotations}: {untimed}\n")
-    print(report_tables(moment_report(predictions, queries, args.window_rule)))
-    if any(query.windows for query in queries):
-        print(f"\n{level_table(level_report(predictions, queries))}")
+    print("\n\n".join(moment_tables(moment_report(predictions, queries, args.window_rule))))
     if args.export:
         for path in export_all(args.export, predictions, queries):
             print(f"wrote {path}")

@@ -21,35 +21,12 @@ from utils import RunError
 from utils.distributed import is_main, rank, world_size
 from utils.evaluation.embed import Embeddings, embed_texts, embed_videos, gather_batches
 from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
-from utils.evaluation.moment_tables import (
-    level_report,
-    level_table,
-    moment_report,
-    report_tables,
-    times_missing,
-)
+from utils.evaluation.moment_tables import moment_report, moment_tables, times_missing
 from utils.evaluation.predictions import SAVED, MomentPredictions, export_all, save_predictions
-from utils.evaluation.published import (
-    PRVR_RESULTS,
-    VCMR_RESULTS,
-    ZERO_SHOT_NAME,
-    ZERO_SHOT_RESULTS,
-)
+from utils.evaluation.published import rows_to_compare
 from utils.evaluation.ranking import predict_moments, rank_videos
 from utils.evaluation.retrieval_metrics import recall_metrics
-from utils.evaluation.rows import (
-    COSINE,
-    DOT,
-    LEVELS,
-    PROPY,
-    VCMR,
-    VR,
-    ZERO_SHOT,
-    Rows,
-    breakdown,
-    task_rows,
-    video_rows,
-)
+from utils.evaluation.rows import COSINE, DOT, PROPY, VCMR, VR, ZERO_SHOT, Rows, video_rows
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.logger import append_json
 from utils.misc import git_revision
@@ -177,24 +154,12 @@ class Evaluator:
     def tables(self, rows: Rows) -> list[str]:
         """The metrics of `run` as tables, over those of zero-shot CLIP and the data set's published
         ones where there are any; each names what is missing."""
-        datatype = self.config.datatype
-        table = video_rows(ZERO_SHOT.get(self.scoring, PROPY), rows)
-        moments: Rows = {}
-        for scoring, own in self.baselines.items():
-            table |= video_rows(ZERO_SHOT[scoring], own)
-            if VCMR in own:
-                moments[ZERO_SHOT[scoring]] = own[VCMR]
-        if datatype in ZERO_SHOT_RESULTS and (self.scoring or self.baselines):
-            table[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
-        if datatype in PRVR_RESULTS:
-            table["published"] = PRVR_RESULTS[datatype]
-        if datatype in VCMR_RESULTS:
-            moments["published"] = VCMR_RESULTS[datatype]
-        shown = [metrics_table(table, PRVR_COLUMNS)]
+        zero_shot = bool(self.scoring or self.baselines)
+        videos, moments = rows_to_compare(self.config.datatype, self.baselines, zero_shot)
+        videos = video_rows(ZERO_SHOT.get(self.scoring, PROPY), rows) | videos
+        shown = [metrics_table(videos, PRVR_COLUMNS)]
         if VR in rows:
-            shown.append(report_tables(rows, moments))
-        if levels := {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}:
-            shown.append(level_table(levels))
+            shown += moment_tables(rows, moments)
         size = self.missing.summary(VAL) if self.missing else None
         return [f"{table}\n{size}" for table in shown] if size else shown
 
@@ -264,11 +229,6 @@ def report(
 def vcmr_rows(
     predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
 ) -> Rows:
-    """PRVR's row "cosine", those of `moment_report`, and, if there are times, those of
-    `level_report` as "levels/…"."""
-    rows = {COSINE: recall_metrics(predictions.target_rank)}
-    rows |= moment_report(predictions, queries, window_rule)
-    if any(query.windows for query in queries):
-        levels = level_report(predictions, queries)
-        rows |= {f"{LEVELS}/{name}": row for name, row in levels.items()}
-    return rows
+    """PRVR's row "cosine", and those of `moment_report`."""
+    cosine = {COSINE: recall_metrics(predictions.target_rank)}
+    return cosine | moment_report(predictions, queries, window_rule)

@@ -5,6 +5,10 @@ Results in %, from the paper's tables; the column its PRVR table heads R@50 is R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from utils.evaluation.rows import VCMR, ZERO_SHOT, Rows, video_rows
+
 PRVR_RESULTS = {
     "tvr": {"R1": 22.4, "R5": 45.0, "R10": 55.9, "R100": 89.5, "SumR": 212.8},
     "activitynet": {"R1": 14.9, "R5": 34.9, "R10": 47.5, "R100": 82.7, "SumR": 180.0},
@@ -65,3 +69,23 @@ def split_size_warning(datatype: str, split: str, videos: int, queries: int) -> 
         f"not the standard {datatype} {split} split: {videos:,} videos and {queries:,} queries, "
         f"expected {expected[0]:,} and {expected[1]:,}; results will not compare with the paper's"
     )
+
+
+def rows_to_compare(
+    datatype: str, baselines: Mapping[str, Rows], zero_shot: bool
+) -> tuple[Rows, Rows]:
+    """Rows under a model's own, of videos and of moments: CLIP alone on the same split, whose rows
+    are the `baselines` by scoring, and published ones; if `zero_shot` also others' of CLIP alone.
+    """
+    videos: Rows = {}
+    moments: Rows = {}
+    for scoring, rows in baselines.items():
+        videos |= video_rows(ZERO_SHOT[scoring], rows)
+        if VCMR in rows:
+            moments[ZERO_SHOT[scoring]] = rows[VCMR]
+    if zero_shot and datatype in ZERO_SHOT_RESULTS:
+        videos[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
+    for rows, results in ((videos, PRVR_RESULTS), (moments, VCMR_RESULTS)):
+        if datatype in results:
+            rows["published"] = results[datatype]
+    return videos, moments

@@ -83,20 +83,13 @@ def _letters(path: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of the pictures.
+    """Colours of the pictures."""
 
-    Attributes:
-        heat: colour map of attention over patches.
-        chosen, strongest: edges of the chosen event and of the one it attends to most.
-        dashes: line style of the latter, for those who cannot tell the edges' colours apart.
-        stretch: show every frame, under the heat, from its darkest to its brightest value.
-    """
-
-    heat: str
-    chosen: str
-    strongest: str
-    dashes: str
-    stretch: bool
+    heat: str  # map of attention over patches
+    chosen: str  # edge of the chosen event
+    strongest: str  # of the one it attends to most
+    dashes: str  # the latter's line style, for those who cannot tell the edges' colours apart
+    stretch: bool  # every frame, under the heat, from its darkest to its brightest value
 
     @property
     def edges(self) -> tuple[dict, dict]:
@@ -150,28 +143,19 @@ class EventAttention:
 
 @dataclass(frozen=True)
 class QueryPicture:
-    """All that the pictures of a query show.
+    """All that the pictures of a query show."""
 
-    Attributes:
-        duration: of the right video, seconds.
-        windows: true moments in seconds; empty where none is known.
-        frames: uint8 [N_f, 3, S, S] of the right video.
-        spans: [N_e, 2] seconds of its events; levels: int [N_e], 1 the shortest events.
-        event: the chosen one.
-        scores: [N_e] of the text with every event; score_name: what kind of numbers these are.
-        attention: of the chosen event; without it the overview shows no attention and no pyramid.
-    """
-
-    duration: float
-    windows: Sequence[tuple[float, float]]
-    frames: torch.Tensor
-    spans: np.ndarray
-    levels: np.ndarray
-    event: int
-    scores: np.ndarray
-    score_name: str
+    duration: float  # of the right video, seconds
+    windows: Sequence[tuple[float, float]]  # true moments, seconds; empty where none is known
+    frames: torch.Tensor  # uint8 [N_f, 3, S, S] of the right video
+    spans: np.ndarray  # [N_e, 2] of its events, seconds
+    levels: np.ndarray  # int [N_e], 1 the shortest events
+    event: int  # the chosen one
+    scores: np.ndarray  # [N_e] of the text with every event
+    score_name: str  # what kind of numbers these are
     title: str = ""
     subtitle: str = ""
+    # of the chosen event; without it the overview shows no attention and no pyramid
     attention: EventAttention | None = None
 
     @property

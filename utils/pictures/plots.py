@@ -32,21 +32,13 @@ logger = logging.getLogger("propy.plots")
 
 @dataclass(frozen=True)
 class PlotSettings:
-    """What is drawn, and how.
-
-    Attributes:
-        folder: where to.
-        layer: whose attention is drawn, counted from 1; 0 the last.
-        head: the attention head, counted from 1; 0 the mean of all.
-        style: one of `utils.pictures.draw.STYLES`.
-        file_format: of the overview, and of a further tree if it is a vector format.
-    """
+    """What is drawn, and how."""
 
     folder: Path
-    layer: int = 0
-    head: int = 0
-    style: str = "readable"
-    file_format: str = "png"
+    layer: int = 0  # whose attention is drawn, counted from 1; 0 the last
+    head: int = 0  # of attention, counted from 1; 0 the mean of all
+    style: str = "readable"  # one of `utils.pictures.draw.STYLES`
+    file_format: str = "png"  # of the overview, and of a further tree if it is a vector format
 
 
 def check_request(
