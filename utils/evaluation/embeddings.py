@@ -78,15 +78,8 @@ class SavedEmbeddings:
         self, queries: Sequence[Query], proposals: Tensor,
         *, max_words: int, readout: str, checkpoint: Path | None, scoring: str | None = None,
     ) -> None:  # fmt: skip
-        """Compare with what they would be computed from now.
-
-        Args:
-            checkpoint: None if there is none at hand to compare.
-            scoring: of zero-shot CLIP.
-
-        Raises:
-            RunError: they are of something else; says of what.
-        """
+        """Compare with what they would be computed from now; `checkpoint` is None if there is none
+        at hand, `scoring` of zero-shot CLIP. RunError: they are of something else; says of what."""
         if not queries:
             raise RunError(f"none of the annotated videos is in it: {REMEDY}")
         if len(queries) != len(self.desc_ids):
@@ -125,11 +118,8 @@ def save_embeddings(path: Path, saved: SavedEmbeddings) -> None:
 
 
 def load_embeddings(path: Path) -> SavedEmbeddings:
-    """Read what `save_embeddings` wrote, into the CPU's memory.
-
-    Raises:
-        RunError: no such file, another format, or contents that contradict each other.
-    """
+    """Read what `save_embeddings` wrote, into the CPU's memory. RunError: no such file, another
+    format, or contents that contradict each other."""
     found = read_hdf5(path, FORMAT, LAYOUT, REMEDY)
     for name in ("events", "texts", "durations"):
         if not found[name].isfinite().all():

@@ -62,9 +62,6 @@ class Evaluator:
         readout: of a video's score, the model's.
         scoring: of `ZERO_SHOT`, where the model is CLIP alone.
 
-    Attributes:
-        baselines: the rows of zero-shot CLIP on the split by scoring, for tables.
-
     Raises:
         RunError: there are more processes than queries.
     """
@@ -78,7 +75,7 @@ class Evaluator:
             raise RunError(f"{world_size()} processes for {len(split.queries)} queries: use fewer")
         self.split, self.proposals, self.config = split, proposals, config
         self.missing, self.readout, self.scoring = missing, readout, scoring
-        self.baselines: dict[str, Rows] = {}
+        self.baselines: dict[str, Rows] = {}  # of zero-shot CLIP by scoring, for tables
         self.evaluate_vcmr = config.subtask_type == VCMR
 
     @property
@@ -86,10 +83,8 @@ class Evaluator:
         """Of the first row, which chooses the best epoch and ranks what is plotted."""
         return SCORINGS[self.config.event_scores][0] == COSINE
 
-    def ranks(self, embeddings: Embeddings, normalize_events: bool | None = None) -> Tensor:
-        """The rank of every query's video, from 1: int64 [T]; as in the first row by default."""
-        if normalize_events is None:
-            normalize_events = self.normalize_events
+    def ranks(self, embeddings: Embeddings, normalize_events: bool) -> Tensor:
+        """The rank of every query's video, from 1: int64 [T]."""
         return rank_videos(embeddings, self.split.target, normalize_events, readout=self.readout)
 
     def run(self, embeddings: Embeddings, predictions_dir: Path | None = None) -> Rows:
@@ -129,12 +124,8 @@ class Evaluator:
         return round(rows[DOT]["SumR"], 6)
 
     def check_times(self, training: bool) -> None:
-        """A warning if moments are to be scored, but not all queries have times, or videos no
-        other moment than their whole.
-
-        Raises:
-            RunError: none has, so no best epoch could be chosen by them.
-        """
+        """A warning if moments are to be scored, but not all queries have times, or videos no other
+        moment than their whole. RunError: none has, so no best epoch could be chosen by them."""
         queries, path = self.split.queries, self.split.path
         missing = times_missing(queries) if self.evaluate_vcmr else None
         if missing and training and not any(query.windows for query in queries):
@@ -193,11 +184,7 @@ class CorpusEvaluator(Evaluator):
 
     def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
         """All videos and texts of the split. The loader's workers decode the first videos while
-        texts are encoded, and the next ones while videos are.
-
-        Raises:
-            DataError: a video cannot be read.
-        """
+        texts are encoded, and the next ones while videos are. DataError: one cannot be read."""
         with self.loader.worker_errors():
             batches = iter(self.loader)
             texts = embed_texts(model, self.texts, device)

@@ -281,9 +281,8 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style) -> None:
 
     unseen = {"facecolor": "none", "linestyle": ":"}
     for event, weight in enumerate(weights):
-        look = (
-            {"facecolor": colours.to_rgba(weight)} if picture.attention.visible[event] else unseen
-        )
+        seen = picture.attention.visible[event]
+        look = {"facecolor": colours.to_rgba(weight)} if seen else unseen
         draw_box(event, edgecolor=GREY, linewidth=0.8, **look)
     chosen, strongest = style.edges
     draw_box(picture.event, **chosen)

@@ -44,11 +44,8 @@ class PlotSettings:
 def check_request(
     settings: PlotSettings, ids: Sequence[str], queries: Sequence[Query], model: nn.Module
 ) -> None:
-    """What can be said before anything is computed.
-
-    Raises:
-        RunError: the model has no such layer or head, or no attention; the split no such query.
-    """
+    """What can be said before anything is computed. RunError: the model has no such layer or head,
+    or no attention; the split no such query."""
     if not model.num_heads:
         logger.info("CLIP alone has no events that attend: frames, moments and scores are drawn")
         if settings.layer or settings.head:
@@ -120,7 +117,7 @@ def plot_split(
     from utils.pictures.draw import caption_fonts
 
     split, normalize = evaluator.split, evaluator.normalize_events
-    ranks = evaluator.ranks(embeddings)
+    ranks = evaluator.ranks(embeddings, normalize)
     if not is_main():
         return
     chosen = choose_queries(ranks, split.queries, ids, limit, seed)

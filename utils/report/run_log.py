@@ -54,10 +54,7 @@ def read_epochs(folder: Path) -> list[dict]:
     """log.jsonl by epoch, in order; of an epoch that was run again after resuming, the last.
 
     PRVR metrics of scores whose events are not normalised are named "dot/R1" and so on, whichever
-    row of metrics the run put first.
-
-    Raises:
-        RunError: there is no log.jsonl, or it holds no epoch.
+    row of metrics the run put first. RunError: there is no log.jsonl, or it holds no epoch.
     """
     path = folder / "log.jsonl"
     records = [record for record in read_records(path) if _is_epoch(record.get("epoch"))]
