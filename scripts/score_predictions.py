@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--export", type=Path, metavar="FOLDER",
         help="also write TVR's and QVHighlights' submission formats into this folder")
     # fmt: on
-    score(parser.parse_args(argv))
-
-
-def score(args: argparse.Namespace) -> None:
-    """Print the tables and write the exports."""
+    args = parser.parse_args(argv)
     predictions = load_predictions(args.predictions)
     annotated = read_annotations(args.annotations)
     corpus = set(predictions.vid_names)

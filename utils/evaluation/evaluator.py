@@ -88,11 +88,8 @@ class Evaluator:
         return rank_videos(embeddings, self.split.target, normalize_events, readout=self.readout)
 
     def run(self, embeddings: Embeddings, predictions_dir: Path | None = None) -> Rows:
-        """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `vcmr_rows`.
-
-        Args:
-            predictions_dir: a folder to save the predicted moments in.
-        """
+        """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `vcmr_rows`; the
+        predicted moments go into the folder, if there is one."""
         rows: Rows = {}
         if self.evaluate_vcmr or predictions_dir:
             # The metrics read no more than the first 100.
@@ -145,10 +142,10 @@ class Evaluator:
     def tables(self, rows: Rows) -> list[str]:
         """The metrics of `run` as tables, over those of zero-shot CLIP and the data set's published
         ones where there are any; each names what is missing."""
-        zero_shot = bool(self.scoring or self.baselines)
-        videos, moments = rows_to_compare(self.config.datatype, self.baselines, zero_shot)
-        videos = video_rows(ZERO_SHOT.get(self.scoring, PROPY), rows) | videos
-        shown = [metrics_table(videos, PRVR_COLUMNS)]
+        datatype, zero_shot = self.config.datatype, bool(self.scoring)
+        compared, moments = rows_to_compare(datatype, self.baselines, zero_shot)
+        videos = video_rows(ZERO_SHOT.get(self.scoring, PROPY), rows)
+        shown = [metrics_table(videos | compared, PRVR_COLUMNS)]
         if VR in rows:
             shown += moment_tables(rows, moments)
         size = self.missing.summary(VAL) if self.missing else None
@@ -198,11 +195,8 @@ def report(
     evaluator: Evaluator, embeddings: Embeddings, folder: Path, checkpoint: str, epoch: int,
     save_predictions: bool = False,
 ) -> None:  # fmt: skip
-    """Compute the metrics of an evaluation, show them, and add them to the folder's eval.jsonl.
-
-    Args:
-        checkpoint, epoch: what the embeddings are of, for the record.
-        save_predictions: the predicted moments in the folder too.
+    """Compute the metrics of an evaluation, show them, and add them to the folder's eval.jsonl with
+    what the embeddings are of: checkpoint and epoch. The predicted moments go there too if asked.
     """
     rows = evaluator.run(embeddings, folder if save_predictions else None)
     for table in evaluator.tables(rows):

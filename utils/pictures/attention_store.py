@@ -44,13 +44,8 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
     """Gives `add`; the three files of a folder that exists appear when the block ends well.
 
     Attention is written query by query, so that thousands need the memory of one; queries of one
-    video share theirs, which is stored once and linked.
-
-    Args:
-        attributes: how the attention was made, kept as attributes of attn.hdf5.
-
-    Raises:
-        OutputError: a file cannot be written.
+    video share theirs, which is stored once and linked. How it was made is kept as attributes of
+    attn.hdf5. OutputError: a file cannot be written.
     """
     first_of_video: dict[str, str] = {}
     hits: list[tuple[str | int, str]] = []
@@ -58,13 +53,9 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
     def add(
         desc_id: str | int, vid_name: str, attention: np.ndarray, scores: np.ndarray, rank: int
     ) -> None:
-        """One query.
-
-        Args:
-            attention: float32 [L, N_e, keys] of its video, columns as in ``model.visibility``.
-            scores: float32 [N_e], of each event the highest score in any video.
-            rank: of its video; the queries at rank 1 are listed in r1_ids.json.
-        """
+        """One query: its video's attention, float32 [L, N_e, keys], columns as in
+        ``model.visibility``; of each event the highest score in any video, float32 [N_e]; the rank
+        of its video, which is 1 for the queries listed in r1_ids.json."""
         key = query_name(desc_id)
         first = first_of_video.setdefault(vid_name, key)
         # HDF5 crashes on a full disk: room for what it writes next is taken beforehand

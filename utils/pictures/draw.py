@@ -165,18 +165,9 @@ class QueryPicture:
 
 
 def heat_frames(frames: torch.Tensor, patches: np.ndarray, style: Style) -> torch.Tensor:
-    """Attention over patches, laid half over the frames it belongs to.
-
-    Attention is scaled over the whole video, from its least to its largest weight, so that frames
-    compare.
-
-    Args:
-        frames: uint8 [N_f, 3, S, S].
-        patches: [N_f, G, G].
-
-    Returns:
-        uint8 [N_f, 3, S, S].
-    """
+    """Attention over patches [N_f, G, G], laid half over the frames it belongs to and like them
+    uint8 [N_f, 3, S, S]. It is scaled over the whole video, from its least to its largest weight,
+    so that frames compare."""
     scaled = torch.from_numpy(_stretch(patches, axes=(0, 1, 2)))
     size = frames.shape[-2:]
     scaled = F.interpolate(scaled[:, None], size=size, mode="bilinear", align_corners=False)
@@ -215,12 +206,8 @@ def save_tree(path: Path, picture: QueryPicture, style: Style) -> None:
 def save_overview(
     path: Path | BinaryIO, picture: QueryPicture, style: Style, **how: object
 ) -> None:
-    """Frames, moments and event scores on one time axis, attention and pyramid between them.
-
-    Args:
-        path: its ending chooses the format.
-        how: options of matplotlib's savefig.
-    """
+    """Frames, moments and event scores on one time axis, attention and pyramid between them; the
+    ending of the path chooses the format, `how` are options of matplotlib's savefig."""
     attention, count = picture.attention, len(picture.frames)
     if attention:
         figure = Figure(figsize=(16, 9.5), layout="constrained")
@@ -303,12 +290,10 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style) -> None:
 
 
 def event_rows(spans: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """Where the pyramid's boxes are drawn: heights in rows, the bottom level at 0.
+    """Where the pyramid's boxes are drawn, in rows from 0, the bottom: the lower edge of every
+    event's row, and the middle of every level, bottom level first.
 
     A level's events are evenly spaced; those that overlap in time stand in rows of their own.
-
-    Returns:
-        The lower edge of every event's row, and the middle of every level, bottom level first.
     """
     rows, centres, base = np.zeros(len(spans)), [], 0.0
     for level in np.unique(levels):

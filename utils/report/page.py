@@ -89,12 +89,6 @@ class Run:
         return cls(folder, run_log.read_args(folder), epochs, evaluations, zero_shot)
 
     @property
-    def is_zero_shot(self) -> bool:
-        """Whether rows of CLIP alone are among its results."""
-        evaluated = (scoring_of(record.get("checkpoint")) for record in self.records)
-        return bool(self.zero_shot) or any(evaluated)
-
-    @property
     def records(self) -> list[dict]:
         """Of what `result_rows` shows: the best epoch and the last evaluations."""
         best = [run_log.best_epoch(self.epochs)] if self.epochs else []
@@ -184,7 +178,8 @@ def result_rows(run: Run) -> dict[str, Rows]:
 def result_tables(run: Run) -> list[dict]:
     """All rows against the published ones: title, columns and rows of every table."""
     found, datatype = result_rows(run), run_log.datatype(run.args)
-    compared, moments = rows_to_compare(datatype, run.zero_shot, run.is_zero_shot)
+    zero_shot = any(scoring_of(record.get("checkpoint")) for record in run.records)
+    compared, moments = rows_to_compare(datatype, run.zero_shot, zero_shot)
     videos: Rows = {}
     for source, rows in found.items():
         videos |= video_rows(source, rows)
