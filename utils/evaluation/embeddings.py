@@ -69,11 +69,6 @@ class SavedEmbeddings:
             readout=readout,
         )
 
-    @property
-    def scoring(self) -> str | None:
-        """Of zero-shot CLIP; None for a trained model's."""
-        return scoring_of(self.checkpoint)
-
     def check(
         self, queries: Sequence[Query], proposals: Tensor,
         *, max_words: int, readout: str, checkpoint: Path | None, scoring: str | None = None,
@@ -94,9 +89,9 @@ class SavedEmbeddings:
                 if before != now:
                     which = f"{what} of query {row + 1}"
                     raise RunError(f"{which} is {before!r}, in the annotations {now!r}: {REMEDY}")
-        made = None
-        if self.scoring != scoring:
-            flag = f"with --zero_shot {self.scoring}" if self.scoring else "without --zero_shot"
+        made, own = None, scoring_of(self.checkpoint)
+        if own != scoring:
+            flag = f"with --zero_shot {own}" if own else "without --zero_shot"
             made = f"{self.checkpoint}: evaluate it {flag}, or"
         elif self.max_words != max_words:
             made = f"--max_words {self.max_words}, not {max_words}: give that, or"
@@ -106,8 +101,8 @@ class SavedEmbeddings:
             events = f"of {len(self.proposals)} events"
             made = f"another pyramid, {events}: give its --pyr_config_path, or"
         elif checkpoint is not None and sha256_of(checkpoint) != self.sha256:
-            own = f"{self.checkpoint} after epoch {self.epoch} (sha256 {self.sha256[:12]}…)"
-            made = f"another checkpoint than {checkpoint}, {own}:"
+            other = f"{self.checkpoint} after epoch {self.epoch} (sha256 {self.sha256[:12]}…)"
+            made = f"another checkpoint than {checkpoint}, {other}:"
         if made:
             raise RunError(f"made with {made} {REMEDY}")
 

@@ -152,13 +152,9 @@ def predict_moments(
     embeddings: Embeddings, split: Split, proposals: Tensor,
     *, per_video: int = 10, limit: int = 1000, chunk: int = CHUNK, readout: Readout = best_event,
 ) -> MomentPredictions:  # fmt: skip
-    """`top_moments` of a split: every event of the corpus is a proposed moment.
-
-    Args:
-        split: what `embeddings` are of.
-        proposals: [N_e, 2] start and end of each event as a share of its video.
-        readout: of a video's score, by which the target is ranked; moments are ranked by event.
-    """
+    """`top_moments` of the split that is embedded: every event of the corpus is a proposed moment,
+    of which `proposals`, [N_e, 2], are start and end as a share of its video. By the read-out of a
+    video's score the target is ranked; moments are ranked by event."""
     device = embeddings.texts.device
     target = split.target.to(device)
     own = own_share(len(target))
