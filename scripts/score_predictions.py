@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,13 +12,7 @@ from dataloaders.annotations import read_annotations
 from utils import RunError
 from utils.command import Parser, run_command
 from utils.evaluation.moment_metrics import WINDOW_RULES
-from utils.evaluation.moment_tables import (
-    level_report,
-    level_table,
-    moment_report,
-    report_tables,
-    times_missing,
-)
+from utils.evaluation.moment_tables import moment_report, moment_tables, times_missing
 from utils.evaluation.predictions import export_all, load_predictions
 from utils.missing_videos import missing_counts, reduced_size
 
@@ -42,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--export", type=Path, metavar="FOLDER",
         help="also write TVR's and QVHighlights' submission formats into this folder")
     # fmt: on
-    score(parser.parse_args(argv))
-
-
-def score(args: argparse.Namespace) -> None:
-    """Print the tables and write the exports."""
+    args = parser.parse_args(argv)
     predictions = load_predictions(args.predictions)
     annotated = read_annotations(args.annotations)
     corpus = set(predictions.vid_names)
@@ -61,9 +50,7 @@ def score(args: argparse.Namespace) -> None:
         print(f"{size}\n")
     if untimed := times_missing(queries):
         print(f"{args.annotations}: {untimed}\n")
-    print(report_tables(moment_report(predictions, queries, args.window_rule)))
-    if any(query.windows for query in queries):
-        print(f"\n{level_table(level_report(predictions, queries))}")
+    print("\n\n".join(moment_tables(moment_report(predictions, queries, args.window_rule))))
     if args.export:
         for path in export_all(args.export, predictions, queries):
             print(f"wrote {path}")

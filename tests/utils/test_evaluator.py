@@ -117,8 +117,6 @@ def test_equal_sums_of_recalls_tie_however_they_are_rounded():
     """So that of such epochs the later one is the best."""
     queries = [Query(0, "", "v", 1.0, None)]
     evaluator = Evaluator(Split(VAL, queries), torch.tensor([[0.0, 1.0]]), EvalConfig())
-    scores = [
-        evaluator.score({"cosine": {"SumR": s}}) for s in (178.6451612903226, 178.6451612903225)
-    ]
-    assert scores[0] == scores[1]
-    assert evaluator.score({"cosine": {"SumR": 178.6452}}) > scores[0]
+    sums = (178.6451612903226, 178.6451612903225, 178.6452)
+    first, second, larger = (evaluator.score({"cosine": {"SumR": s}}) for s in sums)
+    assert first == second < larger

@@ -82,7 +82,7 @@ def test_stored_attention_is_the_authors(tmp_path) -> None:
     evaluator = SimpleNamespace(
         split=split,
         normalize_events=True,
-        ranks=lambda _: torch.ones(len(frames)),
+        ranks=lambda *_: torch.ones(len(frames)),
         load_videos=lambda _: [{"frames": frames, "indices": torch.arange(len(frames))}],
     )
     embeddings = Embeddings(torch.rand(len(frames), model.pyramid.num_events, 4),

@@ -69,24 +69,12 @@ class SavedEmbeddings:
             readout=readout,
         )
 
-    @property
-    def scoring(self) -> str | None:
-        """Of zero-shot CLIP; None for a trained model's."""
-        return scoring_of(self.checkpoint)
-
     def check(
         self, queries: Sequence[Query], proposals: Tensor,
         *, max_words: int, readout: str, checkpoint: Path | None, scoring: str | None = None,
     ) -> None:  # fmt: skip
-        """Compare with what they would be computed from now.
-
-        Args:
-            checkpoint: None if there is none at hand to compare.
-            scoring: of zero-shot CLIP.
-
-        Raises:
-            RunError: they are of something else; says of what.
-        """
+        """Compare with what they would be computed from now; `checkpoint` is None if there is none
+        at hand, `scoring` of zero-shot CLIP. RunError: they are of something else; says of what."""
         if not queries:
             raise RunError(f"none of the annotated videos is in it: {REMEDY}")
         if len(queries) != len(self.desc_ids):
@@ -101,9 +89,9 @@ class SavedEmbeddings:
                 if before != now:
                     which = f"{what} of query {row + 1}"
                     raise RunError(f"{which} is {before!r}, in the annotations {now!r}: {REMEDY}")
-        made = None
-        if self.scoring != scoring:
-            flag = f"with --zero_shot {self.scoring}" if self.scoring else "without --zero_shot"
+        made, own = None, scoring_of(self.checkpoint)
+        if own != scoring:
+            flag = f"with --zero_shot {own}" if own else "without --zero_shot"
             made = f"{self.checkpoint}: evaluate it {flag}, or"
         elif self.max_words != max_words:
             made = f"--max_words {self.max_words}, not {max_words}: give that, or"
@@ -113,8 +101,8 @@ class SavedEmbeddings:
             events = f"of {len(self.proposals)} events"
             made = f"another pyramid, {events}: give its --pyr_config_path, or"
         elif checkpoint is not None and sha256_of(checkpoint) != self.sha256:
-            own = f"{self.checkpoint} after epoch {self.epoch} (sha256 {self.sha256[:12]}…)"
-            made = f"another checkpoint than {checkpoint}, {own}:"
+            other = f"{self.checkpoint} after epoch {self.epoch} (sha256 {self.sha256[:12]}…)"
+            made = f"another checkpoint than {checkpoint}, {other}:"
         if made:
             raise RunError(f"made with {made} {REMEDY}")
 
@@ -125,11 +113,8 @@ def save_embeddings(path: Path, saved: SavedEmbeddings) -> None:
 
 
 def load_embeddings(path: Path) -> SavedEmbeddings:
-    """Read what `save_embeddings` wrote, into the CPU's memory.
-
-    Raises:
-        RunError: no such file, another format, or contents that contradict each other.
-    """
+    """Read what `save_embeddings` wrote, into the CPU's memory. RunError: no such file, another
+    format, or contents that contradict each other."""
     found = read_hdf5(path, FORMAT, LAYOUT, REMEDY)
     for name in ("events", "texts", "durations"):
         if not found[name].isfinite().all():

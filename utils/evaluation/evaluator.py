@@ -21,35 +21,12 @@ from utils import RunError
 from utils.distributed import is_main, rank, world_size
 from utils.evaluation.embed import Embeddings, embed_texts, embed_videos, gather_batches
 from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
-from utils.evaluation.moment_tables import (
-    level_report,
-    level_table,
-    moment_report,
-    report_tables,
-    times_missing,
-)
+from utils.evaluation.moment_tables import moment_report, moment_tables, times_missing
 from utils.evaluation.predictions import SAVED, MomentPredictions, export_all, save_predictions
-from utils.evaluation.published import (
-    PRVR_RESULTS,
-    VCMR_RESULTS,
-    ZERO_SHOT_NAME,
-    ZERO_SHOT_RESULTS,
-)
+from utils.evaluation.published import rows_to_compare
 from utils.evaluation.ranking import predict_moments, rank_videos
 from utils.evaluation.retrieval_metrics import recall_metrics
-from utils.evaluation.rows import (
-    COSINE,
-    DOT,
-    LEVELS,
-    PROPY,
-    VCMR,
-    VR,
-    ZERO_SHOT,
-    Rows,
-    breakdown,
-    task_rows,
-    video_rows,
-)
+from utils.evaluation.rows import COSINE, DOT, PROPY, VCMR, VR, ZERO_SHOT, Rows, video_rows
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.logger import append_json
 from utils.misc import git_revision
@@ -85,9 +62,6 @@ class Evaluator:
         readout: of a video's score, the model's.
         scoring: of `ZERO_SHOT`, where the model is CLIP alone.
 
-    Attributes:
-        baselines: the rows of zero-shot CLIP on the split by scoring, for tables.
-
     Raises:
         RunError: there are more processes than queries.
     """
@@ -101,7 +75,7 @@ class Evaluator:
             raise RunError(f"{world_size()} processes for {len(split.queries)} queries: use fewer")
         self.split, self.proposals, self.config = split, proposals, config
         self.missing, self.readout, self.scoring = missing, readout, scoring
-        self.baselines: dict[str, Rows] = {}
+        self.baselines: dict[str, Rows] = {}  # of zero-shot CLIP by scoring, for tables
         self.evaluate_vcmr = config.subtask_type == VCMR
 
     @property
@@ -109,18 +83,13 @@ class Evaluator:
         """Of the first row, which chooses the best epoch and ranks what is plotted."""
         return SCORINGS[self.config.event_scores][0] == COSINE
 
-    def ranks(self, embeddings: Embeddings, normalize_events: bool | None = None) -> Tensor:
-        """The rank of every query's video, from 1: int64 [T]; as in the first row by default."""
-        if normalize_events is None:
-            normalize_events = self.normalize_events
+    def ranks(self, embeddings: Embeddings, normalize_events: bool) -> Tensor:
+        """The rank of every query's video, from 1: int64 [T]."""
         return rank_videos(embeddings, self.split.target, normalize_events, readout=self.readout)
 
     def run(self, embeddings: Embeddings, predictions_dir: Path | None = None) -> Rows:
-        """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `vcmr_rows`.
-
-        Args:
-            predictions_dir: a folder to save the predicted moments in.
-        """
+        """Metrics by row: PRVR's "cosine" and "dot", and for VCMR those of `vcmr_rows`; the
+        predicted moments go into the folder, if there is one."""
         rows: Rows = {}
         if self.evaluate_vcmr or predictions_dir:
             # The metrics read no more than the first 100.
@@ -152,12 +121,8 @@ class Evaluator:
         return round(rows[DOT]["SumR"], 6)
 
     def check_times(self, training: bool) -> None:
-        """A warning if moments are to be scored, but not all queries have times, or videos no
-        other moment than their whole.
-
-        Raises:
-            RunError: none has, so no best epoch could be chosen by them.
-        """
+        """A warning if moments are to be scored, but not all queries have times, or videos no other
+        moment than their whole. RunError: none has, so no best epoch could be chosen by them."""
         queries, path = self.split.queries, self.split.path
         missing = times_missing(queries) if self.evaluate_vcmr else None
         if missing and training and not any(query.windows for query in queries):
@@ -177,24 +142,12 @@ class Evaluator:
     def tables(self, rows: Rows) -> list[str]:
         """The metrics of `run` as tables, over those of zero-shot CLIP and the data set's published
         ones where there are any; each names what is missing."""
-        datatype = self.config.datatype
-        table = video_rows(ZERO_SHOT.get(self.scoring, PROPY), rows)
-        moments: Rows = {}
-        for scoring, own in self.baselines.items():
-            table |= video_rows(ZERO_SHOT[scoring], own)
-            if VCMR in own:
-                moments[ZERO_SHOT[scoring]] = own[VCMR]
-        if datatype in ZERO_SHOT_RESULTS and (self.scoring or self.baselines):
-            table[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
-        if datatype in PRVR_RESULTS:
-            table["published"] = PRVR_RESULTS[datatype]
-        if datatype in VCMR_RESULTS:
-            moments["published"] = VCMR_RESULTS[datatype]
-        shown = [metrics_table(table, PRVR_COLUMNS)]
+        datatype, zero_shot = self.config.datatype, bool(self.scoring)
+        compared, moments = rows_to_compare(datatype, self.baselines, zero_shot)
+        videos = video_rows(ZERO_SHOT.get(self.scoring, PROPY), rows)
+        shown = [metrics_table(videos | compared, PRVR_COLUMNS)]
         if VR in rows:
-            shown.append(report_tables(rows, moments))
-        if levels := {breakdown(name): row for name, row in task_rows(rows, LEVELS).items()}:
-            shown.append(level_table(levels))
+            shown += moment_tables(rows, moments)
         size = self.missing.summary(VAL) if self.missing else None
         return [f"{table}\n{size}" for table in shown] if size else shown
 
@@ -228,11 +181,7 @@ class CorpusEvaluator(Evaluator):
 
     def embed(self, model: nn.Module, device: torch.device) -> Embeddings:
         """All videos and texts of the split. The loader's workers decode the first videos while
-        texts are encoded, and the next ones while videos are.
-
-        Raises:
-            DataError: a video cannot be read.
-        """
+        texts are encoded, and the next ones while videos are. DataError: one cannot be read."""
         with self.loader.worker_errors():
             batches = iter(self.loader)
             texts = embed_texts(model, self.texts, device)
@@ -246,11 +195,8 @@ def report(
     evaluator: Evaluator, embeddings: Embeddings, folder: Path, checkpoint: str, epoch: int,
     save_predictions: bool = False,
 ) -> None:  # fmt: skip
-    """Compute the metrics of an evaluation, show them, and add them to the folder's eval.jsonl.
-
-    Args:
-        checkpoint, epoch: what the embeddings are of, for the record.
-        save_predictions: the predicted moments in the folder too.
+    """Compute the metrics of an evaluation, show them, and add them to the folder's eval.jsonl with
+    what the embeddings are of: checkpoint and epoch. The predicted moments go there too if asked.
     """
     rows = evaluator.run(embeddings, folder if save_predictions else None)
     for table in evaluator.tables(rows):
@@ -264,11 +210,6 @@ def report(
 def vcmr_rows(
     predictions: MomentPredictions, queries: Sequence[Query], window_rule: str = "half"
 ) -> Rows:
-    """PRVR's row "cosine", those of `moment_report`, and, if there are times, those of
-    `level_report` as "levels/…"."""
-    rows = {COSINE: recall_metrics(predictions.target_rank)}
-    rows |= moment_report(predictions, queries, window_rule)
-    if any(query.windows for query in queries):
-        levels = level_report(predictions, queries)
-        rows |= {f"{LEVELS}/{name}": row for name, row in levels.items()}
-    return rows
+    """PRVR's row "cosine", and those of `moment_report`."""
+    cosine = {COSINE: recall_metrics(predictions.target_rank)}
+    return cosine | moment_report(predictions, queries, window_rule)

@@ -31,9 +31,7 @@ def write_hdf5(
 
     On a full disk HDF5 itself may crash or leave wrong numbers. So the file is made in memory,
     which takes as much again as its contents, and its bytes are written like any others.
-
-    Raises:
-        OutputError: it cannot be written. What was there before is still there then.
+    OutputError: it cannot be written; what was there before is still there then.
     """
     import h5py  # slow to import
 
@@ -55,11 +53,8 @@ def write_hdf5(
 
 
 def read_hdf5(path: Path, name: str, layout: Layout, remedy: str) -> dict[str, Any]:
-    """All fields of a layout: tensors on the CPU, lists of str, and plain values.
-
-    Raises:
-        RunError: no such file, not of the format `name`, or a field is missing or does not fit;
-            ends in the remedy.
+    """All fields of a layout: tensors on the CPU, lists of str, and plain values. RunError, which
+    ends in the remedy: no such file, not of the format `name`, a field is missing or does not fit.
     """
     if not path.is_file():
         raise RunError(f"{path}: no such file: {remedy}")

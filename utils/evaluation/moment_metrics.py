@@ -40,15 +40,12 @@ def temporal_iou(moments: Tensor, windows: Tensor) -> Tensor:
 
 
 def right_moments(moments: Tensor, windows: Tensor, window_rule: str = "half") -> Tensor:
-    """Which moments of the right video are right, at each of THRESHOLDS.
+    """Which moments of the right video are right, at each of THRESHOLDS: bool [T, P, thresholds].
 
     Args:
         moments: [T, P, 2] seconds.
         windows: [T, W, 2] seconds, NaN-padded, see `pad_windows`.
         window_rule: how many of a query's windows a prediction must reach, see WINDOW_RULES.
-
-    Returns:
-        bool [T, P, thresholds].
     """
     if window_rule not in WINDOW_RULES:
         raise ValueError(f"window_rule is one of {', '.join(WINDOW_RULES)}: {window_rule!r}")
@@ -67,16 +64,14 @@ def right_moments(moments: Tensor, windows: Tensor, window_rule: str = "half") -
 def first_hits(
     videos: Tensor, moments: Tensor, target: Tensor, windows: Tensor, window_rule: str = "half"
 ) -> Tensor:
-    """Rank, from 1, of the first right prediction at each threshold; NEVER where there is none.
+    """Rank, from 1, of the first right prediction at each threshold; NEVER where there is none:
+    int64 [T, thresholds].
 
     Args:
         videos: int [T, P] predicted videos, best first; -1 where a query has fewer predictions.
         moments: [T, P, 2] their times in seconds.
         target: int64 [T] the right video.
         windows, window_rule: see `right_moments`.
-
-    Returns:
-        int64 [T, thresholds].
     """
     hits = right_moments(moments, windows, window_rule) & (videos == target[:, None])[..., None]
     ranks = torch.arange(1, videos.shape[1] + 1, device=videos.device)[:, None]

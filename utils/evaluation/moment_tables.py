@@ -15,11 +15,22 @@ from torch.nn import functional as F
 from dataloaders.annotations import Query
 from utils.evaluation import moment_metrics as mm
 from utils.evaluation.predictions import MomentPredictions
-from utils.evaluation.rows import RANDOM_EVENT, SVMR, VCMR, VR, WHOLE_VIDEO, Rows, task_rows
+from utils.evaluation.rows import (
+    LEVELS,
+    RANDOM_EVENT,
+    SVMR,
+    VCMR,
+    VR,
+    WHOLE_VIDEO,
+    Rows,
+    breakdowns,
+    task_rows,
+)
 from utils.evaluation.tables import metrics_table
 
 MOMENT_COLUMNS = {mm.recall_key(k, t): f"R{k}@{t}" for t in mm.THRESHOLDS for k in mm.RECALL_RANKS}
 VIDEO_COLUMNS = {mm.recall_key(k): f"R@{k}" for k in mm.VIDEO_RECALL_RANKS}
+COLUMNS = {VCMR: MOMENT_COLUMNS, SVMR: MOMENT_COLUMNS, VR: VIDEO_COLUMNS}
 ALL_LEVELS = "all"  # the last row of `level_report`
 
 
@@ -31,7 +42,8 @@ def moment_report(
     Rows "VCMR", "SVMR" and "VR" (of all queries); "…/<type>" for every query type there is; for
     the moments also "…/half" or "…/any", the other window rule, if a query has several windows,
     "…/whole_video", the predicted videos as a whole, and "…/random_event", the expected result of
-    all events in random order. Without any times only the rows of VR.
+    all events in random order. "levels/…" are the rows of `level_report`. Without any times only
+    the rows of VR.
     """
     predictions = predictions.align(queries)
     rows: Rows = {}
@@ -43,6 +55,9 @@ def moment_report(
     rows[VR] = mm.video_recalls(ranks)
     for name, members in _by_type(queries).items():
         rows[f"{VR}/{name}"] = mm.video_recalls(ranks[members.to(ranks.device)])
+    if any(query.windows for query in queries):
+        levels = level_report(predictions, queries)
+        rows |= {f"{LEVELS}/{name}": row for name, row in levels.items()}
     return rows
 
 
@@ -137,23 +152,19 @@ def level_report(predictions: MomentPredictions, queries: Sequence[Query]) -> Ro
     }
 
 
-def report_tables(rows: Rows, beside: Rows | None = None) -> str:
-    """The rows of `moment_report` as one table a task; `beside` stands under VCMR's."""
-    tasks = {task: task_rows(rows, task) for task in (VCMR, SVMR, VR)}
-    if tasks[VCMR] and beside:
-        tasks[VCMR] |= beside
-    return "\n\n".join(
-        metrics_table(own, VIDEO_COLUMNS if task == VR else MOMENT_COLUMNS)
-        for task, own in tasks.items()
-        if own
-    )
-
-
-def level_table(rows: Rows) -> str:
-    """The rows of `level_report` as a table."""
-    named = {n if n == ALL_LEVELS else f"moments of ≈ {n}": row for n, row in rows.items()}
-    title = "Best event of the right video: its level, mean IoU in %, by length of the moment"
-    return f"{title}\n{metrics_table(named, list(rows[ALL_LEVELS]))}"
+def moment_tables(rows: Rows, beside: Rows | None = None) -> list[str]:
+    """The rows of `moment_report` as texts: a table a task, `beside` standing under VCMR's, and
+    one of the levels, if there are times."""
+    tasks = {task: task_rows(rows, task) for task in COLUMNS}
+    if tasks[VCMR]:
+        tasks[VCMR] |= beside or {}
+    tables = (metrics_table(own, COLUMNS[task]) for task, own in tasks.items() if own)
+    shown = ["\n\n".join(tables)]
+    if levels := breakdowns(rows, LEVELS):
+        title = "Best event of the right video: its level, mean IoU in %, by length of the moment"
+        named = {n if n == ALL_LEVELS else f"moments of ≈ {n}": row for n, row in levels.items()}
+        shown.append(f"{title}\n{metrics_table(named, list(levels[ALL_LEVELS]))}")
+    return shown
 
 
 def times_missing(queries: Sequence[Query]) -> str | None:

@@ -76,11 +76,8 @@ class MomentPredictions:
         return replace(self, desc_ids=[self.desc_ids[i] for i in positions], **selected)
 
     def align(self, queries: Sequence[Query]) -> MomentPredictions:
-        """The predictions in the order of the queries, which are those predicted for.
-
-        Raises:
-            RunError: they are not, or one has another right video.
-        """
+        """The predictions in the order of the queries, which are those predicted for. RunError:
+        they are not, or one has another right video."""
         names, result = [str(query.desc_id) for query in queries], self
         if names != self.desc_ids:
             row = {name: number for number, name in enumerate(self.desc_ids)}
@@ -108,11 +105,8 @@ def save_predictions(path: Path, predictions: MomentPredictions) -> None:
 
 
 def load_predictions(path: Path) -> MomentPredictions:
-    """Read what `save_predictions` wrote.
-
-    Raises:
-        RunError: no such file, another format, or contents that contradict each other.
-    """
+    """Read what `save_predictions` wrote. RunError: no such file, another format, or contents that
+    contradict each other."""
     predictions = MomentPredictions(**read_hdf5(path, FORMAT, LAYOUT, REMEDY))
     if not (predictions.durations.isfinite() & (predictions.durations >= 0)).all():
         raise RunError(f"{path}: durations holds what is no length of a video: {REMEDY}")

@@ -5,6 +5,10 @@ Results in %, from the paper's tables; the column its PRVR table heads R@50 is R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from utils.evaluation.rows import VCMR, ZERO_SHOT, Rows, video_rows
+
 PRVR_RESULTS = {
     "tvr": {"R1": 22.4, "R5": 45.0, "R10": 55.9, "R100": 89.5, "SumR": 212.8},
     "activitynet": {"R1": 14.9, "R5": 34.9, "R10": 47.5, "R100": 82.7, "SumR": 180.0},
@@ -13,24 +17,14 @@ PRVR_RESULTS = {
     "qvhighlights_test": {"R1": 35.0, "R5": 63.2, "R10": 73.1, "R100": 96.2, "SumR": 267.5},
 }
 
-VCMR_RESULTS = {
-    "tvr": {
-        "0.3-r10": 26.26, "0.3-r100": 50.26, "0.5-r10": 17.49,
-        "0.5-r100": 35.61, "0.7-r10": 9.65, "0.7-r100": 19.82,
-    },
-    "activitynet": {
-        "0.3-r10": 28.57, "0.3-r100": 57.42, "0.5-r10": 20.81,
-        "0.5-r100": 46.22, "0.7-r10": 12.94, "0.7-r100": 31.85,
-    },
-    "charades": {
-        "0.3-r10": 6.8, "0.3-r100": 23.39, "0.5-r10": 4.73,
-        "0.5-r100": 18.44, "0.7-r10": 2.26, "0.7-r100": 9.01,
-    },
-    "qvhighlights_val": {
-        "0.3-r10": 54.32, "0.3-r100": 79.35, "0.5-r10": 45.42,
-        "0.5-r100": 72.52, "0.7-r10": 27.94, "0.7-r100": 48.52,
-    },
-}  # fmt: skip
+VCMR_KEYS = ("0.3-r10", "0.3-r100", "0.5-r10", "0.5-r100", "0.7-r10", "0.7-r100")
+VCMR_ROWS = {
+    "tvr": (26.26, 50.26, 17.49, 35.61, 9.65, 19.82),
+    "activitynet": (28.57, 57.42, 20.81, 46.22, 12.94, 31.85),
+    "charades": (6.8, 23.39, 4.73, 18.44, 2.26, 9.01),
+    "qvhighlights_val": (54.32, 79.35, 45.42, 72.52, 27.94, 48.52),
+}
+VCMR_RESULTS = {name: dict(zip(VCMR_KEYS, row, strict=True)) for name, row in VCMR_ROWS.items()}
 
 # CLIP ViT-L/14 without training, best frame: MSC-PRVR (NeurIPS 2025), table 5.
 ZERO_SHOT_NAME = "CLIP ViT-L/14, best frame (MSC-PRVR)"
@@ -65,3 +59,23 @@ def split_size_warning(datatype: str, split: str, videos: int, queries: int) -> 
         f"not the standard {datatype} {split} split: {videos:,} videos and {queries:,} queries, "
         f"expected {expected[0]:,} and {expected[1]:,}; results will not compare with the paper's"
     )
+
+
+def rows_to_compare(
+    datatype: str, baselines: Mapping[str, Rows], zero_shot: bool
+) -> tuple[Rows, Rows]:
+    """Rows that stand under a model's own, of videos and of moments: of CLIP alone on the same
+    split, which the `baselines` are by scoring, and published ones, others' of CLIP alone only
+    beside such rows: `baselines`, or the model's own if it is `zero_shot`."""
+    videos: Rows = {}
+    moments: Rows = {}
+    for scoring, rows in baselines.items():
+        videos |= video_rows(ZERO_SHOT[scoring], rows)
+        if VCMR in rows:
+            moments[ZERO_SHOT[scoring]] = rows[VCMR]
+    if datatype in ZERO_SHOT_RESULTS and (baselines or zero_shot):
+        videos[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
+    for rows, results in ((videos, PRVR_RESULTS), (moments, VCMR_RESULTS)):
+        if datatype in results:
+            rows["published"] = results[datatype]
+    return videos, moments

@@ -55,10 +55,9 @@ def video_scores(
         for v in range(0, num_videos, step):
             some = events[v : v + step]
             some = _operand((unit(some) if normalize_events else widen(some)).flatten(0, 1))
-            for row, block in enumerate(text_blocks):
+            for own, block in zip(result.split(TEXT_BLOCK), text_blocks, strict=True):
                 scores = _fast_product(block, some).unflatten(1, (-1, num_events))
-                t = row * TEXT_BLOCK
-                result[t : t + TEXT_BLOCK, v : v + step] = readout(scores)
+                own[:, v : v + step] = readout(scores)
     return result
 
 
@@ -153,13 +152,9 @@ def predict_moments(
     embeddings: Embeddings, split: Split, proposals: Tensor,
     *, per_video: int = 10, limit: int = 1000, chunk: int = CHUNK, readout: Readout = best_event,
 ) -> MomentPredictions:  # fmt: skip
-    """`top_moments` of a split: every event of the corpus is a proposed moment.
-
-    Args:
-        split: what `embeddings` are of.
-        proposals: [N_e, 2] start and end of each event as a share of its video.
-        readout: of a video's score, by which the target is ranked; moments are ranked by event.
-    """
+    """`top_moments` of the split that is embedded: every event of the corpus is a proposed moment,
+    of which `proposals`, [N_e, 2], are start and end as a share of its video. By the read-out of a
+    video's score the target is ranked; moments are ranked by event."""
     device = embeddings.texts.device
     target = split.target.to(device)
     own = own_share(len(target))
@@ -172,19 +167,16 @@ def predict_moments(
         ranked.append((top.videos, top.events, top.scores, ranks))
     found = [torch.cat(column) for column in zip(*ranked, strict=True)]
     found.append(paired_event_scores(own_texts, embeddings.events, own_target, chunk))
-    videos, events, scores, ranks, target_scores = (gather(x, len(target)) for x in found)
+    names = ("videos", "events", "scores", "target_rank", "target_scores")
+    columns = {n: gather(x, len(target)) for n, x in zip(names, found, strict=True)}
     return MomentPredictions(
         desc_ids=[str(query.desc_id) for query in split.queries],
         vid_names=[video.vid_name for video in split.videos],
         durations=torch.tensor([video.duration for video in split.videos], device=device),
         proposals=proposals.to(device),
         per_video=per_video,
-        videos=videos,
-        events=events,
-        scores=scores,
         target=target,
-        target_rank=ranks,
-        target_scores=target_scores,
+        **columns,
     )
 
 
@@ -232,7 +224,7 @@ def _fast_product(x: Tensor, y: Tensor) -> Tensor:
     return F.linear(x, y).to_dense() if x.is_mkldnn else x @ y.T
 
 
-def _block(x: Tensor, chunk: int = CHUNK) -> int:
+def _block(x: Tensor, chunk: int) -> int:
     """Cosines worth computing at once on the tensor's device, a small part of `chunk`."""
     return min(CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK, max(1, chunk // 16))
 

@@ -16,6 +16,7 @@ ZERO_SHOT = {
     "best": "zero-shot CLIP, best frame",
     "events": "zero-shot CLIP, best event",
 }
+NOT_NORMALISED = ", events not normalised"  # after what a reader calls a row or number of DOT
 WHOLE_VIDEO, RANDOM_EVENT = "whole_video", "random_event"  # baselines of VCMR and SVMR
 
 
@@ -32,7 +33,7 @@ def scoring_of(checkpoint: object) -> str | None:
 
 def video_rows(name: str, rows: Rows) -> Rows:
     """PRVR's rows of a model under the name that a table gives it."""
-    titles = {COSINE: name, DOT: f"{name}, events not normalised"}
+    titles = {COSINE: name, DOT: name + NOT_NORMALISED}
     return {titles[row]: numbers for row, numbers in rows.items() if row in titles}
 
 
@@ -41,6 +42,6 @@ def task_rows(rows: Rows, task: str) -> Rows:
     return {name: row for name, row in rows.items() if name.partition("/")[0] == task}
 
 
-def breakdown(name: str) -> str:
-    """What a row breaks its task down to; "" for the task's own."""
-    return name.partition("/")[2]
+def breakdowns(rows: Rows, task: str) -> Rows:
+    """The same by what they break the task down to; its own row under its name."""
+    return {name.partition("/")[2] or task: row for name, row in task_rows(rows, task).items()}

@@ -13,12 +13,8 @@ PRVR_COLUMNS = {
 def metrics_table(
     rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str] | Sequence[str]
 ) -> str:
-    """Right-aligned columns under their heads; a number that a row lacks is a dash.
-
-    Args:
-        rows: name of the row to its numbers.
-        columns: keys of the numbers, with the heads to print if they differ.
-    """
+    """Right-aligned columns under their heads, which are the keys of the numbers unless `columns`
+    says others; a number that a row lacks is a dash."""
     heads = columns if isinstance(columns, Mapping) else {key: key for key in columns}
     first = max(len(name) for name in rows)
     widths = {key: max(len(head), 6) for key, head in heads.items()}

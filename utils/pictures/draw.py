@@ -83,20 +83,13 @@ def _letters(path: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of the pictures.
+    """Colours of the pictures."""
 
-    Attributes:
-        heat: colour map of attention over patches.
-        chosen, strongest: edges of the chosen event and of the one it attends to most.
-        dashes: line style of the latter, for those who cannot tell the edges' colours apart.
-        stretch: show every frame, under the heat, from its darkest to its brightest value.
-    """
-
-    heat: str
-    chosen: str
-    strongest: str
-    dashes: str
-    stretch: bool
+    heat: str  # map of attention over patches
+    chosen: str  # edge of the chosen event
+    strongest: str  # of the one it attends to most
+    dashes: str  # the latter's line style, for those who cannot tell the edges' colours apart
+    stretch: bool  # every frame, under the heat, from its darkest to its brightest value
 
     @property
     def edges(self) -> tuple[dict, dict]:
@@ -150,28 +143,19 @@ class EventAttention:
 
 @dataclass(frozen=True)
 class QueryPicture:
-    """All that the pictures of a query show.
+    """All that the pictures of a query show."""
 
-    Attributes:
-        duration: of the right video, seconds.
-        windows: true moments in seconds; empty where none is known.
-        frames: uint8 [N_f, 3, S, S] of the right video.
-        spans: [N_e, 2] seconds of its events; levels: int [N_e], 1 the shortest events.
-        event: the chosen one.
-        scores: [N_e] of the text with every event; score_name: what kind of numbers these are.
-        attention: of the chosen event; without it the overview shows no attention and no pyramid.
-    """
-
-    duration: float
-    windows: Sequence[tuple[float, float]]
-    frames: torch.Tensor
-    spans: np.ndarray
-    levels: np.ndarray
-    event: int
-    scores: np.ndarray
-    score_name: str
+    duration: float  # of the right video, seconds
+    windows: Sequence[tuple[float, float]]  # true moments, seconds; empty where none is known
+    frames: torch.Tensor  # uint8 [N_f, 3, S, S] of the right video
+    spans: np.ndarray  # [N_e, 2] of its events, seconds
+    levels: np.ndarray  # int [N_e], 1 the shortest events
+    event: int  # the chosen one
+    scores: np.ndarray  # [N_e] of the text with every event
+    score_name: str  # what kind of numbers these are
     title: str = ""
     subtitle: str = ""
+    # of the chosen event; without it the overview shows no attention and no pyramid
     attention: EventAttention | None = None
 
     @property
@@ -181,18 +165,9 @@ class QueryPicture:
 
 
 def heat_frames(frames: torch.Tensor, patches: np.ndarray, style: Style) -> torch.Tensor:
-    """Attention over patches, laid half over the frames it belongs to.
-
-    Attention is scaled over the whole video, from its least to its largest weight, so that frames
-    compare.
-
-    Args:
-        frames: uint8 [N_f, 3, S, S].
-        patches: [N_f, G, G].
-
-    Returns:
-        uint8 [N_f, 3, S, S].
-    """
+    """Attention over patches [N_f, G, G], laid half over the frames it belongs to and like them
+    uint8 [N_f, 3, S, S]. It is scaled over the whole video, from its least to its largest weight,
+    so that frames compare."""
     scaled = torch.from_numpy(_stretch(patches, axes=(0, 1, 2)))
     size = frames.shape[-2:]
     scaled = F.interpolate(scaled[:, None], size=size, mode="bilinear", align_corners=False)
@@ -231,12 +206,8 @@ def save_tree(path: Path, picture: QueryPicture, style: Style) -> None:
 def save_overview(
     path: Path | BinaryIO, picture: QueryPicture, style: Style, **how: object
 ) -> None:
-    """Frames, moments and event scores on one time axis, attention and pyramid between them.
-
-    Args:
-        path: its ending chooses the format.
-        how: options of matplotlib's savefig.
-    """
+    """Frames, moments and event scores on one time axis, attention and pyramid between them; the
+    ending of the path chooses the format, `how` are options of matplotlib's savefig."""
     attention, count = picture.attention, len(picture.frames)
     if attention:
         figure = Figure(figsize=(16, 9.5), layout="constrained")
@@ -297,9 +268,8 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style) -> None:
 
     unseen = {"facecolor": "none", "linestyle": ":"}
     for event, weight in enumerate(weights):
-        look = (
-            {"facecolor": colours.to_rgba(weight)} if picture.attention.visible[event] else unseen
-        )
+        seen = picture.attention.visible[event]
+        look = {"facecolor": colours.to_rgba(weight)} if seen else unseen
         draw_box(event, edgecolor=GREY, linewidth=0.8, **look)
     chosen, strongest = style.edges
     draw_box(picture.event, **chosen)
@@ -320,12 +290,10 @@ def _draw_pyramid(axes: Axes, picture: QueryPicture, style: Style) -> None:
 
 
 def event_rows(spans: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """Where the pyramid's boxes are drawn: heights in rows, the bottom level at 0.
+    """Where the pyramid's boxes are drawn, in rows from 0, the bottom: the lower edge of every
+    event's row, and the middle of every level, bottom level first.
 
     A level's events are evenly spaced; those that overlap in time stand in rows of their own.
-
-    Returns:
-        The lower edge of every event's row, and the middle of every level, bottom level first.
     """
     rows, centres, base = np.zeros(len(spans)), [], 0.0
     for level in np.unique(levels):

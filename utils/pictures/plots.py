@@ -32,31 +32,20 @@ logger = logging.getLogger("propy.plots")
 
 @dataclass(frozen=True)
 class PlotSettings:
-    """What is drawn, and how.
+    """What is drawn, and how."""
 
-    Attributes:
-        folder: where to.
-        layer: whose attention is drawn, counted from 1; 0 the last.
-        head: the attention head, counted from 1; 0 the mean of all.
-        style: one of `utils.pictures.draw.STYLES`.
-        file_format: of the overview, and of a further tree if it is a vector format.
-    """
-
-    folder: Path
-    layer: int = 0
-    head: int = 0
-    style: str = "readable"
-    file_format: str = "png"
+    folder: Path  # where to; it exists
+    layer: int = 0  # whose attention is drawn, counted from 1; 0 the last
+    head: int = 0  # of attention, counted from 1; 0 the mean of all
+    style: str = "readable"  # one of `utils.pictures.draw.STYLES`
+    file_format: str = "png"  # of the overview, and of a further tree if it is a vector format
 
 
 def check_request(
     settings: PlotSettings, ids: Sequence[str], queries: Sequence[Query], model: nn.Module
 ) -> None:
-    """What can be said before anything is computed.
-
-    Raises:
-        RunError: the model has no such layer or head, or no attention; the split no such query.
-    """
+    """What can be said before anything is computed. RunError: the model has no such layer or head,
+    or no attention; the split no such query."""
     if not model.num_heads:
         logger.info("CLIP alone has no events that attend: frames, moments and scores are drawn")
         if settings.layer or settings.head:
@@ -128,7 +117,7 @@ def plot_split(
     from utils.pictures.draw import caption_fonts
 
     split, normalize = evaluator.split, evaluator.normalize_events
-    ranks = evaluator.ranks(embeddings)
+    ranks = evaluator.ranks(embeddings, normalize)
     if not is_main():
         return
     chosen = choose_queries(ranks, split.queries, ids, limit, seed)
@@ -142,8 +131,6 @@ def plot_split(
     store = attention_store(settings.folder, {"model": source, "heads": heads})
     if not model.num_heads:
         how, meta, store = source, {"model": source}, contextlib.nullcontext(lambda *_: None)
-    with writing(settings.folder):
-        settings.folder.mkdir(parents=True, exist_ok=True)
     model.eval()
     queries = [split.queries[row] for row in chosen]
     with (
@@ -154,8 +141,6 @@ def plot_split(
         for batch in evaluator.load_videos(videos):
             attention = _attention(model, batch["frames"].to(embeddings.events.device), head)
             for i, video in enumerate(batch["indices"].tolist()):
-                of_video = attention[i]
-                drawn = None if of_video is None else of_video[layer - 1]
                 for row, query in zip(chosen, queries, strict=True):
                     if query.vid_name != videos[video].vid_name:
                         continue
@@ -163,9 +148,9 @@ def plot_split(
                     scores = event_scores(text, embeddings.events, normalize)[0]  # [V, N_e]
                     best, own = scores.amax(0).cpu().numpy(), scores[split.target[row]]
                     meta["rank"] = int(ranks[row])
-                    add(query.desc_id, query.vid_name, of_video, best, meta["rank"])
+                    add(query.desc_id, query.vid_name, attention[i], best, meta["rank"])
                     _draw_query(
-                        model, query, batch["frames"][i], drawn, own.cpu().numpy(),
+                        model, query, batch["frames"][i], attention[i], own.cpu().numpy(),
                         "cosine" if normalize else "product", how, meta, settings,
                     )  # fmt: skip
                     bar.update()
@@ -199,7 +184,7 @@ def _draw_query(
     """One query's folder.
 
     Args:
-        attention: [N_e, keys] of the drawn layer, or None; scores: [N_e].
+        attention: [L, N_e, keys] or None; scores: [N_e].
         how: which layer and heads; meta: what meta.json says besides the query and its event.
     """
     from utils.pictures import draw
@@ -211,8 +196,9 @@ def _draw_query(
     )
     row = None
     if attention is not None:
+        of_layer = attention[settings.layer - 1]  # of 0 the last
         seen = model.num_prompts, model.config.visibility
-        row = draw.EventAttention.of_event(attention, event, pyramid, *seen)
+        row = draw.EventAttention.of_event(of_layer, event, pyramid, *seen)
         subtitle += (
             f" · attention goes to patches {row.patches.sum():.0%}, class tokens "
             f"{row.class_tokens.sum():.0%}, events {row.events.sum():.0%}, prompts "

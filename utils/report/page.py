@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,14 +19,9 @@ from dataloaders.annotations import VAL, read_annotations
 from dataloaders.clips import ClipSource, VideoFolder
 from dataloaders.frame_store import FrameStore
 from utils import RunError
-from utils.evaluation.moment_tables import MOMENT_COLUMNS, VIDEO_COLUMNS
+from utils.evaluation.moment_tables import COLUMNS
 from utils.evaluation.predictions import SAVED, load_predictions
-from utils.evaluation.published import (
-    PRVR_RESULTS,
-    VCMR_RESULTS,
-    ZERO_SHOT_NAME,
-    ZERO_SHOT_RESULTS,
-)
+from utils.evaluation.published import rows_to_compare
 from utils.evaluation.rows import (
     COSINE,
     DOT,
@@ -37,9 +31,8 @@ from utils.evaluation.rows import (
     VR,
     ZERO_SHOT,
     Rows,
-    breakdown,
+    breakdowns,
     scoring_of,
-    task_rows,
     video_rows,
 )
 from utils.evaluation.tables import PRVR_COLUMNS, cell
@@ -60,9 +53,9 @@ from utils.report.queries import (
 
 ROOT = Path(__file__).resolve().parents[2]
 MOMENT_TABLES = {
-    VCMR: ("Moments among all videos (VCMR), in %", MOMENT_COLUMNS),
-    SVMR: ("Moments, the right video given (SVMR), in %", MOMENT_COLUMNS),
-    VR: ("Videos by type of query, in %", VIDEO_COLUMNS),
+    VCMR: "Moments among all videos (VCMR), in %",
+    SVMR: "Moments, the right video given (SVMR), in %",
+    VR: "Videos by type of query, in %",
 }
 QUERIES = {
     "Best queries": "The right video first, by the largest lead",
@@ -74,20 +67,14 @@ PICTURE_WIDTH = 1600  # pixels of an overview in the page
 
 @dataclass
 class Run:
-    """What a run's folder holds.
-
-    Attributes:
-        epochs: records of log.jsonl; evaluations: of eval.jsonl. Either may be empty, not both.
-        zero_shot: rows of CLIP alone by scoring, as training logged them.
-        notes: what is missing, for the reader.
-    """
+    """What a run's folder holds."""
 
     folder: Path
     args: dict
-    epochs: list[dict]
-    evaluations: list[dict]
-    zero_shot: dict[str, Rows] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    epochs: list[dict]  # records of log.jsonl
+    evaluations: list[dict]  # of eval.jsonl; either may be empty, not both
+    zero_shot: dict[str, Rows]  # of CLIP alone by scoring, as training logged them
+    notes: list[str] = field(default_factory=list)  # what is missing, for the reader
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -100,12 +87,6 @@ class Run:
             raise RunError(f"{folder}: neither log.jsonl nor eval.jsonl: not the folder of a run")
         zero_shot = run_log.read_zero_shot(folder) if logged else {}
         return cls(folder, run_log.read_args(folder), epochs, evaluations, zero_shot)
-
-    @property
-    def is_zero_shot(self) -> bool:
-        """Whether rows of CLIP alone are among its results."""
-        evaluated = (scoring_of(record.get("checkpoint")) for record in self.records)
-        return bool(self.zero_shot) or any(evaluated)
 
     @property
     def records(self) -> list[dict]:
@@ -154,9 +135,7 @@ def write_page(
         sections["Settings"] = ("settings", run.args)
     folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     pages = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    anchor = lambda title: title.lower().replace(" ", "-")  # noqa: E731
-    pages.filters |= {"cell": cell, "anchor": anchor, "extent": extent}
-    pages.globals["seconds"] = seconds
+    pages.globals |= {"cell": cell, "extent": extent, "seconds": seconds}
     content = pages.get_template("report.html").render(
         name=run.folder.resolve().name, facts=facts(run), sections=sections, notes=run.notes
     )
@@ -199,40 +178,26 @@ def result_rows(run: Run) -> dict[str, Rows]:
 def result_tables(run: Run) -> list[dict]:
     """All rows against the published ones: title, columns and rows of every table."""
     found, datatype = result_rows(run), run_log.datatype(run.args)
-    videos = {
-        source + name: rows[row]
-        for source, rows in found.items()
-        for row, name in ((COSINE, ""), (DOT, run_log.NOT_NORMALISED))
-        if row in rows
-    }
-    moments: Rows = {}
-    for scoring, rows in run.zero_shot.items():
-        videos |= video_rows(ZERO_SHOT[scoring], rows)
-        if VCMR in rows:
-            moments[ZERO_SHOT[scoring]] = rows[VCMR]
-    if run.is_zero_shot and datatype in ZERO_SHOT_RESULTS:
-        videos[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
-    tables = []
-
-    def add(title: str, columns: Mapping, rows: Rows, published: Mapping | None = None) -> None:
-        rows = rows | ({"published": published} if published else {})
-        tables.append({"title": title, "columns": columns, "rows": rows})
-
-    add("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos, PRVR_RESULTS.get(datatype))
+    zero_shot = any(scoring_of(record.get("checkpoint")) for record in run.records)
+    compared, moments = rows_to_compare(datatype, run.zero_shot, zero_shot)
+    videos: Rows = {}
+    for source, rows in found.items():
+        videos |= video_rows(source, rows)
+    tables = [("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos | compared)]
     newest = list(found.values())[-1]
     size = reduced_size(run.records[-1])
     size = f", {size}" if size else ""
-    for task, (title, columns) in MOMENT_TABLES.items():
-        rows = {breakdown(name) or task: row for name, row in task_rows(newest, task).items()}
+    for task, title in MOMENT_TABLES.items():
+        rows = breakdowns(newest, task)
         if task == VCMR and rows:
             rows |= moments
         if len(rows) > (task == VR):  # alone it would repeat the table above
-            add(title + size, columns, rows, VCMR_RESULTS.get(datatype) if task == VCMR else None)
-    if levels := {breakdown(name): row for name, row in task_rows(newest, LEVELS).items()}:
+            tables.append((title + size, COLUMNS[task], rows))
+    if levels := breakdowns(newest, LEVELS):
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
         columns = {key: key for row in levels.values() for key in row}
-        add(title + size, columns, levels)
-    return tables
+        tables.append((title + size, columns, levels))
+    return [dict(zip(("title", "columns", "rows"), table, strict=True)) for table in tables]
 
 
 def curves(run: Run) -> dict:

@@ -24,15 +24,11 @@ DRAWING = {"quality": 88, "subsampling": 0}  # of JPEG; as PNG they are three ti
 
 
 class Thumbnails:
-    """Small frames of videos, each video decoded once.
-
-    Attributes:
-        failed: a message for every video that cannot be shown.
-    """
+    """Small frames of videos, each video decoded once."""
 
     def __init__(self, clips: ClipSource | None) -> None:
         self.clips = clips
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # a message for every video that cannot be shown
         self.frames = functools.cache(self._frames)
 
     def _frames(self, vid_name: str) -> torch.Tensor | None:
@@ -58,7 +54,7 @@ class Thumbnails:
 
 
 def image_uri(image: Image.Image, **options: object) -> str:
-    """A picture as the value of src. Args: options: of JPEG, for PIL."""
+    """A picture as the value of src; options of JPEG, for PIL."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", **options)
     return data_uri("image/jpeg", buffer.getvalue())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from utils import RunError
-from utils.evaluation.rows import COSINE, DOT, ZERO_SHOT, Rows
+from utils.evaluation.rows import COSINE, DOT, NOT_NORMALISED, ZERO_SHOT, Rows
 from utils.evaluation.tables import PRVR_COLUMNS
 from utils.files import read_records
 
@@ -26,7 +26,6 @@ NAMES = {
     "R1": "R@1 (%)", "R5": "R@5 (%)", "R10": "R@10 (%)", "R100": "R@100 (%)",
 }  # fmt: skip
 OF_DOT = f"{DOT}/"  # before PRVR metrics of scores whose events are not normalised
-NOT_NORMALISED = ", events not normalised"
 MOMENT_RECALL = re.compile(r"(\w+)/([\d.]+)-r(\d+)")
 LEVEL_SHARE = re.compile(r"gradient/level_(\d+)")  # of the pyramid, the bottom is 1
 VIDEO_RECALL = re.compile(r"(\w+)/r(\d+)")
@@ -55,10 +54,7 @@ def read_epochs(folder: Path) -> list[dict]:
     """log.jsonl by epoch, in order; of an epoch that was run again after resuming, the last.
 
     PRVR metrics of scores whose events are not normalised are named "dot/R1" and so on, whichever
-    row of metrics the run put first.
-
-    Raises:
-        RunError: there is no log.jsonl, or it holds no epoch.
+    row of metrics the run put first. RunError: there is no log.jsonl, or it holds no epoch.
     """
     path = folder / "log.jsonl"
     records = [record for record in read_records(path) if _is_epoch(record.get("epoch"))]
