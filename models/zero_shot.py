@@ -134,13 +134,12 @@ def load_zero_shot(
     Raises:
         ModelError: weights or pyramid are missing, unreadable or damaged, or no such scoring.
     """
-    described = {}
-    if not isinstance(clip_weights, Mapping):
-        described["clip_name"] = str(clip_weights)
+    in_memory = isinstance(clip_weights, Mapping)
     events_of(scoring, pyramid := PromptPyramid.from_config(pyramid))  # before the long reading
     clip = build_clip(clip_weights, trust_archive, clip_activation).requires_grad_(False)
     config = ProPyConfig(
         pyramid=pyramid.config, max_words=clip.sizes.context_length,
-        **clip.settings.as_fields(), **described,
+        clip_name=ProPyConfig.clip_name if in_memory else str(clip_weights),
+        **clip.settings.as_fields(),
     )  # fmt: skip
     return ZeroShot(clip, config, scoring).eval()

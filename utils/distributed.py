@@ -61,7 +61,9 @@ def process_group(backend: str | None, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_of_another_process(error):
+        # Errors of the libraries may be plain ones, with their names in the text.
+        named = any(library in str(error).lower() for library in ("gloo", "nccl"))
+        if not (named or isinstance(error, dist.DistError)):
             raise
         raise RunError(
             f"process {rank()} of {world_size()}: another process of the run ended or does not "
@@ -176,8 +178,3 @@ def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
-
-
-def _is_of_another_process(error: RuntimeError) -> bool:
-    libraries = ("gloo", "nccl")  # whose errors may be plain ones, with their names in the text
-    return isinstance(error, dist.DistError) or any(x in str(error).lower() for x in libraries)

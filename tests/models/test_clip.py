@@ -68,7 +68,7 @@ def test_features_equal_open_clips(files, kind: str) -> None:
         state = make_weights.torch_state(make_weights.make("vitb32", 1))
         compare(build_clip(state), state)
     else:
-        compare(build_clip(files[kind], trust_archive=True), read_weights(files["plain"]).state)
+        compare(build_clip(files[kind], trust_archive=True), read_weights(files["plain"])[0])
 
 
 @pytest.mark.parametrize("activation", [QUICK_GELU, GELU])
@@ -78,7 +78,7 @@ def test_both_activations_are_open_clips(activation: str) -> None:
 
 
 def test_archive_and_state_dict_hold_the_same(files) -> None:
-    plain, archive = (read_weights(files[kind], True).state for kind in ("plain", "archive"))
+    plain, archive = (read_weights(files[kind], True)[0] for kind in ("plain", "archive"))
     assert plain.keys() == archive.keys()
     assert all(torch.equal(plain[key], archive[key]) for key in plain)
     assert {value.dtype for value in archive.values()} == {torch.float32}
