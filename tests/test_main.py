@@ -264,8 +264,12 @@ def test_flags_that_make_no_sense(capsys, flags, message: str) -> None:
         (("--max_words", "99"), "77"),
     ],
 )
-def test_mistakes_end_with_a_message(run, flags, message: str) -> None:
-    assert message in run.stops(*TRAIN, *flags)
+def test_mistakes_end_with_a_message_and_leave_no_folder(
+    trained, tmp_path, flags, message: str
+) -> None:
+    run, plots = TinyRun(trained.corpus, tmp_path / "a/run"), str(tmp_path / "b/plots")
+    assert message in run.stops(*TRAIN, "--do_plot", "1", "--plot_dir", plots, *flags)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -84,18 +84,6 @@ def shares(count: int) -> list[range]:
     return [range(count)[share(count, r, world_size())] for r in range(world_size())]
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        first = sum(counts[: rank()])
-        ctx.own = slice(first, first + len(rows))
-        return gather(rows, counts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.own], None
-
-
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """The rows of all processes in the order of their ranks; backward keeps the own ones.
 
@@ -109,7 +97,11 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     Returns:
         [sum of the counts, …].
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows, counts)
+    if world_size() == 1:
+        return rows
+    first = sum(counts[: rank()])
+    gathered = gather(rows, counts)
+    return torch.cat([gathered[:first], rows, gathered[first + len(rows) :]])
 
 
 @torch.no_grad()

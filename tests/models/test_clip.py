@@ -13,7 +13,7 @@ import torch
 
 from dataloaders.tokenizer import tokenize
 from models import build_model
-from models.clip import CLIP, CLIPSizes
+from models.clip import CLIP, CLIPSettings, CLIPSizes
 from models.clip_weights import PUBLISHED_ARCHIVES, build_clip, read_weights, weights_path
 from modules import ModelError
 from tests.golden_model import GOLDEN, make_weights
@@ -76,7 +76,7 @@ def test_archive_and_state_dict_hold_the_same(files) -> None:
     assert build_clip(archive).sizes == CLIPSizes(64, 128, 4, 32, 7, 128, 4, 77, 49408, 512, 512)
 
 
-def test_an_archive_is_loaded_if_published_or_trusted(files, monkeypatch) -> None:
+def test_an_archive_is_loaded_if_published_or_trusted(files, monkeypatch, caplog) -> None:
     """Loading one runs its code, so nothing of it may be touched before."""
     loaded = []
     load = torch.jit.load
@@ -88,8 +88,10 @@ def test_an_archive_is_loaded_if_published_or_trusted(files, monkeypatch) -> Non
     assert loaded.pop()
     sha256 = hashlib.sha256(files["archive"].read_bytes()).hexdigest()
     monkeypatch.setattr("models.clip_weights.PUBLISHED_ARCHIVES", {sha256})
-    read_weights(files["archive"])
-    assert loaded
+    assert build_clip(files["archive"]).settings == CLIPSettings()
+    assert loaded and not caplog.text
+    with pytest.raises(ModelError, match="quick_gelu, not gelu"):
+        build_clip(files["archive"], activation="gelu")
 
 
 def test_the_published_archives_are_those_that_are_downloaded() -> None:

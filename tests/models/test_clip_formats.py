@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -163,15 +162,6 @@ def test_the_activation_is_found_named_or_warned_of(tmp_path, caplog) -> None:
     assert build_clip(theirs).settings.activation == QUICK_GELU
     assert build_clip(plain).settings.activation == GELU
     assert not caplog.text
-
-
-def test_a_published_archive_is_quick_gelus(tmp_path, monkeypatch, caplog) -> None:
-    _, archive = make_weights.write("tiny", 1, "fp16", str(tmp_path))
-    sha256 = hashlib.sha256(Path(archive).read_bytes()).hexdigest()
-    monkeypatch.setattr("models.clip_weights.PUBLISHED_ARCHIVES", {sha256})
-    assert build_clip(archive).settings.activation == QUICK_GELU and not caplog.text
-    with pytest.raises(ModelError, match="quick_gelu, not gelu"):
-        build_clip(archive, activation=GELU)
 
 
 @pytest.mark.parametrize(
