@@ -200,19 +200,6 @@ def test_resuming_another_network_names_what_differs(golden, tmp_path, changes) 
         load_checkpoint(path, model, optimizer)
 
 
-def test_a_flipped_bit_is_found(golden, tmp_path) -> None:
-    """Anywhere in the weights: torch itself does not look at the checksums."""
-    path = tmp_path / "flipped.pth.tar"
-    model, optimizer, scaler = trained(golden)
-    save_checkpoint(path, model, optimizer, scaler, Progress())
-    content = bytearray(path.read_bytes())
-    values = model.prompts.event_prompts.detach().numpy().tobytes()
-    content[content.index(values) + len(values) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"flipped\.pth\.tar: .*checksum"):
-        load_checkpoint(path, model)
-
-
 def test_weights_that_are_not_finite_are_not_saved(golden, tmp_path) -> None:
     path = tmp_path / "ckpt.pth.tar"
     model, optimizer, scaler = trained(golden)
@@ -318,7 +305,13 @@ def test_not_a_checkpoint(golden, tmp_path) -> None:
         with pytest.raises(ModelError, match=r"odd\.pth\.tar: not a readable checkpoint: it is "):
             load_checkpoint(path, model)
     golden.write_authors_checkpoint(path)
-    path.write_bytes(path.read_bytes()[:-5000])
+    content = bytearray(path.read_bytes())
+    values = golden.clip_state()["visual.proj"].numpy().tobytes()
+    content[content.index(values) + len(values) // 2] ^= 1  # torch itself compares no checksums
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"odd\.pth\.tar: .*checksum"):
+        load_checkpoint(path, model)
+    path.write_bytes(content[:-5000])
     for wrong, message in ((path, r"odd\.pth\.tar"), (tmp_path, "a folder, no checkpoint"),
                            (tmp_path / "none", "none: no such checkpoint")):  # fmt: skip
         with pytest.raises(ModelError, match=message):
