@@ -9,7 +9,6 @@ import shutil
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 from dataloaders.annotations import VAL, Split
 from dataloaders.clips import VideoFolder
@@ -18,6 +17,7 @@ from models.zero_shot import SCORINGS, load_zero_shot
 from scripts import report
 from scripts.plot import plot_curves
 from tests.corpus import TRAIN, TinyRun
+from tests.test_resume import assert_equal
 from utils.evaluation.predictions import load_predictions
 from utils.evaluation.published import ZERO_SHOT_NAME
 from utils.evaluation.rows import ZERO_SHOT
@@ -171,8 +171,7 @@ def test_training_does_not_notice(run, tmp_path) -> None:
     assert with_rows.pop("zero_shot") and not without.pop("zero_shot")
     assert without["global_step"] == 2
     for name in ("state_dict", "optimizer", "scaler", "rng"):
-        for one, two in zip(*map(tree_leaves, (without[name], with_rows[name])), strict=True):
-            assert torch.equal(one, two) if torch.is_tensor(one) else one == two, name
+        assert_equal(without[name], with_rows[name], name)
     for name in ("loss", "grad_norm", "SumR", "MeanR"):
         assert epoch[name] == same_epoch[name]
 
