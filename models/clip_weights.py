@@ -12,7 +12,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -88,19 +87,6 @@ TRANSFORMERS_LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(
 TRANSPOSED = {"visual.proj", "text_projection"}
 
 
-@dataclass(frozen=True)
-class ClipWeights:
-    """What a weights file says.
-
-    Attributes:
-        state: tensors under OpenAI's names, float32.
-        settings: what no tensor shows; None if neither name, file nor configuration says it.
-    """
-
-    state: dict[str, Tensor]
-    settings: CLIPSettings | None = None
-
-
 def weights_path(name: Path | str, folder: Path | str = WEIGHTS_FOLDER) -> Path:
     """The file of a model by OpenAI's or open_clip's name, in a folder; anything else is a path.
 
@@ -120,8 +106,11 @@ def _is_open_clips(name: Path | str) -> bool:
     return bool(NAME.fullmatch(str(name))) and not Path(name).is_file()
 
 
-def read_weights(name: Path | str, trust_archive: bool = False) -> ClipWeights:
-    """The tensors of a weights file and what is known of them.
+def read_weights(
+    name: Path | str, trust_archive: bool = False
+) -> tuple[dict[str, Tensor], CLIPSettings | None]:
+    """The tensors of a weights file under OpenAI's names, float32, and what none of them shows:
+    None if neither name, file nor configuration says it.
 
     Args:
         name: of a model, see `weights_path`, or a file: an archive of OpenAI's, or tensors saved
@@ -174,7 +163,7 @@ def read_weights(name: Path | str, trust_archive: bool = False) -> ClipWeights:
         settings = find_backbone(name).settings
     else:
         settings = _configured(path.parent, state)
-    return ClipWeights(openai_names(state), settings)
+    return openai_names(state), settings
 
 
 def build_clip(
@@ -195,23 +184,23 @@ def build_clip(
             known to have another activation.
     """
     if isinstance(weights, Mapping):
-        name, read = "the state dict", ClipWeights(openai_names(_without_prefix(weights)[0]))
+        name, state, known = "the state dict", openai_names(_without_prefix(weights)[0]), None
     else:
-        name, read = weights, read_weights(weights, trust_archive)
+        name, (state, known) = weights, read_weights(weights, trust_archive)
     if activation not in (None, QUICK_GELU, GELU):
         raise ModelError(f"no activation {activation!r}: there are {QUICK_GELU} and {GELU}")
-    if activation and read.settings and read.settings.activation != activation:
-        raise ModelError(f"{name}: its activation is {read.settings.activation}, not {activation}")
-    if not (activation or read.settings):
+    if activation and known and known.activation != activation:
+        raise ModelError(f"{name}: its activation is {known.activation}, not {activation}")
+    if not (activation or known):
         logger.warning(
             "%s: nothing says which activation these weights were trained with; quick_gelu is "
             "taken, as in OpenAI's. Most of open_clip's have gelu: --clip_activation names it",
             name,
         )
-    settings = read.settings or replace(CLIPSettings(), activation=activation or QUICK_GELU)
+    settings = known or CLIPSettings(activation or QUICK_GELU)
     try:
-        clip = CLIP(CLIPSizes.of_state_dict(read.state), settings)
-        clip.load_state_dict(read.state, strict=True)
+        clip = CLIP(CLIPSizes.of_state_dict(state), settings)
+        clip.load_state_dict(state, strict=True)
     except (ModelError, RuntimeError, ValueError) as error:
         raise ModelError(f"{name}: {error}") from error
     return clip.eval()

@@ -126,12 +126,8 @@ class ProPy(nn.Module):
             embedding = torch.zeros(pyramid.num_frames, sizes.vision_width)
             self.frame_embedding = nn.Parameter(embedding)
         seen = (self.num_prompts, sizes.grid**2 + 1, config.visibility)
-        constants = {
-            "visibility": pyramid.visibility(*seen),
-            "event_key_counts": event_key_counts(pyramid, *seen),
-        }
-        for name, value in constants.items():
-            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("visibility", pyramid.visibility(*seen), persistent=False)
+        self.register_buffer("event_key_counts", event_key_counts(pyramid, *seen), persistent=False)
 
     def backbone_names(self) -> set[str]:
         """Names of the parameters that are CLIP's: what freezing, the optimizer's groups, and

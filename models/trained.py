@@ -161,8 +161,7 @@ def check_config(content: Mapping, model: ProPy) -> None:
         theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
     else:
         theirs_pyramid = content["proposals"]
-    proposals = model.pyramid.proposals
-    if theirs_pyramid.shape != proposals.shape or not theirs_pyramid.equal(proposals):
+    if not theirs_pyramid.equal(model.pyramid.proposals):
         raise ModelError(
             "trained with another pyramid, whose events cover other parts of a video: give the "
             "same --pyr_config_path as in the run's args.json"

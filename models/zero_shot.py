@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from models.clip import CLIP
 from models.clip_weights import build_clip
-from models.propy import ProPyConfig
+from models.propy import ProPy, ProPyConfig
 from modules import ModelError
 from modules.pyramid import PUBLISHED_PYRAMID, PromptPyramid
 from modules.readout import best_event
@@ -66,16 +65,14 @@ class ZeroShot(nn.Module):
 
     readout = staticmethod(best_event)
     num_heads = 0
+    input_resolution = ProPy.input_resolution
+    forward = ProPy.forward
+    compile_encoders = ProPy.compile_encoders
 
     def __init__(self, clip: CLIP, config: ProPyConfig, scoring: str = "events") -> None:
         super().__init__()
         self.pyramid = events_of(scoring, PromptPyramid.from_config(config.pyramid))
         self.clip, self.config, self.scoring = clip, config, scoring
-
-    @property
-    def input_resolution(self) -> int:
-        """Side of the square frames, in pixels."""
-        return self.clip.sizes.input_resolution
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """Embeddings of the scoring's events, [B, N_e, D].
@@ -106,15 +103,6 @@ class ZeroShot(nn.Module):
         """Scaled similarity of texts [T, D] and videos [B, N_e, D], as ProPy's: [T, B]."""
         return self.readout(event_scores(texts, events)) * self.clip.logit_scale.exp()
 
-    def forward(self, frames: Tensor, token_ids: Tensor) -> Tensor:
-        """Scores of every text against every video of a batch, [T, B]."""
-        return self.scores(self.encode_text(token_ids), self.encode_video(frames))
-
-    def compile_encoders(self) -> None:
-        """Run both encoders through torch.compile from now on."""
-        self.encode_video = torch.compile(self.encode_video)
-        self.encode_text = torch.compile(self.encode_text, dynamic=True)
-
 
 def load_zero_shot(
     clip_weights: Path | str | Mapping[str, Tensor],
@@ -134,13 +122,12 @@ def load_zero_shot(
     Raises:
         ModelError: weights or pyramid are missing, unreadable or damaged, or no such scoring.
     """
-    described = {}
-    if not isinstance(clip_weights, Mapping):
-        described["clip_name"] = str(clip_weights)
+    in_memory = isinstance(clip_weights, Mapping)
     events_of(scoring, pyramid := PromptPyramid.from_config(pyramid))  # before the long reading
     clip = build_clip(clip_weights, trust_archive, clip_activation).requires_grad_(False)
     config = ProPyConfig(
         pyramid=pyramid.config, max_words=clip.sizes.context_length,
-        **clip.settings.as_fields(), **described,
+        clip_name=ProPyConfig.clip_name if in_memory else str(clip_weights),
+        **clip.settings.as_fields(),
     )  # fmt: skip
     return ZeroShot(clip, config, scoring).eval()

@@ -160,13 +160,9 @@ def ranking_name(training: str, ranking: str | None = None) -> str:
 
 def _covering_events(pyramid: PromptPyramid) -> list[list[tuple[int, ...]]]:
     """Per level, bottom first, and bottom slot: the level's events whose spans contain it."""
-    slots = range(pyramid.num_bottom_events)
-    below = pyramid.contains[:, -len(slots) :]  # [N_e, n_1]
-    covers = []
-    for number in range(1, len(pyramid.events_per_level) + 1):
-        found: list[list[int]] = [[] for _ in slots]
-        for event in (pyramid.level_of_event == number).nonzero().flatten().tolist():
-            for slot in below[event].nonzero().flatten().tolist():
-                found[slot].append(event)
-        covers.append([tuple(events) for events in found])
-    return covers
+    level = pyramid.level_of_event
+    contains = pyramid.contains[:, -pyramid.num_bottom_events :].T  # [n_1, N_e]
+    return [
+        [tuple((row & (level == number)).nonzero().flatten().tolist()) for row in contains]
+        for number in range(1, len(pyramid.events_per_level) + 1)
+    ]

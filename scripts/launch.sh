@@ -20,6 +20,7 @@ case ${variant:=} in
   *) echo "launch: variant $variant: plus, or none for the published method" >&2; exit 2 ;;
 esac
 
+do_train=${do_train:-1}
 subtask_type=${subtask_type:-PRVR}
 name=$datatype${variant:+_$variant}${zero_shot:+_zero_shot_$zero_shot}
 output_dir=${output_dir:-logs/${subtask_type,,}_$name}

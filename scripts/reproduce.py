@@ -58,14 +58,8 @@ UNUSABLE = {"missing", "unreadable", "changed"}
 ZERO_SHOT = {PRVR: "best", VCMR: "events"}  # how CLIP alone scores: only events have times
 # What this program sets itself, so that it is not taken from outside.
 OWN = (
-    "do_train",
-    "do_eval",
-    "do_plot",
-    "resume",
-    "load_from_pretrained",
-    "zero_shot",
-    "output_dir",
-)
+    "do_train", "do_eval", "do_plot", "resume", "load_from_pretrained", "zero_shot", "output_dir",
+)  # fmt: skip
 # Flags that make another model, besides those that make another run of it.
 OF_MODEL = {FLAG_OF_FIELD.get(f.name, f.name) for f in fields(ProPyConfig)} | {"pyr_config_path"}
 
@@ -126,22 +120,17 @@ class Row:
 # --- the launcher, which has the settings
 
 
-def environment(**variables: object) -> dict[str, str]:
-    """For a script: this process's, with these variables of the launcher's."""
-    return os.environ | dict.fromkeys(OWN, "") | {k: str(v) for k, v in variables.items()}
+def environment(outside: Mapping[str, str] = os.environ, **variables: object) -> dict[str, str]:
+    """For a script: this process's or another one, with these variables of the launcher's."""
+    return {**outside, **dict.fromkeys(OWN, ""), **{k: str(v) for k, v in variables.items()}}
 
 
 def read_settings(
-    split: str, outside: Mapping[str, str] | None = None, **variables: object
+    split: str, outside: Mapping[str, str] = os.environ, **variables: object
 ) -> argparse.Namespace:
-    """The flags that scripts/prvr_<split>.sh trains with. RunError: it does not come so far.
-
-    Args:
-        outside: the environment, by default this process's.
-    """
-    env = environment(do_train=1, dry_run=1, **variables)
-    if outside is not None:
-        env = {**outside, "do_train": "1", "dry_run": "1"}
+    """The flags that scripts/prvr_<split>.sh trains with in an environment. RunError: it does not
+    come so far."""
+    env = environment(outside, do_train=1, dry_run=1, **variables)
     done = subprocess.run(
         ["bash", f"scripts/prvr_{split}.sh"], cwd=ROOT, capture_output=True, text=True, env=env
     )  # fmt: skip
@@ -360,9 +349,10 @@ def evaluate(row: Row, step: str, folder: Path, variables: Mapping[str, object])
 def comparison(row: Row) -> Iterator[dict]:
     """Against the published row, of the mean over the seeds; of ActivityNet both rows."""
     published = PUBLISHED[row.task].get(row.settings.datatype)
+    changed = other_settings(row) if published else []
     if published is None:
         print(f"{row.name}: there is no published row to compare with")
-    elif changed := other_settings(row):
+    elif changed:
         print(f"not the published settings: {', '.join(changed)}")
     done = load(row)[row.name]["evaluation"]
     kinds = {BEST: VCMR if row.task == VCMR else COSINE, BEST_DOT: DOT}
@@ -373,7 +363,6 @@ def comparison(row: Row) -> Iterator[dict]:
         if size := reduced_size(some[0]):
             print(size)
         if published:
-            changed = other_settings(row)
             found["reproduced"] = found["within_tolerance"] and not (size or changed)
             found |= {"other_settings": changed, "reduced": size}
         yield found

@@ -1,4 +1,4 @@
-"""Fixtures every test may use: the authors' golden files and, where present, the real data."""
+"""Fixtures every test may use: golden files, a run on a small corpus, real data if it is there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.corpus import TinyRun, make_run
 from utils.misc import set_seed
 
 # The same examples every time, and no alarm where the machine is busy.
@@ -46,6 +47,18 @@ def pytest_runtest_protocol(item: pytest.Item):
 def golden() -> Path:
     """Folder of the fixtures computed with the authors' program (tests/golden/README.md)."""
     return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> TinyRun:
+    """Two epochs, evaluated and drawn (tests/corpus.py)."""
+    return make_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> TinyRun:
+    """On its corpus, into a folder of the test's own."""
+    return TinyRun(trained.corpus, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from dataloaders.sampling import share
 from tests.golden_model import GoldenModel, inputs
 from utils.distributed import is_main, process_group, rank, world_size
 from utils.training.checkpoint import load_checkpoint
-from utils.training.engine import LossWeights, batch_gradient, train_step
+from utils.training.engine import PUBLISHED_LOSS, LossWeights, batch_gradient, train_step
 from utils.training.optim import build_optimizer, learning_rate, set_learning_rate
 
 CAPTIONS = [1, 4, 2, 1, 5, 3]  # of the six videos: ragged
@@ -35,24 +36,12 @@ def random_batch(model, dtype: torch.dtype) -> dict:
     }
 
 
-def gradients(folder: Path, name: str, micro_batches: int, freeze_clip: int) -> None:
+def gradients(
+    folder: Path, micro_batches: int, weights: LossWeights = PUBLISHED_LOSS, **chosen: object
+) -> None:
     """The loss and every gradient of a batch."""
-    golden = GoldenModel.read(name)
-    golden.config["freeze_clip"] = freeze_clip
     torch.manual_seed(0)
-    model = golden.build().double()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batch = random_batch(model, torch.float64)
-    loss, _ = batch_gradient(model, batch, scaler, "fp32", micro_batches)
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    save(folder, found | {"loss": loss})
-
-
-def more_losses(folder: Path, micro_batches: int, share: float) -> None:
-    """The same with every further term of the loss, and another read-out."""
-    torch.manual_seed(0)
-    model = GoldenModel.read("m3").build(readout="consensus").double()
-    weights = LossWeights(0.7, 3.0, 0.3, share)
+    model = GoldenModel.read("m3").build(**chosen).double()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = random_batch(model, torch.float64)
     loss, _ = batch_gradient(model, batch, scaler, "fp32", micro_batches, weights)
@@ -79,9 +68,9 @@ def steps(folder: Path, precision: str, inf_on: int = -1) -> None:
     save(folder, state | {"scale": scale, "skipped": torch.tensor(skipped)}, every_rank=True)
 
 
-def golden_steps(folder: Path, name: str) -> None:
+def golden_steps(folder: Path) -> None:
     """Losses and gradient norms of the twelve steps that the authors' program took."""
-    golden = GoldenModel.read(name)
+    golden = GoldenModel.read("m3")
     model = golden.build()
     folder.mkdir(exist_ok=True)
     load_checkpoint(golden.write_authors_checkpoint(folder / f"authors{rank()}.pth.tar"), model)
@@ -111,25 +100,30 @@ def save(folder: Path, tensors: dict[str, Tensor], every_rank: bool = False) -> 
         torch.save(tensors, folder / f"{world_size()}-{rank()}.pt")
 
 
+# With CLIP trained too; with every further term of the loss, and another read-out.
 WORKS = {
     **{
-        f"gradients-{micro_batches}-{freeze_clip}": (gradients, "m3", micro_batches, freeze_clip)
-        for micro_batches in (1, 2)
-        for freeze_clip in (1, 0)
+        f"gradients-{micro}-{freeze}": partial(
+            gradients, micro_batches=micro, freeze_clip=freeze == 1
+        )
+        for micro in (1, 2)
+        for freeze in (1, 0)
     },
     **{
-        f"more-{micro_batches}-{share}": (more_losses, micro_batches, share)
-        for micro_batches, share in ((1, 0.5), (2, 0.5), (1, 0.2))
+        f"more-{micro}-{share}": partial(
+            gradients, micro_batches=micro, weights=LossWeights(0.7, 3.0, 0.3, share),
+            readout="consensus",
+        )
+        for micro, share in ((1, 0.5), (2, 0.5), (1, 0.2))
     },
-    **{f"steps-{precision}": (steps, precision) for precision in ("fp32", "bf16", "amp")},
-    "inf": (steps, "amp", 1),
-    "golden": (golden_steps, "m3"),
-}
+    **{f"steps-{name}": partial(steps, precision=name) for name in ("fp32", "bf16", "amp")},
+    "inf": partial(steps, precision="amp", inf_on=1),
+    "golden": golden_steps,
+}  # fmt: skip
 
 if __name__ == "__main__":
     base, *chosen = sys.argv[1:]
     torch.set_num_threads(1)
     with process_group("gloo", torch.device("cpu")):
         for name in chosen or WORKS:
-            work, *arguments = WORKS[name]
-            work(Path(base) / name, *arguments)
+            WORKS[name](Path(base) / name)

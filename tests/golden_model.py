@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from models import ProPy, build_model
+from utils.training.checkpoint import save_checkpoint
+from utils.training.optim import build_optimizer
+from utils.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests/golden"
@@ -82,6 +85,13 @@ class GoldenModel:
 
     def token_ids(self) -> Tensor:
         return torch.from_numpy(self["text_ids"]).long()
+
+
+def save_model(path: Path, model: ProPy) -> Path:
+    """As the checkpoint of a run before its first step."""
+    optimizer, scaler = build_optimizer(model, 1e-3, 1e-3, 0.2), torch.amp.GradScaler("cpu")
+    save_checkpoint(path, model, optimizer, scaler, Progress())
+    return path
 
 
 def authors_view(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor | None]:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpus import FLAGS, TRAIN, tiny_corpus
-from tests.forked_main import ForkedMain
 from utils import RunError
 from utils.command import run_command
 from utils.files import locked_folder, new_folder
@@ -149,24 +147,6 @@ def test_main_in_a_shell(tmp_path) -> None:
 
 
 # ------------------------------------------------------------------------------- what starts leave
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--prvr_val_annos", "none.jsonl"),
-        ("--pyr_config_path", "annos.jsonl"),
-        ("--max_words", "99"),
-        ("--video_dir", "nowhere"),
-    ],
-)
-def test_a_failed_start_leaves_no_folder(tmp_path_factory, tmp_path, flags) -> None:
-    folders = ["--output_dir", str(tmp_path / "a/run"), "--plot_dir", str(tmp_path / "b/plots")]
-    corpus = tiny_corpus(tmp_path_factory.getbasetemp())
-    words = [*FLAGS, *TRAIN, "--do_plot", "1", "--video_dir", "videos", *folders, *flags]
-    done = ForkedMain(corpus).run(*words)
-    assert done.returncode == 1 and "error: " in done.stderr, done.stdout + done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_only_what_was_made_and_is_empty_goes(tmp_path) -> None:

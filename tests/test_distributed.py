@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.corpus import make_run
+from tests.corpus import FLAGS, TRAIN, TinyRun
 from tests.golden_model import ROOT, GoldenModel
 from utils.evaluation.predictions import load_predictions
 
@@ -24,29 +24,27 @@ ENVIRONMENT = os.environ | {
 }  # fmt: skip
 
 
-def torchrun(processes: int, *command: str) -> list[str]:
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc_per_node", str(processes), *command,
-    ]  # fmt: skip
+def command(processes: int, program: str, *flags: str) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *torchrun * (processes > 1), str(ROOT / program), *flags]
 
 
-def compute(processes: int, folder: Path, *chosen: str) -> None:
-    """What tests/distributed_program.py computes, once for all tests that read it."""
-    words = [str(ROOT / "tests/distributed_program.py"), str(folder), *chosen]
-    command = [sys.executable, *words] if processes == 1 else torchrun(processes, *words)
+def run_program(folder: Path, processes: int, program: str, *flags: str, status: int = 0) -> str:
+    """What it prints, started in a folder; AssertionError: another exit status."""
     done = subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        command(processes, program, *flags), cwd=folder, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory) -> Path:
+    """What tests/distributed_program.py computes, once for all tests that read it."""
     folder = tmp_path_factory.mktemp("computed")
-    compute(1, folder)
-    compute(2, folder)
-    compute(3, folder, *GRADIENTS)
+    for processes, works in ((1, ()), (2, ()), (3, GRADIENTS)):
+        run_program(ROOT, processes, "tests/distributed_program.py", str(folder), *works)
     return folder
 
 
@@ -129,19 +127,19 @@ def machines():
 @pytest.mark.slow
 def test_two_machines(tmp_path, computed, machines) -> None:
     """As far as the network is concerned: torchrun's own flags, one process on each."""
-    commands, ends = machines
+    inside, ends = machines
     work = "gradients-1-1"
     (alone,) = saved(computed, work, 1)
     started = [
         subprocess.Popen(
-            [*command, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+            [*machine, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
              "--node_rank", str(n), "--nproc_per_node", "1", "--master_addr", "10.77.0.1",
              "--master_port", "29517", str(ROOT / "tests/distributed_program.py"),
              str(tmp_path), work],
             env=ENVIRONMENT | {"GLOO_SOCKET_IFNAME": end}, cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        for n, (command, end) in enumerate(zip(commands, ends, strict=True))
+        for n, (machine, end) in enumerate(zip(inside, ends, strict=True))
     ]  # fmt: skip
     for process in started:
         output, _ = process.communicate(timeout=120)
@@ -155,57 +153,35 @@ def test_two_machines(tmp_path, computed, machines) -> None:
 # Every process imports torch anew, which takes minutes in all: -m slow.
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_run(tmp_path_factory.getbasetemp())
-
-
-def words(corpus, output: Path, *flags: str) -> list[str]:
+def words(output: Path, *flags: str) -> list[str]:
     return [
-        str(ROOT / "main.py"), "--prvr_val_annos", "annos.jsonl", "--video_dir", "videos",
-        "--output_dir", str(output), "--pretrained_clip_name", "clip.pt",
-        "--pyr_config_path", "pyramid.json", "--adapter_channels", "16", "--batch_size", "3",
-        "--batch_size_val", "1", "--num_thread_reader", "0", "--lr", "2e-3",
-        "--log_zero_shot", "0", *flags,
+        *FLAGS, "--video_dir", "videos", "--output_dir", str(output), "--batch_size", "3",
+        "--batch_size_val", "1", *flags,
     ]  # fmt: skip
 
 
-TRAIN = ("--do_train", "1", "--prvr_train_annos", "annos.jsonl")
-
-
-def run(corpus, processes: int, output: Path, *flags: str) -> str:
-    command = words(corpus, output, *flags)
-    command = [sys.executable, *command] if processes == 1 else torchrun(processes, *command)
-    done = subprocess.run(
-        command, cwd=corpus.corpus, env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+def run(trained: TinyRun, processes: int, output: Path, *flags: str, status: int = 0) -> str:
+    return run_program(
+        trained.corpus, processes, "main.py", *words(output, *flags), status=status
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
-def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
+def records(output: Path, name: str = "log.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (output / name).read_text().splitlines()]
 
 
 @pytest.mark.slow
-def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
-    best = str(corpus.logs / "ckpt.best.pth.tar")
+def test_evaluating_gives_identical_results(trained, tmp_path) -> None:
+    best = str(trained.logs / "ckpt.best.pth.tar")
     flags = (
-        "--do_eval",
-        "1",
-        "--subtask_type",
-        "VCMR",
-        "--resume",
-        best,
-        "--save_predictions",
-        "1",
-    )
+        "--do_eval", "1", "--subtask_type", "VCMR", "--resume", best, "--save_predictions", "1",
+    )  # fmt: skip
     found = []
     for processes in (1, 2, 3):
         output = tmp_path / str(processes)
-        printed = run(corpus, processes, output, *flags)
+        printed = run(trained, processes, output, *flags)
         assert printed.count("ProPy ") == 1, "one process prints"
-        (record,) = map(json.loads, (output / "eval.jsonl").read_text().splitlines())
+        (record,) = records(output, "eval.jsonl")
         found.append((record["metrics"], load_predictions(output / "predictions.h5")))
     for metrics, predictions in found[1:]:
         assert metrics == found[0][0]
@@ -215,62 +191,62 @@ def test_evaluating_gives_identical_results(corpus, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_clip_alone_is_evaluated_and_logged_alike(corpus, tmp_path) -> None:
+def test_clip_alone_is_evaluated_and_logged_alike(trained, tmp_path) -> None:
     """With more processes than batches too, whose own part of the videos is empty."""
     evaluate = ("--do_eval", "1", "--zero_shot", "events", "--subtask_type", "VCMR")
     log = ("--epochs", "1", "--log_zero_shot", "1", "--batch_size_val", "4")
     found = []
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        run(corpus, processes, output / "alone", *evaluate)
-        run(corpus, processes, output / "trained", *TRAIN, *log)
-        (record,) = map(json.loads, (output / "alone/eval.jsonl").read_text().splitlines())
-        first, _ = map(json.loads, (output / "trained/log.jsonl").read_text().splitlines())
+        run(trained, processes, output / "alone", *evaluate)
+        run(trained, processes, output / "trained", *TRAIN, *log)
+        (record,) = records(output, "alone/eval.jsonl")
+        first, _ = records(output, "trained/log.jsonl")
         found.append((record["metrics"], first["zero_shot"]))
     assert found[0] == found[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [1, 2])
-def test_a_run_continues_on_another_number_of_processes(corpus, tmp_path, before: int) -> None:
-    run(corpus, before, tmp_path / "before", *TRAIN, "--epochs", "1")
+def test_a_run_continues_on_another_number_of_processes(trained, tmp_path, before: int) -> None:
+    run(trained, before, tmp_path / "before", *TRAIN, "--epochs", "1")
     found = []
     for processes in (1, 2, 3):
         output = tmp_path / str(processes)
         shutil.copytree(tmp_path / "before", output)
-        run(corpus, processes, output, *TRAIN, "--resume", "auto", "--epochs", "2")
-        found.append(losses(output))
+        run(trained, processes, output, *TRAIN, "--resume", "auto", "--epochs", "2")
+        found.append([epoch["loss"] for epoch in records(output)])
     assert [len(epochs) for epochs in found] == [2, 2, 2]
     for epochs in found[1:]:
         assert epochs == pytest.approx(found[0], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_saved_embeddings_and_missing_videos(corpus, tmp_path) -> None:
+def test_saved_embeddings_and_missing_videos(trained, tmp_path) -> None:
     """Every process goes without the videos that the main one lists."""
-    queries = (corpus.corpus / "annos.jsonl").read_text().splitlines()
+    queries = (trained.corpus / "annos.jsonl").read_text().splitlines()
     absent = json.loads(queries[0]) | {"vid_name": "absent", "desc_id": "absent"}
     (tmp_path / "more.jsonl").write_text("\n".join([*queries, json.dumps(absent)]))
     more = ("--prvr_val_annos", str(tmp_path / "more.jsonl"), "--allow_missing", "1")
-    evaluate = ("--do_eval", "1", "--resume", str(corpus.logs / "ckpt.best.pth.tar"))
+    evaluate = ("--do_eval", "1", "--resume", str(trained.logs / "ckpt.best.pth.tar"))
     file, rows = str(tmp_path / "e.h5"), []
-    run(corpus, 2, tmp_path / "made", *evaluate, *more, "--save_embeddings", file)
+    run(trained, 2, tmp_path / "made", *evaluate, *more, "--save_embeddings", file)
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        run(corpus, processes, output, *evaluate, *more, "--load_embeddings", file)
-        (record,) = map(json.loads, (output / "eval.jsonl").read_text().splitlines())
+        run(trained, processes, output, *evaluate, *more, "--load_embeddings", file)
+        (record,) = records(output, "eval.jsonl")
         assert record["val_videos_left_out"] == 1
-        (line,) = (output / "missing_videos.jsonl").read_text().splitlines()
+        (line,) = records(output, "missing_videos.jsonl")
         rows.append((record["metrics"], line))
     assert rows[0] == rows[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_ends_ends_the_run_which_resumes(corpus, tmp_path, number) -> None:
+def test_a_process_that_ends_ends_the_run_which_resumes(trained, tmp_path, number) -> None:
     flags = (*TRAIN, "--epochs", "60", "--save_every_steps", "1", "--resume", "auto")
     started = subprocess.Popen(
-        torchrun(2, *words(corpus, tmp_path, *flags)), cwd=corpus.corpus, env=ENVIRONMENT,
+        command(2, "main.py", *words(tmp_path, *flags)), cwd=trained.corpus, env=ENVIRONMENT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -283,17 +259,13 @@ def test_a_process_that_ends_ends_the_run_which_resumes(corpus, tmp_path, number
         os.kill(int(Path(children).read_text().split()[1]), number)
     output, _ = started.communicate(timeout=120)
     assert started.returncode != 0, output
-    done = len(losses(tmp_path))
+    done = len(records(tmp_path))
     assert 0 < done < 60, output
-    run(corpus, 2, tmp_path, *TRAIN, "--resume", "auto", "--epochs", str(done + 1))
-    assert len(losses(tmp_path)) >= done + 1
+    run(trained, 2, tmp_path, *TRAIN, "--resume", "auto", "--epochs", str(done + 1))
+    assert len(records(tmp_path)) >= done + 1
 
 
 @pytest.mark.slow
-def test_more_processes_than_videos_in_a_batch_are_refused(corpus, tmp_path) -> None:
-    command = torchrun(3, *words(corpus, tmp_path, *TRAIN, "--batch_size", "2"))
-    done = subprocess.run(
-        command, cwd=corpus.corpus, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode != 0
-    assert "3 processes for --batch_size 2: use fewer" in done.stdout + done.stderr
+def test_more_processes_than_videos_in_a_batch_are_refused(trained, tmp_path) -> None:
+    told = run(trained, 3, tmp_path, *TRAIN, "--batch_size", "2", status=1)
+    assert "3 processes for --batch_size 2: use fewer" in told

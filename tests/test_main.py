@@ -14,23 +14,12 @@ import torch
 
 from scripts import score_predictions
 from scripts.plot.plot_run import flags_of
-from tests.corpus import FLAGS, TRAIN, TinyRun, make_run
+from tests.corpus import FLAGS, TRAIN, TinyRun
 from utils.arguments import build_parser, parse_args
 from utils.evaluation.published import split_size_warning
 
 ROOT = Path(__file__).resolve().parent.parent
 VCMR = ("--subtask_type", "VCMR")
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> TinyRun:
-    return make_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def run(trained, tmp_path) -> TinyRun:
-    """On its corpus, into a folder of the test's own."""
-    return TinyRun(trained.corpus, tmp_path)
 
 
 def resume(run: TinyRun, name: str = "ckpt.best.pth.tar") -> tuple[str, str]:
@@ -61,12 +50,6 @@ def test_captions_that_are_cut_are_counted(run, trained) -> None:
     assert known in (trained.logs / "log.txt").read_text()
     told = run.works("--do_eval", "1", *resume(trained), "--max_words", "9")
     assert "annos.jsonl: 1 of 8 captions are cut at --max_words 9" in told
-
-
-def test_a_batch_of_one_video_is_refused(run) -> None:
-    done = run.main(*TRAIN, "--batch_size", "1")
-    assert done.returncode == 2 and "--batch_size 1" in done.stderr
-    assert not list(run.logs.iterdir())
 
 
 def test_what_a_run_leaves(trained) -> None:
@@ -195,9 +178,7 @@ def stubbed_scripts(tmp_path) -> Path:
 @pytest.mark.parametrize("split", ["tvr", "activitynet", "charades", "qvhighlights_val"])
 def test_moment_scripts_are_the_video_scripts_with_another_task(split, stubbed_scripts) -> None:
     def flags(task: str) -> dict[str, str]:
-        program, *words = words_of(stubbed_scripts / f"{task}_{split}.sh", "--wd", "7")
-        assert program == "main.py"
-        flags = dict(zip(words[::2], words[1::2], strict=True))
+        flags = flags_from(stubbed_scripts / f"{task}_{split}.sh", "--wd", "7", wd="3")
         assert flags.pop("--subtask_type") == task.upper()
         assert flags.pop("--output_dir") == f"logs/{task}_{split}"
         return flags
@@ -221,9 +202,7 @@ def test_the_recipe_past_the_published_one(name, stubbed_scripts) -> None:
     script = stubbed_scripts / f"{name}.sh"
 
     def flags(**variables: str) -> dict[str, str]:
-        _, *words = words_of(script, split="mine", **variables)
-        parse_args(words)
-        return dict(zip(words[::2], words[1::2], strict=True))
+        return flags_from(script, split="mine", **variables)
 
     recipe = {"--readout": "consensus"}
     folders = ("--output_dir", "--plot_dir")
@@ -237,8 +216,7 @@ def test_the_recipe_past_the_published_one(name, stubbed_scripts) -> None:
 
 def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
     script = stubbed_scripts / "prvr_custom.sh"
-    _, *words = words_of(script, split="mine", subtask_type="VCMR", do_train="0", do_eval="1")
-    flags = dict(zip(words[::2], words[1::2], strict=True))
+    flags = flags_from(script, split="mine", subtask_type="VCMR", do_train="0", do_eval="1")
     assert flags["--output_dir"] == "logs/vcmr_mine" and flags["--plot_dir"] == "VIS/mine"
     assert flags["--prvr_val_annos"] == "annotations/mine/val.jsonl"
     assert "--prvr_train_annos" not in flags
@@ -262,6 +240,8 @@ def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
         (("--zero_shot", "best"), "nothing to do"),
         (("--do_eval", "1", "--zero_shot", "median"), "invalid choice: 'median'"),
         ((*TRAIN, "--lr", "nan"), "--lr: must be from 1e-08 to 1000.0"),
+        ((*TRAIN, "--batch_size", "1"), "--batch_size 1: a video that is alone"),
+        ((*TRAIN, "--freeze_clip", "0", "--text_relations", "1"), "compares with a frozen CLIP"),
     ],
 )
 def test_flags_that_make_no_sense(capsys, flags, message: str) -> None:
@@ -284,8 +264,12 @@ def test_flags_that_make_no_sense(capsys, flags, message: str) -> None:
         (("--max_words", "99"), "77"),
     ],
 )
-def test_mistakes_end_with_a_message(run, flags, message: str) -> None:
-    assert message in run.stops(*TRAIN, *flags)
+def test_mistakes_end_with_a_message_and_leave_no_folder(
+    trained, tmp_path, flags, message: str
+) -> None:
+    run, plots = TinyRun(trained.corpus, tmp_path / "a/run"), str(tmp_path / "b/plots")
+    assert message in run.stops(*TRAIN, "--do_plot", "1", "--plot_dir", plots, *flags)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -328,9 +312,7 @@ def test_every_flag_can_be_set_as_a_variable(clips: str, stubbed_scripts) -> Non
     """One of the two folders of clips, that is; and a list is no variable."""
     flags = all_flags() - {"plot_ids", "datatype", "video_dir", "frame_store"} | {clips}
     variables = {flag: f"the {flag}" for flag in flags} | {"do_train": "1"}
-    _, *words = words_of(stubbed_scripts / "prvr_tvr.sh", "--wd", "7", **variables)
-    assert words[-2:] == ["--wd", "7"]  # and the last of a name counts
-    passed = dict(zip(words[:-2:2], words[1:-2:2], strict=True))
+    passed = flags_from(stubbed_scripts / "prvr_tvr.sh", **variables)
     assert passed.pop("--datatype") == "tvr"
     assert passed == {f"--{name}": value for name, value in variables.items()}
 
@@ -342,6 +324,13 @@ def words_of(script: Path, *flags: str, **variables: str) -> list[str]:
         command, capture_output=True, text=True, env=os.environ | variables, cwd="/"
     )
     return done.stdout.splitlines()
+
+
+def flags_from(script: Path, *flags: str, **variables: str) -> dict[str, str]:
+    """What it calls main.py with; of a flag that is given twice the last counts."""
+    program, *words = words_of(script, *flags, **variables)
+    assert program == "main.py"
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -385,10 +374,3 @@ def test_all_options_at_once(run) -> None:
     flags = flags_of(run.logs)
     assert {f"--{OPTIONS[i][2:]}={OPTIONS[i + 1]}" for i in range(0, len(OPTIONS), 2)} <= set(flags)
     run.works(*flags, "--plot_limit", "1", "--plot_dir", str(run.logs / "plots"))
-
-
-def test_text_relations_need_a_frozen_clip(capsys) -> None:
-    flags = ("--video_dir", "videos", "--freeze_clip", "0", "--text_relations", "1")
-    with pytest.raises(SystemExit):
-        parse_args([*FLAGS, *TRAIN, *flags])
-    assert "--text_relations compares with a frozen CLIP" in capsys.readouterr().err

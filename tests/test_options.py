@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +15,11 @@ from models import ProPy, ProPyConfig, load_propy
 from models.clip import CLIPSettings
 from models.clip_weights import build_clip
 from modules import ModelError
-from tests.golden_model import ROOT, GoldenModel
+from tests.golden_model import ROOT, GoldenModel, save_model
 from utils.arguments import AUTO, FLAG_OF_FIELD, build_parser, config_from
 from utils.evaluation.evaluator import EvalConfig
-from utils.training.checkpoint import load_checkpoint, save_checkpoint
+from utils.training.checkpoint import load_checkpoint
 from utils.training.engine import TrainConfig
-from utils.training.optim import build_optimizer
-from utils.training.progress import Progress
 
 CONFIGS = (ProPyConfig, LoaderConfig, TrainConfig, EvalConfig)
 NO_FLAGS = {  # main.py decides these
@@ -58,7 +55,7 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
     texts, events = torch.randn(2, 64), torch.randn(3, 8, 64)
     without = ProPy.scores(model, texts, events)
     assert torch.equal(model.scores(texts, events), without + 2)
-    saved(tmp_path / "c", model)
+    save_model(tmp_path / "c", model)
     with pytest.raises(ModelError, match=r"trained with dummy 2\.0, not 0\.0"):
         load_checkpoint(tmp_path / "c", build(replace(config, dummy=0.0)))
     monkeypatch.setattr(models.trained, "ProPy", DummyProPy)
@@ -69,44 +66,40 @@ def test_a_new_option_takes_three_edits(tmp_path, monkeypatch) -> None:
 
 NETWORK = {
     "visibility": "self", "text_prompts": "none", "lora_rank": 2, "frame_groups": "2",
-    "frame_embedding": 1, "readout": "consensus",
+    "frame_embedding": 1, "readout": "consensus", "clip_activation": "gelu",
 }  # fmt: skip
-
-
-def saved(path: Path, model: ProPy) -> Path:
-    optimizer, scaler = build_optimizer(model, 1e-3, 1e-3, 0.2), torch.amp.GradScaler("cpu")
-    save_checkpoint(path, model, optimizer, scaler, Progress())
-    return path
 
 
 @pytest.mark.parametrize("name", NETWORK)
 def test_an_option_of_the_network_is_in_the_checkpoint(tmp_path, name: str) -> None:
-    """It opens as it was; a model of another setting refuses it, also one that is older than the
-    option, and a checkpoint that is older than the option has the published setting."""
+    """It opens as it was, and a model of another setting refuses it; a checkpoint that is older
+    than the option, and one of the authors', has the published setting."""
     golden = GoldenModel.read("m3")
     published, other = golden.build(), golden.build(**{name: NETWORK[name]})
     with pytest.raises(ModelError, match=f"trained with .*{name} .*give the same settings"):
-        load_checkpoint(saved(tmp_path / "other", other), published)
+        load_checkpoint(save_model(tmp_path / "other", other), published)
     opened = load_propy(tmp_path / "other", golden.clip_state())
     assert opened.config == other.config
     frames = golden.video(torch.float32)
     with torch.no_grad():
         assert torch.equal(opened.encode_video(frames), other.eval().encode_video(frames))
-    saved(tmp_path / "old", published)
+    save_model(tmp_path / "old", published)
     content = torch.load(tmp_path / "old", weights_only=True)
     for option in (*NETWORK, "rank_readout"):
         del content["config"][option]
     torch.save(content, tmp_path / "old")
     load_checkpoint(tmp_path / "old", golden.build())
-    with pytest.raises(ModelError, match=f"trained with {name} "):
-        load_checkpoint(tmp_path / "old", other)
+    golden.write_authors_checkpoint(tmp_path / "theirs")
+    for path in (tmp_path / "old", tmp_path / "theirs"):
+        with pytest.raises(ModelError, match=f"{path}: trained with {name} "):
+            load_checkpoint(path, other)
 
 
 def test_another_ranking_is_no_other_network(tmp_path, caplog) -> None:
     golden = GoldenModel.read("m3")
     model = golden.build(readout="consensus")
     assert model.config.rank_readout == "half"
-    path = saved(tmp_path / "c", model)
+    path = save_model(tmp_path / "c", model)
     load_checkpoint(path, golden.build(readout="consensus", rank_readout="half"))
     assert "rank_readout" not in caplog.text
     load_checkpoint(path, golden.build(readout="consensus", rank_readout="max"))

@@ -16,7 +16,8 @@ from dataloaders.tokenizer import tokenize
 from models.zero_shot import SCORINGS, load_zero_shot
 from scripts import report
 from scripts.plot import plot_curves
-from tests.corpus import TRAIN, TinyRun, make_run
+from tests.corpus import TRAIN, TinyRun
+from tests.test_resume import assert_equal
 from utils.evaluation.predictions import load_predictions
 from utils.evaluation.published import ZERO_SHOT_NAME
 from utils.evaluation.rows import ZERO_SHOT
@@ -26,16 +27,6 @@ from utils.training.trainer import reconcile
 
 EVALUATE = ("--do_eval", "1", "--subtask_type", "VCMR", "--datatype", "tvr")
 LOGGED = (*TRAIN, "--epochs", "1", "--log_zero_shot", "1")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> TinyRun:
-    return make_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture
-def run(trained, tmp_path) -> TinyRun:
-    return TinyRun(trained.corpus, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +171,9 @@ def test_training_does_not_notice(run, tmp_path) -> None:
     assert with_rows.pop("zero_shot") and not without.pop("zero_shot")
     assert without["global_step"] == 2
     for name in ("state_dict", "optimizer", "scaler", "rng"):
-        for one, two in zip(leaves(without[name]), leaves(with_rows[name]), strict=True):
-            assert torch.equal(one, two) if torch.is_tensor(one) else one == two, name
+        assert_equal(without[name], with_rows[name], name)
     for name in ("loss", "grad_norm", "SumR", "MeanR"):
         assert epoch[name] == same_epoch[name]
-
-
-def leaves(value: object) -> list:
-    if isinstance(value, dict):
-        return [leaf for key in value for leaf in leaves(value[key])]
-    if isinstance(value, list | tuple):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value]
 
 
 def test_resuming_keeps_the_rows(logged, run) -> None:

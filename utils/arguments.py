@@ -1,7 +1,7 @@
 """The flags of main.py: names, published values, and the combinations that make no sense.
 
 A flag is added with its reader and removed with it: a field of one of the configurations, which
-`config_from` fills, or main.py. Nothing heavy is imported here, so that --help answers at once.
+`config_from` fills, or main.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modules.pyramid import VISIBILITIES
+from modules.readout import READOUTS
 from utils.command import Parser, number
 from utils.evaluation.published import DATATYPES, WINDOW_RULES
 from utils.evaluation.rows import ZERO_SHOT
@@ -18,9 +20,6 @@ from utils.misc import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOT_STYLES = ("readable", "authors")  # of utils.pictures.draw, which imports matplotlib
-# Of modules.pyramid and modules.readout, which import torch.
-VISIBILITIES = ("relatives", "ancestors", "descendants", "all", "self")
-READOUTS = ("max", "consensus", "half", "levels", "annealed", "top4", "top4_bottom")
 AUTO = "auto"  # --resume: the output folder's own checkpoint; a file of that name is ./auto
 
 # Fields of configurations whose flags have other names, those of the authors' program.
@@ -202,10 +201,10 @@ def build_parser() -> argparse.ArgumentParser:
         "blocks whose frames are used [published: none, each frame by itself]")
     add("--frame_embedding", **switch, default=0,
         help="1 adds a learned vector to the tokens of each frame [published: 0]")
-    add("--readout", choices=READOUTS, default="max",
+    add("--readout", choices=list(READOUTS), default="max",
         help="a video's score in training, from its events' cosines: models/README.md#options "
         "explains it and the other options of the network and the loss [published: max]")
-    add("--rank_readout", choices=READOUTS,
+    add("--rank_readout", choices=list(READOUTS),
         help="its score when videos are ranked (default: consensus: half; annealed: max; else that "
         "of training)")
 

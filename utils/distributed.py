@@ -61,7 +61,9 @@ def process_group(backend: str | None, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_of_another_process(error):
+        # Errors of the libraries may be plain ones, with their names in the text.
+        named = any(library in str(error).lower() for library in ("gloo", "nccl"))
+        if not (named or isinstance(error, dist.DistError)):
             raise
         raise RunError(
             f"process {rank()} of {world_size()}: another process of the run ended or does not "
@@ -82,18 +84,6 @@ def shares(count: int) -> list[range]:
     return [range(count)[share(count, r, world_size())] for r in range(world_size())]
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        first = sum(counts[: rank()])
-        ctx.own = slice(first, first + len(rows))
-        return gather(rows, counts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.own], None
-
-
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """The rows of all processes in the order of their ranks; backward keeps the own ones.
 
@@ -107,7 +97,11 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     Returns:
         [sum of the counts, …].
     """
-    return rows if world_size() == 1 else _GatherRows.apply(rows, counts)
+    if world_size() == 1:
+        return rows
+    first = sum(counts[: rank()])
+    gathered = gather(rows, counts)
+    return torch.cat([gathered[:first], rows, gathered[first + len(rows) :]])
 
 
 @torch.no_grad()
@@ -176,8 +170,3 @@ def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
         dist.barrier()
-
-
-def _is_of_another_process(error: RuntimeError) -> bool:
-    libraries = ("gloo", "nccl")  # whose errors may be plain ones, with their names in the text
-    return isinstance(error, dist.DistError) or any(x in str(error).lower() for x in libraries)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import os
 import subprocess
-import threading
 from pathlib import Path
 
 import open_clip
@@ -23,10 +20,8 @@ from models.clip_weights import build_clip
 from modules import ModelError
 from modules.transformer import GELU, QUICK_GELU
 from scripts.download_clip import main
-from tests.golden_model import ROOT, make_weights
-from utils.training.checkpoint import save_checkpoint
-from utils.training.optim import build_optimizer
-from utils.training.progress import Progress
+from tests.golden_model import ROOT, make_weights, save_model
+from tests.models.server import serving
 
 PYRAMID = {"Nf": 8, "H": [[2, 2], [2, 1], [3, 1]]}
 INCEPTION = (0.5, 0.5, 0.5)
@@ -182,9 +177,7 @@ def test_a_checkpoint_finds_its_backbone_and_refuses_another(weights_folder, tmp
     name = "ViT-L-14/laion2b_s32b_b82k"
     state = put(weights_folder, name)
     model = build_model(name, PYRAMID, adapter_channels=16, clip_name=name)
-    optimizer, scaler = build_optimizer(model, 1e-3, 1e-3, 0.2), torch.amp.GradScaler("cpu")
-    save_checkpoint(tmp_path / "c", model, optimizer, scaler, Progress())
-    opened = load_propy(tmp_path / "c")
+    opened = load_propy(save_model(tmp_path / "c", model))
     assert opened.config == model.config and opened.clip.settings == model.clip.settings
     frames = torch.randint(0, 256, (1, 8, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
@@ -193,40 +186,6 @@ def test_a_checkpoint_finds_its_backbone_and_refuses_another(weights_folder, tmp
         ModelError, match=r"clip_image_mean \(0\.48\d+, .*, not \(0\.5, 0\.5, 0\.5\)"
     ):
         load_propy(tmp_path / "c", state)  # the same tensors, but nothing says how they see
-
-
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """One that answers as huggingface.co does: sha256 and size of an LFS file on HEAD, then bytes,
-    from any of them on. `files`: by address; `cut`: after so many the connection ends, once."""
-
-    def do_HEAD(self) -> None:
-        body = self.server.files.get(self.path)
-        self.send_response(200 if body is not None else 404)
-        if body is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        else:
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("X-Linked-Etag", f'"{self.server.sha256(body)}"')
-            self.send_header("X-Linked-Size", str(len(body)))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_GET(self) -> None:
-        if self.path not in self.server.files:  # the library asks for other things too
-            self.send_error(404)
-            return
-        body = self.server.files[self.path]
-        start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
-        self.server.starts.append(start)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        self.wfile.write(body[start : self.server.cut or None])
-        self.server.cut = 0
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -239,23 +198,17 @@ def hub(tmp_path):
     for name in ("download_clip.sh", "download_clip.py"):
         (checkout / "scripts" / name).write_text((ROOT / "scripts" / name).read_text())
     (checkout / "scripts/setup.sh").write_text("")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.files, server.starts, server.cut = {}, [], 0
-    server.sha256 = lambda body: hashlib.sha256(body).hexdigest()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
-        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_ENDPOINT": url}
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_ENDPOINT": run.server.url}
         return subprocess.run(
             ["bash", "scripts/download_clip.sh", *arguments], cwd=checkout, capture_output=True,
             text=True, env=env | {"no_proxy": "127.0.0.1"},
         )  # fmt: skip
 
-    run.server, run.url, run.folder = server, url, checkout / "CLIP_weights"
-    yield run
-    server.shutdown()
-    server.server_close()
+    with serving() as run.server:
+        run.folder = checkout / "CLIP_weights"
+        yield run
 
 
 NAME = "ViT-B-32/laion2b_s34b_b79k"
@@ -272,7 +225,8 @@ def test_a_name_is_fetched_from_the_hub_resumed_and_checked(hub) -> None:
     assert broken.returncode == 1 and "run the same command to resume it" in broken.stderr
     done = hub(NAME)
     assert done.returncode == 0, done.stderr
-    assert hub.server.starts == [0, 100_000] and weights.read_bytes() == body
+    assert hub.server.answers == ["200 from 0", "206 from 100000"]
+    assert weights.read_bytes() == body
     assert build_clip(weights).settings == find_backbone(NAME).settings  # open_clip's, beside it
 
 
@@ -285,7 +239,7 @@ def test_what_is_not_as_the_hub_publishes_it_is_removed(hub) -> None:
 
 
 def test_a_hub_that_has_not_what_is_needed(hub, monkeypatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_ENDPOINT", hub.server.url)
     hub.server.files[ADDRESS + HUB_FILES[0]] = b"weights"
     hub.server.sha256 = lambda body: "no sha256"
     with pytest.raises(ModelError, match=f"{HUB_FILES[0]}: no sha256 is published"):

@@ -36,7 +36,7 @@ def theirs(state: dict, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """open_clip's normalised features of the videos' frames, [V, N_f, D], and captions, [T, D]."""
     sizes = build_clip(state, activation=QUICK_GELU).sizes
     floats = {name: tensor.float() for name, tensor in state.items()}
-    model = reference(floats, sizes, QUICK_GELU)
+    model = reference(floats, sizes)
     mean, std = (
         torch.tensor(x).view(3, 1, 1)
         for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)

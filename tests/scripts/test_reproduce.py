@@ -62,6 +62,12 @@ def launched(monkeypatch) -> list[dict]:
     return done
 
 
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """The page about a run is an empty file."""
+    monkeypatch.setattr("scripts.report.main", lambda words: Path(words[0], "report.html").touch())
+
+
 def results(logs: Path) -> dict:
     return json.loads((logs / "reproduction.json").read_text())
 
@@ -95,9 +101,10 @@ def test_both_rows_and_once_more(corpus, launched, tmp_path, capsys) -> None:
     assert reproduce.main(["check", "custom", "--logs", str(tmp_path)]) == 0
 
 
-def test_killed_after_every_step_it_goes_on(corpus, launched, tmp_path, monkeypatch) -> None:
+def test_killed_after_every_step_it_goes_on(
+    corpus, launched, no_report, tmp_path, monkeypatch
+) -> None:
     """Before what the step found is written down, then after that."""
-    monkeypatch.setattr(reproduce.report, "main", lambda words: page_of(Path(words[0])))
     monkeypatch.setenv("epochs", "1")
     flags = ("--task", "PRVR")
     for folder in ("whole", "killed"):
@@ -122,17 +129,12 @@ def test_killed_after_every_step_it_goes_on(corpus, launched, tmp_path, monkeypa
     assert sum(variables["do_train"] for variables in launched[started:]) == 1
 
 
-def page_of(folder: Path) -> None:
-    (folder / "report.html").touch()
-
-
 def test_training_that_is_stopped_goes_on_and_seeds_are_compared_by_their_mean(
-    corpus, launched, tmp_path, monkeypatch, capsys
+    corpus, launched, no_report, tmp_path, monkeypatch, capsys
 ) -> None:
     """With a published row, and with a best epoch of events that are not normalised."""
     monkeypatch.setenv("event_scores", "both")
     monkeypatch.setitem(PRVR_RESULTS, "custom", {"R1": 0.0, "SumR": 1000.0})
-    monkeypatch.setattr(reproduce.report, "main", lambda words: page_of(Path(words[0])))
     flags = ("--task", "PRVR", "--seeds", "1", "2")
     launched.fault = {"fault": "at", "when": 3, "act": "terminate"}
     with pytest.raises(KeyboardInterrupt):
@@ -180,9 +182,8 @@ def test_a_fine_tuned_clip_is_not_the_published_setting(monkeypatch) -> None:
 
 
 def test_a_frame_store_that_is_asked_for_is_made_and_used(
-    corpus, launched, tmp_path, monkeypatch, capsys
+    corpus, launched, no_report, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(reproduce.report, "main", lambda words: page_of(Path(words[0])))
     store = tmp_path / "frames.h5"
     monkeypatch.setenv("frame_store", str(store))
     monkeypatch.setenv("epochs", "1")
@@ -232,7 +233,7 @@ def test_published_weights_are_fetched_and_have_to_be_the_published_ones(
 
 
 def test_a_broken_video_stops_it_unless_it_may_be_missing(
-    corpus, launched, tmp_path, monkeypatch, capsys
+    corpus, launched, no_report, tmp_path, monkeypatch, capsys
 ) -> None:
     folder = tmp_path / "videos"
     shutil.copytree(corpus / "videos", folder)
@@ -245,7 +246,6 @@ def test_a_broken_video_stops_it_unless_it_may_be_missing(
     assert f"1 videos of {folder} cannot be used, {tmp_path}/prvr_tiny_videos.jsonl" in printed
     assert "clip 2" in (tmp_path / "prvr_tiny_videos.jsonl").read_text()
     assert not launched
-    monkeypatch.setattr(reproduce.report, "main", lambda words: page_of(Path(words[0])))
     monkeypatch.setenv("allow_missing", "1")
     assert run(tmp_path, "--task", "PRVR") == 0
     assert "on 3 of the 4 videos" in capsys.readouterr().out

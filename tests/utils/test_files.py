@@ -14,22 +14,18 @@ from pathlib import Path
 import pytest
 
 from dataloaders.storage import lock
+from tests.corpus import in_process
 from utils import OutputError
 from utils.files import append_line, atomic_write, locked_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def in_a_child(action) -> int:
-    """Run it in a forked process; its exit status, 0 if it returned."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def in_a_child(act) -> int | None:
+    """Do it in another process; its exit status, 0 if it returned."""
+    process = in_process(act)
+    process.join()
+    return process.exitcode
 
 
 def test_a_file_appears_with_the_end_of_its_block(tmp_path) -> None:
@@ -80,14 +76,11 @@ def test_a_line_waits_for_that_of_another_process(tmp_path) -> None:
     path.touch()
     with path.open("ab", buffering=0) as file:
         assert lock(file.fileno())
-        child = os.fork()
-        if child == 0:
-            append_line(path, "two")
-            os._exit(0)
+        child = in_process(lambda: append_line(path, "two"))
         file.write(b"on")
         time.sleep(0.3)
         file.write(b"e\n")
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child.join()
     assert path.read_bytes() == b"one\ntwo\n"
 
 

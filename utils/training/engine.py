@@ -115,25 +115,27 @@ def batch_gradient(
             return encode(inputs)
 
     videos, text_rows = shares(len(batch.get("vid_names", frames))), shares(len(token_ids))
-    turned = _reversed_videos(videos[-1].stop, weights)
-    if own_turned := [v - videos[rank()].start for v in turned if v in videos[rank()]]:
+    turned, own_videos = _reversed_videos(videos[-1].stop, weights), videos[rank()]
+    if own_turned := [v - own_videos.start for v in turned if v in own_videos]:
         frames = torch.cat([frames, frames[own_turned].flip(1)])
     own_texts = token_ids[text_rows[rank()].start : text_rows[rank()].stop]
     sides = [
         (model.encode_video, frames.chunk(micro_batches)),
         (model.encode_text, own_texts.chunk(micro_batches)),
     ]
-    counts = [[len(v) + len(set(v) & set(turned)) for v in videos], [len(t) for t in text_rows]]
     with torch.set_grad_enabled(micro_batches == 1):
         embedded = [[embed(encode, rows) for rows in inputs] for encode, inputs in sides]
     own = [torch.cat(rows).detach().requires_grad_() for rows in embedded]
-    events, texts = map(gather_rows, own, counts)
-    events, backwards = _apart(events, videos, turned)
+    forwards, backwards = own[0].split([len(own_videos), len(own_turned)])
+    events = gather_rows(forwards, [len(v) for v in videos])
+    if turned:
+        backwards = gather_rows(backwards, [len(set(v) & set(turned)) for v in videos])
+    texts = gather_rows(own[1], [len(t) for t in text_rows])
     frozen = None
     if weights.text_relations:
         with torch.no_grad():
             frozen = torch.cat([embed(model.clip.encode_text, rows) for rows in sides[1][1]])
-        frozen = gather(frozen, counts[1])
+        frozen = gather(frozen, len(token_ids))
     loss = _loss(model, batch["text_to_video"], events, texts, weights, turned, backwards, frozen)
     scaler.scale(loss).backward()
     by_level = level_shares(own[0].grad, model.pyramid.events_per_level)
@@ -175,24 +177,9 @@ def _reversed_videos(num_videos: int, weights: LossWeights) -> list[int]:
     return [i * num_videos // count for i in range(count)]
 
 
-def _apart(rows: Tensor, videos: list[range], turned: list[int]) -> tuple[Tensor, Tensor | None]:
-    """Gathered rows, which are each process's videos and then those of them that were turned, to
-    events [B, N_e, D] of the videos, and of the turned ones."""
-    if not turned:
-        return rows, None
-    order = [
-        (v, again) for own in videos for again in (0, 1) for v in own if v in turned or not again
-    ]
-    position = {row: i for i, row in enumerate(order)}
-    return (
-        rows[[position[v, 0] for v in range(videos[-1].stop)]],
-        rows[[position[v, 1] for v in turned]],
-    )
-
-
 def _loss(
     model: nn.Module, text_to_video: Tensor, events: Tensor, texts: Tensor, weights: LossWeights,
-    turned: list[int], backwards: Tensor | None, frozen: Tensor | None,
+    turned: list[int], backwards: Tensor, frozen: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The whole batch's; `backwards` are the events of the videos `turned`, `frozen` CLIP's own
     text features."""
@@ -201,7 +188,7 @@ def _loss(
     if weights.hard_negatives:
         cosines = scores / model.clip.logit_scale.exp()
         loss = loss + weights.hard_negatives * hardest_negative_loss(cosines, text_to_video)
-    if backwards is not None:
+    if turned:
         position = {video: i for i, video in enumerate(turned)}
         own = [(t, v, position[v]) for t, v in enumerate(text_to_video.tolist()) if v in position]
         text, video, column = torch.tensor(own, device=scores.device).T

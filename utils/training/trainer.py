@@ -250,13 +250,18 @@ class Trainer:
     def _train(self) -> None:
         progress = self.progress
         self.loader.set_epoch(progress.epoch, progress.sums.steps)
-        with memory_advice(LESS_MEMORY), self.loader.worker_errors(), self._saved_if_stopped():
-            train_one_epoch(
-                self.model, self.signals.immediate_between(self.loader), self.optimizer,
-                self.scaler, progress.sums, self.config,
-                num_steps=len(self.loader), first_step=progress.epoch * len(self.loader),
-                learning_rate=self.learning_rate, device=self.device, after_step=self._after_step,
-            )  # fmt: skip
+        with memory_advice(LESS_MEMORY), self.loader.worker_errors():
+            try:
+                train_one_epoch(
+                    self.model, self.signals.immediate_between(self.loader), self.optimizer,
+                    self.scaler, progress.sums, self.config,
+                    num_steps=len(self.loader), first_step=progress.epoch * len(self.loader),
+                    learning_rate=self.learning_rate, device=self.device,
+                    after_step=self._after_step,
+                )  # fmt: skip
+            except Stopped:  # between two steps, where all that was done can be saved
+                self._save_within_epoch()
+                raise
         self._save()
 
     def _after_step(self, result: StepResult) -> None:
@@ -270,15 +275,6 @@ class Trainer:
         every = self.config.save_every_steps
         if every and steps % every == 0 and steps < len(self.loader):
             self._save_within_epoch()
-
-    @contextlib.contextmanager
-    def _saved_if_stopped(self) -> Iterator[None]:
-        """A signal ends training between two steps only, where all that was done can be saved."""
-        try:
-            yield
-        except Stopped:
-            self._save_within_epoch()
-            raise
 
     def _save_within_epoch(self) -> None:
         self._save()
