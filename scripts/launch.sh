@@ -15,12 +15,11 @@ bash scripts/setup.sh
 case ${variant:=} in
   "") ;;
   plus)
-    # scripts/README.md, "Measured on the demo": six seeds of a synthetic corpus, no real videos yet.
+    # scripts/ablations/README.md, "Measured on the demo": six seeds of a synthetic corpus, no real videos yet.
     readout=${readout:-consensus} ;;
   *) echo "launch: variant $variant: plus, or none for the published method" >&2; exit 2 ;;
 esac
 
-do_train=${do_train:-1}
 subtask_type=${subtask_type:-PRVR}
 name=$datatype${variant:+_$variant}${zero_shot:+_zero_shot_$zero_shot}
 output_dir=${output_dir:-logs/${subtask_type,,}_$name}

@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# ProPy on ActivityNet Captions: the published settings; scripts/launch.sh says how to set others.
+# ProPy on ActivityNet Captions: the published settings.
+# Every variable and every flag of main.py can be set from outside, and flags are passed on;
+# scripts/launch.sh has examples.
 # The published row compares texts with events whose lengths are left in, which chose its best
 # epoch too: it stands beside the cosine's, and its best epoch is ckpt.best_dot.pth.tar
 # (models/README.md, "Deviations").
+
+do_train=${do_train:-1}
+do_eval=${do_eval:-0}
+resume=${resume:-}
 
 video_dir=${video_dir:-data/activitynet/videos}
 train_annos=${train_annos:-annotations/activitynet/train.jsonl}

@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# ProPy on Charades-STA: the published settings; scripts/launch.sh says how to set others.
+# ProPy on Charades-STA: the published settings.
+# Every variable and every flag of main.py can be set from outside, and flags are passed on;
+# scripts/launch.sh has examples.
+
+do_train=${do_train:-1}
+do_eval=${do_eval:-0}
+resume=${resume:-}
 
 video_dir=${video_dir:-data/charades/videos}
 train_annos=${train_annos:-annotations/charades/train.jsonl}

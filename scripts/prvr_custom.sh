@@ -6,6 +6,9 @@
 #   split=mine subtask_type=VCMR bash scripts/prvr_custom.sh      # moments, if there are times
 
 split=${split:-custom}
+do_train=${do_train:-1}
+do_eval=${do_eval:-0}
+resume=${resume:-}
 
 video_dir=${video_dir:-data/$split/videos}
 train_annos=${train_annos:-annotations/$split/train.jsonl}
