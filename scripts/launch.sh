@@ -15,7 +15,8 @@ bash scripts/setup.sh
 case ${variant:=} in
   "") ;;
   plus)
-    # scripts/ablations/README.md, "Measured on the demo": six seeds of a synthetic corpus, no real videos yet.
+    # scripts/ablations/README.md, "Measured on the demo": six seeds of a synthetic corpus, no real
+    # videos yet.
     readout=${readout:-consensus} ;;
   *) echo "launch: variant $variant: plus, or none for the published method" >&2; exit 2 ;;
 esac
