@@ -239,22 +239,18 @@ def _build_query(record: dict) -> tuple[Query | None, list[str]]:
     return Query(**values), []
 
 
-# HDF5 cannot hold NUL, nor XML its like. Captions may have what both can: the public ones have line
-# breaks, and texts that were read in a wrong encoding have 128 to 159.
-CONTROLS = {chr(code) for code in (*range(32), *range(127, 160))}
+# HDF5 cannot hold NUL, XML its like, UTF-8 half a surrogate pair. Captions may have what all can:
+# the public ones have line breaks, and texts that were read in a wrong encoding 128 to 159.
+REFUSED = {chr(code) for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000))}
 IN_CAPTIONS = frozenset("\t\n\r") | {chr(code) for code in range(128, 160)}
 
 
 def _check_text(value: object, allowed: frozenset[str] = frozenset()) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{_show(value)} is not a text: put it in double quotes")
-    if controls := set(value) & CONTROLS - allowed:
-        shown = ", ".join(map(repr, sorted(controls)))
-        raise ValueError(f"{_show(value)} holds the control character {shown}: remove it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{_show(value)} holds half a surrogate pair: remove it") from None
+    if refused := (set(value) & REFUSED) - allowed:
+        shown = ", ".join(map(repr, sorted(refused)))
+        raise ValueError(f"{_show(value)} holds {shown}, which cannot be stored: remove it")
     return value
 
 
