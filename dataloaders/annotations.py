@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,10 @@ MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer te
 TIME_TOLERANCE, ROUNDING = 1e-3, 1.0
 MAX_SECONDS = 1e15  # what is more was never a time
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
+
+# What queries that are warned of do, and what becomes of them.
+STAYS = "which no prediction can hit; they stay as they are"
+OTHER_DURATION = "give their video another duration than its first line, which counts for the video"
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
     path = called or Path(path)
     queries: list[Query] = []
     problems: list[str] = []
-    never_hit: dict[str, list[str]] = {}
-    other_durations: list[str] = []
+    odd: dict[str, list[str]] = defaultdict(list)  # what is warned of, and where
     line_of_id: dict[str, int] = {}
     duration_of: dict[str, tuple[float, int]] = {}  # a video's first, and its line
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -135,7 +139,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
             if first != number:
                 wrong.append(f"desc_id: {query.desc_id!r} is also on line {first}: make it unique")
             for reason in sorted(_reasons_never_hit(query)):
-                never_hit.setdefault(reason, []).append(f"{path}:{number}")
+                odd[f"have a window that {reason}, {STAYS}"].append(f"{path}:{number}")
             known, first = duration_of.setdefault(query.vid_name, (query.duration, number))
             difference = abs(query.duration - known)
             if difference > TIME_TOLERANCE:
@@ -143,7 +147,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
                 if difference > ROUNDING + TIME_TOLERANCE:
                     wrong.append(f"duration: {query.duration:g} s, but {what}: make them equal")
                 else:
-                    other_durations.append(f"{path}:{number}: {query.duration:g} s, but {what}")
+                    odd[OTHER_DURATION].append(f"{path}:{number}: {query.duration:g} s, but {what}")
             queries.append(query)
         problems += [f"{path}:{number}: {what}" for what in wrong]
     if problems:
@@ -160,18 +164,8 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
         raise DataError(listed(problems))
     if not queries:
         raise DataError(f"{path}: no annotations in it: one JSON object a line is expected")
-    for reason, places in never_hit.items():
-        logger.warning(
-            "%d of %d queries have a window that %s, which no prediction can hit; they stay as "
-            "they are:\n%s",
-            *(len(places), len(queries), reason, listed(places)),
-        )
-    if other_durations:
-        logger.warning(
-            "%d of %d queries give their video another duration than its first line, which counts "
-            "for the video:\n%s",
-            *(len(other_durations), len(queries), listed(other_durations)),
-        )
+    for what, places in odd.items():
+        logger.warning("%d of %d queries %s:\n%s", len(places), len(queries), what, listed(places))
     return queries
 
 

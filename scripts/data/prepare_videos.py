@@ -212,9 +212,9 @@ def summarise(lines: list[dict], ignored: list[Path]) -> None:
     """Print the counts and some lines of everything that is not as it should be."""
     for status in ("partial", "damaged", "short", "failed", "missing", "unused"):
         found = [line for line in lines if line["status"] == status]
-        words = [(status, x.get("input", x["vid_name"]), x.get("reason")) for x in found]
+        parts = [(line.get("input", line["vid_name"]), line.get("reason")) for line in found]
         if found:
-            print(listed([": ".join(filter(None, line)) for line in words]))
+            print(listed([": ".join(filter(None, (status, *part))) for part in parts]))
     if ignored:
         kinds = Counter(path.suffix.lower() for path in ignored).most_common()
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds)
