@@ -31,8 +31,8 @@ TIME_TOLERANCE, ROUNDING = 1e-3, 1.0
 MAX_SECONDS = 1e15  # what is more was never a time
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
 
-# What queries that are warned of do, and what becomes of them.
-STAYS = "which no prediction can hit; they stay as they are"
+# What some queries do, for a warning, and what becomes of it.
+NEVER_HIT = "have a window that {}, which no prediction can hit; they stay as they are"
 OTHER_DURATION = "give their video another duration than its first line, which counts for the video"
 
 
@@ -139,7 +139,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
             if first != number:
                 wrong.append(f"desc_id: {query.desc_id!r} is also on line {first}: make it unique")
             for reason in sorted(_reasons_never_hit(query)):
-                odd[f"have a window that {reason}, {STAYS}"].append(f"{path}:{number}")
+                odd[NEVER_HIT.format(reason)].append(f"{path}:{number}")
             known, first = duration_of.setdefault(query.vid_name, (query.duration, number))
             difference = abs(query.duration - known)
             if difference > TIME_TOLERANCE:
