@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +30,10 @@ MAX_CAPTION = 10_000  # characters; CLIP reads at most 77 tokens, so a longer te
 TIME_TOLERANCE, ROUNDING = 1e-3, 1.0
 MAX_SECONDS = 1e15  # what is more was never a time
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
+
+# What some queries do, for a warning, and what becomes of it.
+NEVER_HIT = "have a window that {}, which no prediction can hit; they stay as they are"
+OTHER_DURATION = "give their video another duration than its first line, which counts for the video"
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
     path = called or Path(path)
     queries: list[Query] = []
     problems: list[str] = []
-    never_hit: dict[str, list[str]] = {}
-    other_durations: list[str] = []
+    odd: dict[str, list[str]] = defaultdict(list)  # what is warned of, and where
     line_of_id: dict[str, int] = {}
     duration_of: dict[str, tuple[float, int]] = {}  # a video's first, and its line
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -135,7 +139,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
             if first != number:
                 wrong.append(f"desc_id: {query.desc_id!r} is also on line {first}: make it unique")
             for reason in sorted(_reasons_never_hit(query)):
-                never_hit.setdefault(reason, []).append(f"{path}:{number}")
+                odd[NEVER_HIT.format(reason)].append(f"{path}:{number}")
             known, first = duration_of.setdefault(query.vid_name, (query.duration, number))
             difference = abs(query.duration - known)
             if difference > TIME_TOLERANCE:
@@ -143,7 +147,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
                 if difference > ROUNDING + TIME_TOLERANCE:
                     wrong.append(f"duration: {query.duration:g} s, but {what}: make them equal")
                 else:
-                    other_durations.append(f"{path}:{number}: {query.duration:g} s, but {what}")
+                    odd[OTHER_DURATION].append(f"{path}:{number}: {query.duration:g} s, but {what}")
             queries.append(query)
         problems += [f"{path}:{number}: {what}" for what in wrong]
     if problems:
@@ -160,18 +164,8 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
         raise DataError(listed(problems))
     if not queries:
         raise DataError(f"{path}: no annotations in it: one JSON object a line is expected")
-    for reason, places in never_hit.items():
-        logger.warning(
-            "%d of %d queries have a window that %s, which no prediction can hit; they stay as "
-            "they are:\n%s",
-            *(len(places), len(queries), reason, listed(places)),
-        )
-    if other_durations:
-        logger.warning(
-            "%d of %d queries give their video another duration than its first line, which counts "
-            "for the video:\n%s",
-            *(len(other_durations), len(queries), listed(other_durations)),
-        )
+    for what, places in odd.items():
+        logger.warning("%d of %d queries %s:\n%s", len(places), len(queries), what, listed(places))
     return queries
 
 
@@ -239,22 +233,18 @@ def _build_query(record: dict) -> tuple[Query | None, list[str]]:
     return Query(**values), []
 
 
-# HDF5 cannot hold NUL, nor XML its like. Captions may have what both can: the public ones have line
-# breaks, and texts that were read in a wrong encoding have 128 to 159.
-CONTROLS = {chr(code) for code in (*range(32), *range(127, 160))}
+# HDF5 cannot hold NUL, XML its like, UTF-8 half a surrogate pair. Captions may have what all can:
+# the public ones have line breaks, and texts that were read in a wrong encoding 128 to 159.
+REFUSED = {chr(code) for code in (*range(32), *range(127, 160), *range(0xD800, 0xE000))}
 IN_CAPTIONS = frozenset("\t\n\r") | {chr(code) for code in range(128, 160)}
 
 
 def _check_text(value: object, allowed: frozenset[str] = frozenset()) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{_show(value)} is not a text: put it in double quotes")
-    if controls := set(value) & CONTROLS - allowed:
-        shown = ", ".join(map(repr, sorted(controls)))
-        raise ValueError(f"{_show(value)} holds the control character {shown}: remove it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{_show(value)} holds half a surrogate pair: remove it") from None
+    if refused := (set(value) & REFUSED) - allowed:
+        shown = ", ".join(map(repr, sorted(refused)))
+        raise ValueError(f"{_show(value)} holds {shown}, which cannot be stored: remove it")
     return value
 
 

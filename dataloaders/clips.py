@@ -5,6 +5,7 @@ A folder of prepared videos is one source (here), a frame store another (dataloa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -138,18 +139,15 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     Raises:
         DataError: it is there and cannot be read.
     """
-    noted = {}
+    path, noted = folder / MANIFEST, {}
     try:
-        for line in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                entry = json.loads(line)
-                noted[str(entry["vid_name"])] = entry | {k: int(entry[k]) for k in MEASURES}
-            except (ValueError, KeyError, TypeError):
-                continue
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     except OSError as error:
-        raise DataError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            noted[str(entry["vid_name"])] = entry | {k: int(entry[k]) for k in MEASURES}
     return noted
 
 

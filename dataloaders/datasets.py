@@ -53,8 +53,8 @@ class TrainingLoader(ClipLoader):
     of a video keep the order of the annotations.
 
     Raises:
-        DataError: clips are missing, fewer than one batch takes, or a batch is one video, whose
-            contrastive loss is 0 (here); a clip cannot be read (when iterating).
+        DataError: clips are missing, or see `check_batch_size` (here); a clip cannot be read (when
+            iterating).
     """
 
     def __init__(

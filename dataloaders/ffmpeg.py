@@ -25,6 +25,7 @@ from fractions import Fraction
 from io import FileIO
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -154,6 +155,25 @@ def kill_running() -> None:
         process.kill()
 
 
+@contextlib.contextmanager
+def _started(arguments: list[str], **streams: Any) -> Iterator[subprocess.Popen]:
+    """An ffmpeg with these arguments and those that every call needs; the block's end ends it."""
+    command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
+    # A session of its own, so that Ctrl-C reaches this program only, which then cleans up.
+    with subprocess.Popen(command, start_new_session=True, **streams) as process:
+        _running.add(process)
+        try:
+            if prlimit is not None:
+                # It may be gone already, and a container may forbid this.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    prlimit(process.pid, RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            _running.discard(process)
+
+
 def run_ffmpeg(
     arguments: list[str],
     time_limit: float = DEFAULT_TIME_LIMIT,
@@ -163,7 +183,7 @@ def run_ffmpeg(
     """Run ffmpeg to its end, or kill it at the time limit.
 
     Args:
-        arguments: its arguments; those that every call needs are added.
+        arguments: those that every call needs are added.
         time_limit: seconds.
         feed: pieces for its standard input, written as ffmpeg takes them.
         heard: keep only messages in which this is found.
@@ -172,31 +192,21 @@ def run_ffmpeg(
         DataError: the time limit passed, or the process was killed.
         OSError: there is no room for what it writes.
     """
-    command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
     timed_out = threading.Event()
     # Files rather than pipes: nothing has to be read for the child to go on, and a broken file's
     # million messages end on the disk.
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        # A session of its own, so that Ctrl-C reaches this program only, which then cleans up.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=errors, start_new_session=True
-        )
-        _running.add(process)
-        timer = threading.Timer(time_limit, lambda: (timed_out.set(), process.kill()))
-        timer.start()
-        try:
-            if prlimit is not None:
-                _limit_memory(process)
-            # A broken pipe: it gave up before it had read all; its status says why.
-            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-                for piece in feed:
-                    pipe.write(piece)
-            status = process.wait()
-        finally:
-            timer.cancel()
-            process.kill()
-            process.wait()
-            _running.discard(process)
+        with _started(arguments, stdin=subprocess.PIPE, stdout=output, stderr=errors) as process:
+            timer = threading.Timer(time_limit, lambda: (timed_out.set(), process.kill()))
+            timer.start()
+            try:
+                # A broken pipe: it gave up before it had read all; its status says why.
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                    for piece in feed:
+                        pipe.write(piece)
+                status = process.wait()
+            finally:
+                timer.cancel()
         if timed_out.is_set():
             raise DataError(f"not done within {time_limit:g} s, and stopped")
         messages = _read_back(errors, MAX_MESSAGES, heard)
@@ -226,24 +236,12 @@ def stream_output(
     Raises:
         DataError: a piece took longer, or the process was killed.
     """
-    command = [ffmpeg_program(), "-nostdin", "-hide_banner", "-nostats", *arguments]
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            start_new_session=True, bufsize=0,
-        )  # fmt: skip
-        _running.add(process)
-        try:
-            if prlimit is not None:
-                _limit_memory(process)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+        with _started(arguments, bufsize=0, **streams) as process:
             while len(piece := _read_piece(process.stdout, size, patience)) == size:
                 yield piece
             status = process.wait()
-        finally:
-            process.kill()
-            process.stdout.close()
-            process.wait()
-            _running.discard(process)
         if status < 0:
             raise DataError(f"ffmpeg was ended by signal {-status}")
         return Completed(status, "", _read_back(errors, MAX_MESSAGES))
@@ -263,12 +261,6 @@ def _read_piece(pipe: FileIO, size: int, patience: float) -> bytearray:
         filled += count
     del piece[filled:]
     return piece
-
-
-def _limit_memory(process: subprocess.Popen) -> None:
-    # It may be gone already, and a container may forbid this.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        prlimit(process.pid, RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
 
 
 def _read_back(file, limit: int = -1, heard: re.Pattern | None = None) -> str:

@@ -12,9 +12,8 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,7 +36,6 @@ PIXELS_PER_SEEK = 140_000
 # A damaged clip is replaced then. What is no clip may be somebody's original, which stays.
 PREPARE = "prepare it again with `bash scripts/prepare.sh` (an original: into another folder)"
 
-T = TypeVar("T")
 _timed_out: set[Path] = set()  # each has left a thread behind in this process: once is enough
 
 
@@ -67,8 +65,14 @@ def load_clip(
         DataError: no such file, nothing that decodes, damage, another size than prepared, or the
             decoder did not finish within DECODE_TIME_LIMIT, now or earlier in this process.
     """
-    choose = partial(sampled_indices, num_frames=num_frames, generator=generator)
-    return _load(Path(path), size, choose, generator)
+    state = generator.get_state() if generator is not None else None
+
+    def choose(n: int) -> np.ndarray:
+        if generator is not None:
+            generator.set_state(state)  # it may have drawn from a number of frames that was wrong
+        return sampled_indices(n, num_frames, generator)
+
+    return _load(Path(path), size, choose)
 
 
 def probe_clip(path: str | Path, size: int) -> int | None:
@@ -101,7 +105,7 @@ def load_every_frame(path: str | Path, size: int) -> torch.Tensor:
     Raises:
         DataError: as `load_clip`.
     """
-    return _load(Path(path), size, np.arange, None)
+    return _load(Path(path), size, np.arange)
 
 
 def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
@@ -111,7 +115,7 @@ def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     right: torchvision's rule, which the published models were trained with.
 
     Args:
-        frames: uint8 [n, H, W, 3] or [n, 3, H, W].
+        frames: uint8 [n, H, W, 3].
         size: side of the square, pixels.
 
     Returns:
@@ -119,20 +123,13 @@ def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     """
     from torchvision.transforms.functional import center_crop as crop  # slow to import
 
-    if frames.shape[-1] == 3:
-        frames = frames.permute(0, 3, 1, 2)
-    return crop(frames, [size, size]).contiguous()
+    return crop(frames.permute(0, 3, 1, 2), [size, size]).contiguous()
 
 
-def _load(
-    path: Path,
-    size: int,
-    choose: Callable[[int], np.ndarray],
-    generator: np.random.RandomState | None,
-) -> torch.Tensor:
+def _load(path: Path, size: int, choose: Callable[[int], np.ndarray]) -> torch.Tensor:
     path = path.absolute()  # so that no name is taken for a protocol such as "concat:"
     with _named(path):
-        frames = _within_time_limit(path, lambda: _decode(path, size, choose, generator))
+        frames = _within_time_limit(path, lambda: _decode(path, size, choose))
     side = _clip_side(*frames.shape[1:3], size)
     square = center_crop(torch.from_numpy(frames), side)
     if side == size:
@@ -184,10 +181,10 @@ def _check_file(path: Path) -> Header | None:
     return None
 
 
-def _within_time_limit(path: Path, function: Callable[[], T]) -> T:
+def _within_time_limit(path: Path, function: Callable[[], np.ndarray]) -> np.ndarray:
     # A thread, because a signal does not interrupt decord's C++ code. One that hangs is left behind
     # as a daemon: it cannot be stopped.
-    result: Future[T] = Future()
+    result: Future[np.ndarray] = Future()
 
     def run() -> None:
         try:
@@ -213,33 +210,19 @@ def _release(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _decode(
-    path: Path,
-    size: int,
-    choose: Callable[[int], np.ndarray],
-    generator: np.random.RandomState | None,
-) -> np.ndarray:
+def _decode(path: Path, size: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
     """The chosen frames of a file, uint8 [N_f, H, W, 3]."""
     if _check_file(path) is None:
         return _read_with_ffmpeg(path, size, choose)
-    reader = _open(path)
-    height, width, _ = reader.next().shape
-    _clip_side(height, width, size)
-    state = generator.get_state() if generator is not None else None
-    frames = _read_by_index(reader, choose, height * width)
-    if frames is None:
-        if generator is not None:
-            generator.set_state(state)
-        frames = _read_with_ffmpeg(path, size, choose)
-    return frames
-
-
-def _open(path: Path) -> decord.VideoReader:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)  # broken files are reported here, once, by name
     # One decoding thread: the loader's workers are the parallelism.
-    return decord.VideoReader(str(path), num_threads=1, fault_tol=NO_REPLACED_FRAMES)
+    reader = decord.VideoReader(str(path), num_threads=1, fault_tol=NO_REPLACED_FRAMES)
+    height, width, _ = reader.next().shape
+    _clip_side(height, width, size)
+    frames = _read_by_index(reader, choose, height * width)
+    return _read_with_ffmpeg(path, size, choose) if frames is None else frames
 
 
 def _clip_side(height: int, width: int, size: int) -> int:

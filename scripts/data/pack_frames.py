@@ -22,7 +22,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
@@ -51,7 +50,7 @@ def pack_side_by_side(
     size: int,
     quality: int,
     workers: int,
-    noted: Mapping[str, Mapping] = MappingProxyType({}),
+    noted: Mapping[str, Mapping],
 ) -> Iterator[tuple[str, Packed | DataError]]:
     """Packs clips in worker processes; name and result of each, in the order given.
 
@@ -103,26 +102,6 @@ def _start_worker() -> None:
 def _end_with_parent() -> None:
     connection.wait([parent_process().sentinel])  # a killed one leaves its workers waiting
     os._exit(1)
-
-
-def find_clips(
-    video_dir: Path, annotations: Sequence[Path]
-) -> tuple[list[tuple[str, Path]], list[str]]:
-    """The clips to pack, name and file, and the names of those that are needed but not there.
-
-    Raises:
-        DataError: an annotation file cannot be used, or the folder has no clips at all.
-    """
-    if annotations:
-        names = [video.vid_name for video in read_videos(annotations)]
-    else:
-        names = sorted(path.stem for path in video_dir.glob("*.mp4"))
-    if not any(video_dir.glob("*.mp4")):
-        raise DataError(
-            f"{video_dir}: no .mp4 file in it: make them with `bash scripts/prepare.sh`"
-        )
-    files = [(name, video_dir / f"{name}.mp4") for name in names]
-    return [f for f in files if f[1].is_file()], [f[0] for f in files if not f[1].is_file()]
 
 
 def pack(
@@ -205,20 +184,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all packed, 1 clips failed or are missing, 130 interrupted."""
     args = parse_arguments(arguments)
-    files, missing = find_clips(args.video_dir, args.annotations)
-    files = [file for file in files if args.shard.has(file[0])]
-    missing = [name for name in missing if args.shard.has(name)]
+    names = [video.vid_name for video in read_videos(args.annotations)]
+    present = sorted(path.stem for path in args.video_dir.glob("*.mp4"))
+    if not present:
+        raise DataError(
+            f"{args.video_dir}: no .mp4 file in it: make them with `bash scripts/prepare.sh`"
+        )
+    clips = VideoFolder(args.video_dir)
+    wanted = {name: clips.path(name) for name in names or present if args.shard.has(name)}
+    missing = [name for name, path in wanted.items() if not path.is_file()]
+    files = [(name, path) for name, path in wanted.items() if path.is_file()]
     failures = []
     if files:
-        noted = VideoFolder(args.video_dir).noted
         settings = (args.size, args.quality, args.workers)
-        failures = pack(args.frame_store, files, *settings, noted, args.shard)
+        failures = pack(args.frame_store, files, *settings, clips.noted, args.shard)
     if args.frame_store.is_file() and not args.shard.label:
         summarise(FrameStore(args.frame_store))
     for message in failures:
         print(f"failed: {message}")
     for name in missing:
-        print(f"missing: {args.video_dir / name}.mp4")
+        print(f"missing: {wanted[name]}")
     if failures or missing:
         print(f"{len(failures)} of {len(files)} clips failed, {len(missing)} are missing")
     return int(bool(failures or missing))

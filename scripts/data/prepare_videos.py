@@ -212,10 +212,9 @@ def summarise(lines: list[dict], ignored: list[Path]) -> None:
     """Print the counts and some lines of everything that is not as it should be."""
     for status in ("partial", "damaged", "short", "failed", "missing", "unused"):
         found = [line for line in lines if line["status"] == status]
-        names = [[status, line.get("input", line["vid_name"])] for line in found]
-        reasons = [[line["reason"]] if "reason" in line else [] for line in found]
+        parts = [(line.get("input", line["vid_name"]), line.get("reason")) for line in found]
         if found:
-            print(listed([": ".join(n + r) for n, r in zip(names, reasons, strict=True)]))
+            print(listed([": ".join(filter(None, (status, *part))) for part in parts]))
     if ignored:
         kinds = Counter(path.suffix.lower() for path in ignored).most_common()
         kinds = ", ".join(f"{count} {kind}" for kind, count in kinds)

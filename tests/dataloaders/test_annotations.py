@@ -18,7 +18,7 @@ GOOD = {"vid_name": "v1", "desc_id": "q1", "desc": "a dog runs", "duration": 30.
 def line(**changes) -> str:
     """A good line with other values; a value of ... removes the field."""
     record = {key: value for key, value in {**GOOD, **changes}.items() if value is not ...}
-    return json.dumps(record, ensure_ascii=False)
+    return json.dumps(record)
 
 
 def write(tmp_path, *lines: str | bytes):
@@ -68,9 +68,11 @@ def test_unusual_but_right(tmp_path, field, value):
 # "..." stands for a field that is absent.
 WRONG = {
     "vid_name": [..., 12, "", " ", "../v1", "..", ".", "/etc/passwd", "a/b", "a\0b", "a\nb",
-                 "a\x7fb", "é" * 126],
-    "desc_id": [..., None, "", True, 1.5, ["q"], "a\0", "a\nb", "\x1b[31m"],
-    "desc": [..., None, ["a dog"], "", " \t", "a" * 100_000, "a \0 dog", "a \x07 dog", "\x1b[1m"],
+                 "a\x7fb", "a\ud800b", "é" * 126],
+    "desc_id": [..., None, "", True, 1.5, ["q"], "a\0", "a\nb", "\x1b[31m",
+                "a\ud800b"],
+    "desc": [..., None, ["a dog"], "", " \t", "a" * 100_000, "a \0 dog", "a \x07 dog", "\x1b[1m",
+             "a\ud800b"],
     "duration": [..., "30.5", None, True, 0, -3, float("nan"), float("inf"), 10**400],
     "ts": [["1", "2"], "1-2", [1], [1, 2, 3], [[1, 2], [3]], [[1, 2], 3], [1, [2, 3]], [-1, 2],
            [1, float("nan")], [1, True], {"start": 1}],
@@ -90,17 +92,11 @@ def test_a_wrong_field_is_named(tmp_path, field):
 @pytest.mark.parametrize(
     "text",
     ["{", "not json", "[1, 2]", '"text"', "1" * 5000, "[" * 100_000, line().encode() + b"\xff",
-     line(desc="caf\u00e9").encode("latin-1"), line().encode("utf-16")],
+     b'{"desc": "caf\xe9"}', line().encode("utf-16")],
 )  # fmt: skip
 def test_a_line_that_is_no_object_is_named(tmp_path, text):
     path = write(tmp_path, line(), text)
     assert problems(path)[0].startswith(f"{path}:2: line: ")
-
-
-@pytest.mark.parametrize("field", ["vid_name", "desc_id", "desc"])
-def test_half_a_surrogate_pair_is_refused(tmp_path, field):
-    path = write(tmp_path, json.dumps({**GOOD, field: "a\ud800b"}))
-    assert problems(path)[0].startswith(f"{path}:1: {field}: ")
 
 
 def test_all_problems_of_all_lines_at_once(tmp_path):
@@ -203,13 +199,6 @@ def test_videos_in_order_of_first_appearance_with_the_first_duration(tmp_path):
     assert [query.duration for query in queries] == [10, 20, 11, 5, 20]
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3),
-    max_leaves=5,
-)
-
-
 NAMES = st.text(
     st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=40
 ).filter(lambda text: text.strip() and text not in (".", ".."))
@@ -244,26 +233,6 @@ def test_what_is_written_is_read(tmp_path_factory, queries, separator, mark, esc
     lines = [json.dumps(record, ensure_ascii=escape) for record in records]
     path = write(tmp_path_factory.getbasetemp(), mark + separator.join(lines))
     assert read_annotations(path) == queries
-
-
-@settings(max_examples=200)
-@given(
-    content=st.binary(max_size=200)
-    | st.lists(st.sampled_from([*line().encode(), *b'\n\r\x00"\\']), max_size=200).map(bytes)
-    | st.fixed_dictionaries({}, optional=dict.fromkeys([*GOOD, "type"], JSON)).map(
-        lambda record: json.dumps({**GOOD, **record}).encode()
-    )
-)
-def test_any_bytes_are_queries_or_named_problems(tmp_path_factory, content):
-    path = write(tmp_path_factory.getbasetemp(), content)
-    try:
-        queries = read_annotations(path)
-    except DataError as error:
-        assert all(text.startswith(f"{path}") for text in str(error).splitlines())
-    else:
-        for query in queries:
-            assert 0 < query.duration < float("inf") and query.desc.strip()
-            assert "/" not in query.vid_name
 
 
 def test_the_real_clips_file_is_read(shared_data):

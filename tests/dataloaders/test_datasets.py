@@ -139,23 +139,29 @@ def test_batches_depend_neither_on_workers_nor_on_resuming(video_dir):
     assert run(0, [(1, 5)]) == [[]]
 
 
-def test_an_iteration_given_up_does_not_touch_the_next(video_dir):
-    """Nor any of them torch's global generator."""
-    state = torch.get_rng_state()
+def test_an_iteration_leaves_nothing_behind(video_dir):
+    """Also one given up, and workers that were forked after decoding in this process."""
+    state, others = torch.get_rng_state(), set(multiprocessing.active_children())
     reference = list(make_training_loader(video_dir))
     loader = make_training_loader(video_dir, num_workers=2)
     next(iter(loader))
+    assert set(multiprocessing.active_children()) <= others
     assert all(map(same, loader, reference))
+    assert set(multiprocessing.active_children()) <= others
+    assert not [t for t in threading.enumerate() if t.name.startswith("decode ")]
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_a_batch_that_does_not_exist_is_an_error(video_dir):
     loader = make_training_loader(video_dir)
+    assert loader.left_out == len(LENGTHS) % 4
     for first_batch in (-1, 3):
         with pytest.raises(ValueError, match="first_batch"):
             loader.set_epoch(0, first_batch)
-    with pytest.raises(DataError, match=r"--batch_size 12: train\.jsonl has only 11 videos"):
-        make_training_loader(video_dir, batch_size=12)
+    # The contrastive loss of one video is 0, whatever the video.
+    for batch_size, reason in ((1, ""), (12, r"train\.jsonl has only 11 videos")):
+        with pytest.raises(DataError, match=f"--batch_size {batch_size}: {reason}"):
+            make_training_loader(video_dir, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -197,15 +203,6 @@ def test_missing_files_are_listed_before_anything_is_read(video_dir):
         make_training_loader(video_dir, gone, batch_size=2)
     with pytest.raises(DataError, match="no such video folder"):
         make_evaluation_loader(video_dir / "gone", videos)
-
-
-def test_a_batch_of_one_video_is_refused(video_dir):
-    """Its contrastive loss is 0, whatever the video."""
-    with pytest.raises(DataError, match="--batch_size 1: "):
-        make_training_loader(video_dir, batch_size=1)
-    with pytest.raises(DataError, match="only 1 videos"):
-        make_training_loader(video_dir, make_queries()[:1], batch_size=2)
-    assert make_training_loader(video_dir, batch_size=4).left_out == len(LENGTHS) % 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -259,17 +256,6 @@ def test_a_signal_does_not_end_workers(video_dir, before_decoding):
         assert len(list(make_evaluation_loader(video_dir, num_workers=1))) == 3
 
 
-def test_workers_end_with_the_iteration(video_dir):
-    """Also if they were forked after decoding in this process."""
-    others = multiprocessing.active_children()
-    expected = list(make_evaluation_loader(video_dir))
-    loader = make_evaluation_loader(video_dir, num_workers=2)
-    assert all(map(same, loader, expected))
-    next(iter(loader))
-    assert set(multiprocessing.active_children()) <= set(others)
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode ")]
-
-
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
@@ -311,7 +297,7 @@ def test_a_worker_that_continues_to_read_is_waited_for(video_dir, before_decodin
 
 
 SMALL_MACHINE = """
-import sys, torch
+import sys, time, torch
 from dataloaders.annotations import Video
 from dataloaders.datasets import EvaluationLoader, LoaderConfig
 
@@ -323,7 +309,10 @@ class Clips:
 
 videos = [Video(str(i), 1.0) for i in range(40)]
 config = LoaderConfig(batch_size_val=4, num_thread_reader=2)
-batches = list(EvaluationLoader(videos, Clips(), 8, 64, config))
+batches = []
+for batch in EvaluationLoader(videos, Clips(), 8, 64, config):
+    batches.append(batch)
+    time.sleep(0.02)  # the workers read ahead
 frames = torch.cat([batch["frames"] for batch in batches])
 assert frames.shape == (40, 8, 3, 64, 64), frames.shape
 assert (frames == torch.arange(40)[:, None, None, None, None]).all()
@@ -332,7 +321,10 @@ assert torch.cat([batch["indices"] for batch in batches]).tolist() == list(range
 
 
 def test_workers_need_no_room_in_dev_shm_and_no_short_tmpdir(tmp_path):
-    """One batch is 384 KiB, /dev/shm 64 KiB; TMPDIR is longer than the name of a socket may be."""
+    """One batch is 384 KiB, /dev/shm 64 KiB; TMPDIR is longer than the name of a socket may be.
+
+    And each batch is the consumer's own, however many more are read meanwhile.
+    """
     folder = tmp_path / ("x" * 150)
     folder.mkdir()
     mount = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"']
@@ -341,17 +333,6 @@ def test_workers_need_no_room_in_dev_shm_and_no_short_tmpdir(tmp_path):
     environment = os.environ | {"TMPDIR": str(folder)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_batches_are_not_written_over(video_dir):
-    """Each is the consumer's own, however many more are read meanwhile."""
-    videos = 4 * corpus_videos(make_queries())
-    expected = list(make_evaluation_loader(video_dir, videos))
-    batches = []
-    for batch in make_evaluation_loader(video_dir, videos, num_workers=2):
-        batches.append(batch)
-        time.sleep(0.02)  # the workers read ahead
-    assert all(map(same, batches, expected))
 
 
 def test_workers_that_cannot_start_say_what_they_need(video_dir, monkeypatch):

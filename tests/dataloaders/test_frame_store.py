@@ -25,7 +25,7 @@ from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
 from dataloaders.video import load_every_frame
 from scripts.data import pack_frames
-from tests.corpus import annotate, in_process, make_run
+from tests.corpus import TRAIN, TinyRun, annotate, in_process, make_run, moving_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -63,12 +63,18 @@ def files_of(folder: Path, names=LENGTHS) -> list[tuple[str, Path]]:
     return [(name, folder / f"{name}.mp4") for name in names]
 
 
-def make_store(path: Path, folder: Path, names=LENGTHS, quality: int = 90) -> FrameStore:
-    with FrameStoreWriter(path, SIZE, quality) as writer:
+def make_store(path: Path, folder: Path, names=LENGTHS) -> FrameStore:
+    with FrameStoreWriter(path, SIZE, 90) as writer:
         for name, file in files_of(folder, names):
-            writer.add(*pack_clip(name, file, SIZE, quality))
+            writer.add(*pack_clip(name, file, SIZE, 90))
         writer.finish()
     return FrameStore(path)
+
+
+def flags_of(folder: Path, path: Path) -> list[str]:
+    """Of the program that packs a folder into a store."""
+    flags = ["--video_dir", str(folder), "--frame_store", str(path), "--size", str(SIZE)]
+    return [*flags, "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +111,13 @@ def test_what_is_stored_is_what_the_clip_has(video_dir, store):
 
 
 def test_packing_twice_gives_the_same_bytes_and_does_nothing(video_dir, tmp_path, capsys):
-    flags = ["--video_dir", str(video_dir), "--size", str(SIZE), "--workers", "2"]
     paths = [tmp_path / "a.h5", tmp_path / "b.h5"]
     for path in paths:
-        assert pack_frames.main([*flags, "--frame_store", str(path)]) == 0
+        assert pack_frames.main([*flags_of(video_dir, path), "--workers", "2"]) == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert "5 clips to pack" in capsys.readouterr().out
     before = paths[0].stat()
-    assert pack_frames.main([*flags, "--frame_store", str(paths[0])]) == 0
+    assert pack_frames.main(flags_of(video_dir, paths[0])) == 0
     assert paths[0].stat().st_mtime_ns == before.st_mtime_ns
     out = capsys.readouterr().out
     assert "clips to pack" not in out
@@ -126,13 +131,12 @@ def test_a_store_is_extended_and_changed_clips_are_packed_again(video_dir, tmp_p
     files = {name: (video_dir / f"{name}.mp4").read_bytes() for name in ("few", "long", "one")}
     for name in ("few", "long"):
         (folder / f"{name}.mp4").write_bytes(files[name])
-    flags = ["--video_dir", str(folder), "--frame_store", str(path), "--size", str(SIZE)]
-    assert pack_frames.main([*flags, "--workers", "1"]) == 0
+    assert pack_frames.main(flags_of(folder, path)) == 0
     size = path.stat().st_size
     (folder / "few.mp4").write_bytes(files["few"])  # touched: the same frames
     (folder / "long.mp4").write_bytes(files["one"])  # replaced
     (folder / "one.mp4").write_bytes(files["one"])  # new
-    assert pack_frames.main([*flags, "--workers", "1"]) == 0
+    assert pack_frames.main(flags_of(folder, path)) == 0
     store = FrameStore(path)
     assert list(store.clips) == ["few", "long", "one"]
     assert store.probe("long", SIZE) == 1
@@ -240,9 +244,8 @@ def test_shards_side_by_side_one_of_them_killed_make_the_store_of_one_process(
     video_dir, tmp_path, capsys
 ):
     path, whole = tmp_path / "[f].h5", tmp_path / "whole.h5"  # a name that is a pattern
-    flags = ["--video_dir", str(video_dir), "--size", str(SIZE), "--workers", "1"]
-    assert pack_frames.main([*flags, "--frame_store", str(whole)]) == 0
-    flags += ["--frame_store", str(path)]
+    assert pack_frames.main(flags_of(video_dir, whole)) == 0
+    flags = flags_of(video_dir, path)
     shards = [start_shard(flags, "0/2", die_after=1), start_shard(flags, "1/2")]
     for shard in shards:
         shard.join(60)
@@ -327,9 +330,8 @@ def test_failures_are_counted_and_listed_and_the_rest_is_packed(video_dir, tmp_p
     (folder / "cut.mp4").write_bytes(good[: len(good) // 2])
     write_video(folder / "small.mp4", moving_pattern(3, 0, 32, 32))
     annotate(tmp_path / "a.jsonl", ["good", "cut", "small", "gone"])
-    flags = ["--video_dir", str(folder), "--frame_store", str(path), "--size", str(SIZE)]
-    flags += ["--annotations", str(tmp_path / "a.jsonl"), "--workers", "2"]
-    assert pack_frames.main(flags) == 1
+    flags = ["--annotations", str(tmp_path / "a.jsonl"), "--workers", "2"]
+    assert pack_frames.main([*flags_of(folder, path), *flags]) == 1
     out = capsys.readouterr().out
     assert f"failed: {folder}/cut.mp4: cannot be decoded" in out
     assert f"failed: {folder}/small.mp4: 32×32 pixels" in out
@@ -345,8 +347,7 @@ def test_a_clip_that_decodes_with_errors_or_is_not_what_was_prepared_fails(tmp_p
     lines = []
     for name in ("good", "flipped"):
         clip = folder / f"{name}.mp4"
-        noise = np.random.default_rng(1).integers(0, 255, (9, SIZE, 98, 3), np.uint8)
-        write_video(clip, noise)
+        write_video(clip, moving_noise(9, SIZE, 98))
         data = bytearray(clip.read_bytes())
         facts = {"bytes": len(data), "crc32": zlib.crc32(data), "frames": 9}
         lines.append(json.dumps({"vid_name": name} | facts) + "\n")
@@ -357,8 +358,7 @@ def test_a_clip_that_decodes_with_errors_or_is_not_what_was_prepared_fails(tmp_p
         data[place] ^= 0x55
     clip.write_bytes(data)
     assert len(load_every_frame(clip, SIZE)) == 9  # decord is content with it
-    flags = ["--video_dir", str(folder), "--frame_store", str(tmp_path / "f.h5")]
-    assert pack_frames.main([*flags, "--size", str(SIZE), "--workers", "1"]) == 1
+    assert pack_frames.main(flags_of(folder, tmp_path / "f.h5")) == 1
     reason = "is not as it was prepared" if noted else "with errors"
     assert re.search(rf"failed: {clip}: .*{reason}.*prepare\.sh", capsys.readouterr().out)
     assert list(FrameStore(tmp_path / "f.h5").clips) == ["good"]
@@ -367,13 +367,12 @@ def test_a_clip_that_decodes_with_errors_or_is_not_what_was_prepared_fails(tmp_p
 @pytest.mark.parametrize("limit", [20_000, 450_000])  # while collecting, and at the end
 def test_no_room_is_said_of_the_folder_and_what_is_packed_is_kept(video_dir, tmp_path, limit):
     path = tmp_path / "f.h5"
-    flags = ["--video_dir", str(video_dir), "--frame_store", str(path), "--size", str(SIZE)]
+    flags = flags_of(video_dir, path)
     whole = make_store(tmp_path / "whole.h5", video_dir, sorted(set(LENGTHS) - {"sub/clip"}))
     if limit > 20_000:
         limit = whole.path.stat().st_size - 100  # what is collected has a smaller index
     run = subprocess.run(
-        [sys.executable, "-m", "scripts.data.pack_frames", *flags, "--workers", "1"],
-        capture_output=True, text=True,
+        [sys.executable, "-m", "scripts.data.pack_frames", *flags], capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert run.returncode == 1, run.stdout + run.stderr
@@ -393,7 +392,7 @@ def test_a_clip_that_crashes_its_decoder_costs_only_itself(video_dir, monkeypatc
     files = [*files_of(video_dir, ["one", "few"]), ("v", video_dir / "one.mp4"),
              *files_of(video_dir, ["v 2.5", "long"])]  # fmt: skip
     monkeypatch.setattr(pack_frames, "pack_clip", die_on_v)  # the workers are forked with it
-    results = dict(pack_frames.pack_side_by_side(files, SIZE, 90, 2))
+    results = dict(pack_frames.pack_side_by_side(files, SIZE, 90, 2, {}))
     assert list(results) == ["one", "few", "v", "v 2.5", "long"]
     assert "its decoder crashed" in str(results.pop("v"))
     assert all(clip.name == name for name, (clip, _) in results.items())
@@ -419,8 +418,8 @@ def test_what_does_not_fit_is_refused(store, video_dir, tmp_path):
     with FrameStoreWriter(path, SIZE, 90) as writer:
         writer.add(*pack_clip("one", video_dir / "one.mp4", SIZE, 90))
         other = subprocess.run(
-            [sys.executable, "-m", "scripts.data.pack_frames", "--video_dir", video_dir,
-             "--frame_store", path, "--size", str(SIZE)], capture_output=True, text=True,
+            [sys.executable, "-m", "scripts.data.pack_frames", *flags_of(video_dir, path)],
+            capture_output=True, text=True,
         )  # fmt: skip
         assert other.returncode == 1
         assert f"{path}: another process is packing it" in other.stderr
@@ -467,19 +466,11 @@ def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
 
 def test_main_trains_and_evaluates_alike_from_a_store(tmp_path_factory, tmp_path):
     run = make_run(tmp_path_factory.getbasetemp())
+    from_store = TinyRun(run.corpus, tmp_path / "logs")
     path = tmp_path / "frames.h5"
-    flags = ["--video_dir", str(run.corpus / "videos"), "--frame_store", str(path), "--size", "64"]
-    assert pack_frames.main([*flags, "--workers", "1"]) == 0
-    done = run.main(
-        "--do_train", "1", "--prvr_train_annos", "annos.jsonl", "--epochs", "2",
-        "--frame_store", str(path), "--output_dir", str(tmp_path / "logs"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    theirs, ours = (
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        for folder in (run.logs, tmp_path / "logs")
-    )
-    for a, b in zip(theirs, ours, strict=True):
+    assert pack_frames.main(flags_of(run.corpus / "videos", path)) == 0
+    from_store.works(*TRAIN, "--epochs", "2", "--frame_store", str(path))
+    for a, b in zip(run.lines(), from_store.lines(), strict=True):
         assert a["loss"] != b["loss"]  # it did not read the folder
         assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
         assert b["SumR"] == pytest.approx(a["SumR"], abs=100 / 8)

@@ -61,43 +61,36 @@ def convert(dataset: str, source: Path, out: Path) -> dict[str, list[dict]]:
     }
 
 
-def test_activitynet(tmp_path):
-    made = convert("activitynet", sources(tmp_path / "in"), tmp_path / "out")
-    assert made == {
-        "val.jsonl": [
-            {"vid_name": "v_b", "desc_id": "v_b#enc#0", "desc": "A weight  lifting tutorial. ",
-             "duration": 55.15, "ts": [0.28, 60]},
-            {"vid_name": "v_b", "desc_id": "v_b#enc#1", "desc": " Zweite Übung\u2028.",
-             "duration": 55.15, "ts": [13.79, 54.32]},
-            {"vid_name": "v_a", "desc_id": "v_a#enc#0", "desc": "Same words.", "duration": 10,
-             "ts": [0, 10.0004]},
-        ]
-    }  # fmt: skip
+CONVERTED = {
+    "activitynet": {"val.jsonl": [
+        {"vid_name": "v_b", "desc_id": "v_b#enc#0", "desc": "A weight  lifting tutorial. ",
+         "duration": 55.15, "ts": [0.28, 60]},
+        {"vid_name": "v_b", "desc_id": "v_b#enc#1", "desc": " Zweite Übung\u2028.",
+         "duration": 55.15, "ts": [13.79, 54.32]},
+        {"vid_name": "v_a", "desc_id": "v_a#enc#0", "desc": "Same words.", "duration": 10,
+         "ts": [0, 10.0004]},
+    ]},
+    "charades": {"test.jsonl": [
+        {"vid_name": "469E8", "desc_id": "469E8#enc#0", "desc": "person turn a light on.",
+         "duration": 30.96, "ts": [24.3, 30.4]},
+        {"vid_name": "00607", "desc_id": "00607#enc#0", "desc": "a ## sign.",
+         "duration": 12.5, "ts": [1.5, 9.0]},
+        {"vid_name": "469E8", "desc_id": "469E8#enc#1", "desc": "person turn a light on.",
+         "duration": 30.96, "ts": [0.0, 40.0]},
+    ]},
+    "qvhighlights": {"val.jsonl": [
+        {"vid_name": "N_210.0_360.0", "desc_id": 7, "desc": "A girl.", "duration": 150,
+         "ts": [[82, 150], [0, 2]]},
+        {"vid_name": "_x_0.0_150.0", "desc_id": 3, "desc": "No windows.", "duration": 142},
+    ]},
+    "tvr": {"val.jsonl": TVR},
+}  # fmt: skip
 
 
-def test_charades(tmp_path):
-    made = convert("charades", sources(tmp_path / "in"), tmp_path / "out")
-    assert made == {
-        "test.jsonl": [
-            {"vid_name": "469E8", "desc_id": "469E8#enc#0", "desc": "person turn a light on.",
-             "duration": 30.96, "ts": [24.3, 30.4]},
-            {"vid_name": "00607", "desc_id": "00607#enc#0", "desc": "a ## sign.",
-             "duration": 12.5, "ts": [1.5, 9.0]},
-            {"vid_name": "469E8", "desc_id": "469E8#enc#1", "desc": "person turn a light on.",
-             "duration": 30.96, "ts": [0.0, 40.0]},
-        ]
-    }  # fmt: skip
-
-
-def test_qvhighlights(tmp_path):
-    made = convert("qvhighlights", sources(tmp_path / "in"), tmp_path / "out")
-    assert made == {
-        "val.jsonl": [
-            {"vid_name": "N_210.0_360.0", "desc_id": 7, "desc": "A girl.", "duration": 150,
-             "ts": [[82, 150], [0, 2]]},
-            {"vid_name": "_x_0.0_150.0", "desc_id": 3, "desc": "No windows.", "duration": 142},
-        ]
-    }  # fmt: skip
+@pytest.mark.parametrize("dataset", CONVERTED)
+def test_original_files_become_our_lines(tmp_path, dataset):
+    made = convert(dataset, sources(tmp_path / "in"), tmp_path / "out")
+    assert made == CONVERTED[dataset]
 
 
 def test_both_annotators_of_activitynet(tmp_path, capsys):
@@ -132,10 +125,6 @@ def test_qvhighlights_test_split_with_times(tmp_path):
     assert made["test.jsonl"] == made["val.jsonl"] and made["test.jsonl"][0]["ts"]
     (source / "highlight_test_with_gt.jsonl").unlink()
     assert len(convert("qvhighlights", source, tmp_path / "out")["test.jsonl"]) == 1
-
-
-def test_tvr_stays_as_it_is(tmp_path):
-    assert convert("tvr", sources(tmp_path / "in"), tmp_path / "out") == {"val.jsonl": TVR}
 
 
 def test_what_is_unusual_is_counted_and_said(tmp_path, capsys):

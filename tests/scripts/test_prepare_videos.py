@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import resource
@@ -22,17 +21,10 @@ from PIL import Image
 
 from dataloaders import DataError
 from dataloaders.clips import read_manifest
-from dataloaders.ffmpeg import (
-    ffmpeg_program,
-    raw_input_arguments,
-    run_ffmpeg,
-)
+from dataloaders.ffmpeg import ffmpeg_program, raw_input_arguments, run_ffmpeg
+from dataloaders.prepared import prepared_size
 from scripts.data import prepare_videos
-from scripts.data.convert_video import (
-    Settings,
-    prepare,
-    prepared_size,
-)
+from scripts.data.convert_video import Settings, prepare
 from scripts.data.prepare_videos import find_inputs, main
 from tests.corpus import annotate, in_process
 
@@ -40,24 +32,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_video(
-    path: Path, seconds: float, fps: int = 12, size=(96, 64), encode=("-c:v", "libx264"), more=()
+    path: Path, seconds: float, size=(96, 64), encode=("-c:v", "libx264"), more=()
 ) -> Path:
-    """A video whose gray level tells the time: 20 at its start, 20 more every second."""
-    count = round(seconds * fps)
+    """A video of 12 fps whose gray level tells the time: 20 at its start, 20 more every second."""
     width, height = size
-    feed = (bytes([level(i / fps)]) * (width * height * 3) for i in range(count))
-    arguments = [*raw_input_arguments(width, height, fps), *more, *encode, "-y", f"file:{path}"]
+    levels = (round(20 + 20 * i / 12) for i in range(round(12 * seconds)))
+    feed = (bytes([level]) * (width * height * 3) for level in levels)
+    arguments = [*raw_input_arguments(width, height, 12), *more, *encode, "-y", f"file:{path}"]
     done = run_ffmpeg(["-v", "level+error", *arguments], feed=feed)
     assert done.status == 0, done.messages
     return path
-
-
-def names_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
-
-
-def level(seconds: float) -> int:
-    return round(20 + 20 * seconds)
 
 
 def read(path: Path) -> np.ndarray:
@@ -72,14 +56,11 @@ def shown_seconds(frames: np.ndarray) -> np.ndarray:
     return (frames[:, 40:-40, 40:-40].mean(axis=(1, 2, 3)) - 20) / 20
 
 
-def assert_on_time(frames: np.ndarray, source_interval: float, until: float = math.inf) -> None:
-    """Every frame shows a moment within its third of a second (gray levels blur by 0.06 s)."""
-    start = np.arange(len(frames)) / 3
-    shown = shown_seconds(frames)
-    wanted = start < until
-    slack = source_interval + 0.06
-    assert (shown[wanted] >= start[wanted] - slack).all()
-    assert (shown[wanted] <= start[wanted] + 1 / 3 + 0.06).all()
+def assert_on_time(frames: np.ndarray) -> None:
+    """Every frame shows a moment within its third of a second, up to the interval of the source's
+    frames (gray levels blur by 0.06 s)."""
+    late = shown_seconds(frames) - np.arange(len(frames)) / 3
+    assert (late >= -1 / 12 - 0.06).all() and (late <= 1 / 3 + 0.06).all()
 
 
 # --- sizes
@@ -122,7 +103,7 @@ def test_pictures_that_start_after_the_sound_stay_on_the_files_clock(tmp_path):
     frames = read(tmp_path / "out.mp4")
     assert len(frames) == 9
     assert np.abs(shown_seconds(frames)[:3]).max() < 0.1
-    assert_on_time(frames[3:], 1 / 12)
+    assert_on_time(frames[3:])
 
 
 def test_a_change_of_resolution_midway(tmp_path):
@@ -136,8 +117,8 @@ def test_a_change_of_resolution_midway(tmp_path):
     assert result["status"] == "done", result
     frames = read(tmp_path / "out.mp4")
     assert len(frames) == 12
-    assert_on_time(frames[:6], 1 / 12)
-    assert_on_time(frames[6:], 1 / 12)
+    assert_on_time(frames[:6])
+    assert_on_time(frames[6:])
 
 
 @pytest.mark.parametrize(
@@ -150,14 +131,14 @@ def test_a_change_of_resolution_midway(tmp_path):
 )
 def test_any_container_and_codec_with_sound_three_times_as_long(tmp_path, name, encode, size):
     sound = ("-f", "lavfi", "-t", "10.5", "-i", "anullsrc")
-    source = make_video(tmp_path / name, 3.5, 12, size, encode, more=sound)
+    source = make_video(tmp_path / name, 3.5, size, encode, more=sound)
     result = prepare(source, tmp_path / "out.mp4", Settings(strict=True))
     assert (result["status"], result["decoded"]) == ("done", 1), result
     frames = read(tmp_path / "out.mp4")
     assert abs(len(frames) / 3 - 3.5) <= 1 / 6 + 0.05
     assert (result["frames"], result["height"], result["width"]) == frames.shape[:3]
     assert frames.shape[1:3] == (224, 336)
-    assert_on_time(frames, 1 / 12)
+    assert_on_time(frames)
 
 
 PATCHES = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40], [230, 230, 230]])
@@ -253,25 +234,20 @@ def noisy_video(path: Path, seconds: float = 10, more=(), inputs=()) -> Path:
     return path
 
 
-def broken_inputs(folder: Path) -> dict[str, Path]:
-    (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("no video at all\n" * 100)
-    truncate(noisy_video(folder / "no_index.mp4", 2), 0.5)
-    tone = ["-f", "lavfi", "-t", "1", "-i", "sine", f"file:{folder / 'sound_only.mp4'}"]
-    assert run_ffmpeg(tone).status == 0
-    (folder / "dangling.mp4").symlink_to(folder / "nowhere.mp4")
-    return {path.stem: path for path in folder.iterdir()}
-
-
 def test_broken_inputs_are_reported_with_their_reasons(tmp_path):
-    inputs = broken_inputs(tmp_path)
     out = tmp_path / "out"
     out.mkdir()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video at all\n" * 100)
+    truncate(noisy_video(tmp_path / "no_index.mp4", 2), 0.5)
+    tone = ["-f", "lavfi", "-t", "1", "-i", "sine", f"file:{tmp_path / 'sound_only.mp4'}"]
+    assert run_ffmpeg(tone).status == 0
+    (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere.mp4")
     reasons = {}
-    for name, path in inputs.items():
-        result = prepare(path, out / f"{name}.mp4", Settings(time_limit=30))
+    for path in tmp_path.glob("*.mp4"):
+        result = prepare(path, out / path.name, Settings(time_limit=30))
         assert result["status"] == "failed"
-        reasons[name] = result["reason"]
+        reasons[path.stem] = result["reason"]
     assert not list(out.iterdir())
     assert "no video stream" in reasons["sound_only"]
     assert "moov atom not found" in reasons["no_index"]
@@ -470,6 +446,9 @@ def test_shards_side_by_side_one_of_them_killed_make_what_one_process_does(
         return sorted((x["vid_name"], x["status"].replace("kept", "done")) for x in lines)
 
     whole = sorted((line["vid_name"], line["status"]) for line in report_of(one))
+    assert [name for name, status in whole if status == "missing"] == ["v_lost"]
+    unused = {name for name, status in whole if status == "unused"}
+    assert unused == {'it\'s "so"', "$(touch x)", "s01e02_clip_00"}
     assert facts("prepare_report.?-of-2.jsonl") == whole
     assert read_manifest(out) == read_manifest(one)
     before = {clip.name: clip.stat().st_mtime_ns for clip in out.glob("*.mp4")}
@@ -481,17 +460,6 @@ def test_shards_side_by_side_one_of_them_killed_make_what_one_process_does(
     assert {clip.name: clip.stat().st_mtime_ns for clip in out.glob("*.mp4")} == before
     for name in before:
         assert (out / name).read_bytes() == (one / name).read_bytes()
-
-
-def test_annotations_tell_what_is_missing_and_unused(tmp_path, downloads):
-    out = tmp_path / "out"
-    annotations = annotate(tmp_path / "a.jsonl", ["v_a.1_2.0", "v_lost", "-y", "v_a.1_2.0"])
-    command = ["--inputs", str(downloads), "--output_dir", str(out)]
-    assert main([*command, "--annotations", str(annotations)]) == 1
-    lines = report_of(out)
-    assert [line["vid_name"] for line in lines if line["status"] == "missing"] == ["v_lost"]
-    unused = {line["vid_name"] for line in lines if line["status"] == "unused"}
-    assert unused == {'it\'s "so"', "$(touch x)", "s01e02_clip_00"}
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path, small_video):
@@ -515,51 +483,36 @@ def test_old_parts_of_killed_runs_are_removed_and_young_ones_left(tmp_path, smal
     assert not old.exists()
 
 
-@pytest.fixture
-def hanging_ffmpeg(tmp_path) -> Path:
-    """A program that works like ffmpeg until it is to encode, and then hangs."""
-    program = tmp_path / "hanging ffmpeg"
+@pytest.mark.parametrize(
+    ("signum", "status", "message"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 130, "interrupted"),
+     (None, 1, "not done within 2 s")],
+)  # fmt: skip
+def test_what_ends_a_decoder_that_hangs_leaves_nothing_half_written(
+    tmp_path, small_video, signum, status, message
+):
+    """An interrupt, or its time limit; it works like ffmpeg until it is to encode."""
+    program, out = tmp_path / "hanging ffmpeg", tmp_path / "out"
     program.write_text(
         f'#!/bin/sh\ncase "$*" in *wrapped_avframe*libx264*|*libx264*wrapped_avframe*) '
         f'exec sleep 60;; *) exec "{ffmpeg_program()}" "$@";; esac\n'
     )
     program.chmod(0o755)
-    return program
-
-
-def start_run(program: Path, source: Path, out: Path, *more: str) -> subprocess.Popen:
-    script = ["-m", "scripts.data.prepare_videos"]
-    command = [sys.executable, *script, "--inputs", source, "--output_dir", out, *more]
-    environment = os.environ | {"FFMPEG": str(program)}
-    # tests that run in the background of a shell have SIGINT ignored, and so would the program
-    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=heeded
-    )
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing_half_written(tmp_path, small_video, hanging_ffmpeg, signum):
-    out = tmp_path / "out"
-    run = start_run(hanging_ffmpeg, small_video, out)
-    deadline = time.monotonic() + 30
-    while not list(out.glob(".preparing-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.2)
-    run.send_signal(signum)
-    printed, _ = run.communicate(timeout=20)
-    assert run.returncode == 130
-    assert "interrupted" in printed
-    assert names_in(out) == ["prepare_report.jsonl"]
-
-
-def test_a_hanging_decoder_costs_a_message(tmp_path, small_video, hanging_ffmpeg):
-    out = tmp_path / "out"
-    run = start_run(hanging_ffmpeg, small_video, out, "--time_limit", "2")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "scripts.data.prepare_videos", "--inputs", small_video,
+         "--output_dir", out, "--time_limit", "60" if signum else "2"],
+        cwd=ROOT, env=os.environ | {"FFMPEG": str(program)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if signum:
+        deadline = time.monotonic() + 30
+        while not list(out.glob(".preparing-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        run.send_signal(signum)
     printed, _ = run.communicate(timeout=30)
-    assert run.returncode == 1
-    assert "not done within 2 s" in printed
-    assert names_in(out) == ["prepare_report.jsonl"]
+    assert run.returncode == status
+    assert message in printed
+    assert [path.name for path in out.iterdir()] == ["prepare_report.jsonl"]
 
 
 # --- real files
