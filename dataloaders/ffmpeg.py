@@ -25,17 +25,13 @@ from fractions import Fraction
 from io import FileIO
 from itertools import chain
 from pathlib import Path
+from resource import RLIMIT_AS, prlimit
 from typing import Any
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from dataloaders import DataError
-
-try:
-    from resource import RLIMIT_AS, prlimit
-except ImportError:  # not Linux: ffmpeg then runs without the limit below
-    prlimit = None
 
 PREPARED_FPS = 3
 PREPARED_SHORT_SIDE = 224
@@ -163,10 +159,9 @@ def _started(arguments: list[str], **streams: Any) -> Iterator[subprocess.Popen]
     with subprocess.Popen(command, start_new_session=True, **streams) as process:
         _running.add(process)
         try:
-            if prlimit is not None:
-                # It may be gone already, and a container may forbid this.
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    prlimit(process.pid, RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+            # It may be gone already, and a container may forbid this.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                prlimit(process.pid, RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
             yield process
         finally:
             process.kill()

@@ -263,10 +263,9 @@ def read_frames(file: BinaryIO, clip: PackedClip, frames: np.ndarray | None = No
     lengths = clip.lengths.astype(np.int64)
     starts = (clip.first_byte + lengths.cumsum() - lengths)[frames].tolist()
     places = list(zip(lengths[frames].tolist(), starts, strict=True))
-    if hasattr(os, "posix_fadvise"):  # not on every system
-        with if_supported():
-            for length, start in places:
-                os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+    with if_supported():
+        for length, start in places:
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
     jpegs = [os.pread(file.fileno(), length, start) for length, start in places]
     for frame, jpeg in zip(frames, jpegs, strict=True):
         if zlib.crc32(jpeg) != clip.checksums[frame]:

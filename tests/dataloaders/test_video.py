@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import runpy
 import shutil
@@ -85,10 +86,15 @@ def test_crop_is_the_authors(golden, height_width):
     np.testing.assert_allclose([ours.sum(), np.abs(ours).sum()], sums, rtol=1e-6)
 
 
-def test_the_crop_offset_halves_to_even():
-    frames = torch.arange(21, dtype=torch.uint8).view(1, 21, 1, 1).expand(1, 21, 16, 3)
-    assert center_crop(frames, 16)[0, 0, 0, 0] == 2  # 2.5
-    assert center_crop(frames, 14)[0, 0, 0, 0] == 4  # 3.5
+def test_crop_is_torchvisions():
+    from torchvision.transforms.functional import center_crop as theirs
+
+    for height, width in itertools.product(range(1, 12), repeat=2):
+        frames = torch.arange(1, height * width * 3 + 1, dtype=torch.uint8)
+        frames = frames.view(1, height, width, 3)
+        for size in (4, 5, 6):
+            expected = theirs(frames.permute(0, 3, 1, 2), [size, size])
+            assert torch.equal(center_crop(frames, size), expected)
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,9 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
         key = query_name(desc_id)
         first = first_of_video.setdefault(vid_name, key)
         # HDF5 crashes on a full disk: room for what it writes next is taken beforehand
-        if hasattr(os, "posix_fallocate"):  # absent on macOS
-            with part.open("rb+") as raw, if_supported():
-                size = attention.nbytes + METADATA
-                os.posix_fallocate(raw.fileno(), file.id.get_filesize(), size)
+        with part.open("rb+") as raw, if_supported():
+            size = attention.nbytes + METADATA
+            os.posix_fallocate(raw.fileno(), file.id.get_filesize(), size)
         if first != key:
             file[key] = file[first]
         else:  # most of it is exactly zero, what an event may not see: a chunk a layer, packed
