@@ -80,9 +80,7 @@ class ClipSource(ABC):
         """Those of the names that have no clip here, see `missing_names`.
 
         Cheap: no clip is opened.
-
-        Raises:
-            DataError: the source itself is not there or unusable.
+        DataError: the source itself is not there or unusable.
         """
 
     @abstractmethod
@@ -135,9 +133,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     """What preparation noted of every clip, by name: the last line of each counts.
 
     A line that a killed run left half-written is passed over: its clip did not get its name.
-
-    Raises:
-        DataError: it is there and cannot be read.
+    DataError: it is there and cannot be read.
     """
     path, noted = folder / MANIFEST, {}
     try:
@@ -155,8 +151,7 @@ def compare(path: Path, noted: Mapping | None, checksum: bool = False) -> None:
     """Compare a clip with what a manifest notes of it, if anything: its size, and with `checksum`
     the CRC-32 of its bytes, which all have to be read for that.
 
-    Raises:
-        DataError: it differs, or cannot be read; the message leaves its name to the caller.
+    DataError: it differs, or cannot be read; the message leaves its name to the caller.
     """
     if noted is None:
         return

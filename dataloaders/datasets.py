@@ -51,10 +51,8 @@ class TrainingLoader(ClipLoader):
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size], ``token_ids`` int64 [T, W] (0-padded),
     ``text_to_video`` int64 [T] (the text's row in ``frames``) and ``vid_names`` (B names). Captions
     of a video keep the order of the annotations.
-
-    Raises:
-        DataError: clips are missing, or see `check_batch_size` (here); a clip cannot be read (when
-            iterating).
+    DataError: clips are missing, or see `check_batch_size` (here); a clip cannot be read (when
+    iterating).
     """
 
     def __init__(
@@ -88,8 +86,7 @@ class TrainingLoader(ClipLoader):
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Chooses the epoch of the next iteration, which starts at its batch ``first_batch``.
 
-        Raises:
-            ValueError: there is no such batch.
+        ValueError: there is no such batch.
         """
         if not 0 <= first_batch <= len(self):
             raise ValueError(f"first_batch is {first_batch}, but an epoch has {len(self)} batches")
@@ -116,9 +113,7 @@ class EvaluationLoader(ClipLoader):
 
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size] and ``indices`` int64 [B], which are
     positions in ``videos``.
-
-    Raises:
-        DataError: clips are missing (here); a clip cannot be read (when iterating).
+    DataError: clips are missing (here); a clip cannot be read (when iterating).
     """
 
     def __init__(

@@ -71,8 +71,7 @@ class PackedClip:
 def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedClip, bytes]:
     """Decode a prepared clip, crop every frame to the model's square, and encode it as JPEG.
 
-    Raises:
-        DataError: the clip cannot be used.
+    DataError: the clip cannot be used.
     """
     stat = path.stat()
     frames = load_every_frame(path, size)
@@ -255,9 +254,7 @@ def read_frames(file: BinaryIO, clip: PackedClip, frames: np.ndarray | None = No
     """As `FrameStore.jpegs`, from an open file.
 
     All are announced before the first is read, so that the system fetches them side by side.
-
-    Raises:
-        DataError: one is damaged; without the name of file and clip.
+    DataError: one is damaged; without the name of file and clip.
     """
     frames = np.arange(len(clip.lengths)) if frames is None else frames
     lengths = clip.lengths.astype(np.int64)
@@ -335,8 +332,7 @@ class FrameStoreWriter:
     def finish(self) -> None:
         """Give the complete store its name; nothing can be added any more.
 
-        Raises:
-            DataError: there is not one clip, or no room, or what was packed is damaged by now.
+        DataError: there is not one clip, or no room, or what was packed is damaged by now.
         """
         if not self.clips:
             raise DataError(f"{self.path}: not one clip to pack")

@@ -95,8 +95,7 @@ class ClipLoader:
     def __iter__(self) -> Iterator[dict]:
         """The workers start reading now, not when the first batch is asked for.
 
-        Raises:
-            DataError: they cannot start.
+        DataError: they cannot start.
         """
         slots = self.num_workers and PREFETCH * self.num_workers + 1
         loader = DataLoader(
@@ -133,8 +132,7 @@ class ClipLoader:
     def worker_errors(self) -> Iterator[None]:
         """For work with the batches: torch says that a worker died wherever the program is then.
 
-        Raises:
-            DataError: names the clips that were being read.
+        DataError: names the clips that were being read.
         """
         try:
             yield
@@ -189,8 +187,7 @@ class ClipLoader:
 def _shared_memory(size: int) -> torch.Tensor:
     """uint8 [size] that processes forked from now on share; only what is used takes memory.
 
-    Raises:
-        DataError: there is not so much.
+    DataError: there is not so much.
     """
     try:
         return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)

@@ -40,10 +40,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read the header of an MP4 file and check it against the file's length.
 
-    Raises:
-        DataError: it is missing, does not fit the file, or claims what the file cannot hold. The
-            message leaves the file's name to the caller.
-        OSError: the file cannot be read.
+    DataError: it is missing, does not fit the file, or claims what the file cannot hold. The
+    message leaves the file's name to the caller. OSError: the file cannot be read.
     """
     tracks: list[Header] = []
     fragmented = found = False

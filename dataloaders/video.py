@@ -102,8 +102,7 @@ def probe_clip(path: str | Path, size: int) -> int | None:
 def load_every_frame(path: str | Path, size: int) -> torch.Tensor:
     """All frames that `load_clip` samples from: uint8 [n, 3, size, size].
 
-    Raises:
-        DataError: as `load_clip`.
+    DataError: as `load_clip`.
     """
     return _load(Path(path), size, np.arange)
 

@@ -45,8 +45,7 @@ class Backbone:
 def find_backbone(name: str) -> Backbone:
     """The model of a name.
 
-    Raises:
-        ModelError: open_clip has none of that name, or it is no plain CLIP ViT; says what it is.
+    ModelError: open_clip has none of that name, or it is no plain CLIP ViT; says what it is.
     """
     from open_clip import get_model_config, get_pretrained_cfg, list_pretrained_tags_by_model
 

@@ -90,8 +90,7 @@ TRANSPOSED = {"visual.proj", "text_projection"}
 def weights_path(name: Path | str, folder: Path | str = WEIGHTS_FOLDER) -> Path:
     """The file of a model by OpenAI's or open_clip's name, in a folder; anything else is a path.
 
-    Raises:
-        ModelError: open_clip has no such model, or one that cannot be the backbone.
+    ModelError: open_clip has no such model, or one that cannot be the backbone.
     """
     if name in WEIGHTS_FILES:
         return Path(folder) / WEIGHTS_FILES[name]
@@ -262,8 +261,7 @@ def _without_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str
 def _configured(folder: Path, state: Mapping[str, Tensor]) -> CLIPSettings | None:
     """What the configuration beside a file says, that of the format of its tensors.
 
-    Raises:
-        ModelError: it says what CLIP's towers here are not.
+    ModelError: it says what CLIP's towers here are not.
     """
     of_transformers = TRANSFORMERS_SIGN in state
     path = folder / ("config.json" if of_transformers else CONFIG_FILE)

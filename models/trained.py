@@ -73,8 +73,7 @@ def load_propy(
 def read_checkpoint(path: Path | str) -> dict:
     """The content of a checkpoint; ``state_dict`` under this program's names and of plain tensors.
 
-    Raises:
-        ModelError: no such file, not a checkpoint, a damaged one, or one of a newer version.
+    ModelError: no such file, not a checkpoint, a damaged one, or one of a newer version.
     """
     path = Path(path)
     if path.is_dir():
@@ -110,9 +109,8 @@ def is_from_authors(content: Mapping) -> bool:
 def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
     """The tensors of `read_checkpoint` into a model that they fit.
 
-    Raises:
-        ModelError: a missing, unexpected, misshapen or non-finite tensor, another CLIP, another
-            pyramid or another configuration than it was trained with. The model is as before.
+    ModelError: a missing, unexpected, misshapen or non-finite tensor, another CLIP, another pyramid
+    or another configuration than it was trained with. The model is as before.
     """
     state, ours = content["state_dict"], not is_from_authors(content)
     has_clip = bool(model.backbone_names() & set(state))

@@ -105,9 +105,7 @@ class PromptPyramid:
         (Nf = 2^K); at level k segments of 2^k frames start 2^k (0, no overlap) or 2^(k-1) frames
         apart (1, half overlap). The last entry is ignored: the top level is the whole video.
         Either may also have ``"drop_top": n``; lower levels are left out by another H.
-
-        Raises:
-            ModelError: with the file's name, for anything that is not a pyramid.
+        ModelError: with the file's name, for anything that is not a pyramid.
         """
         if isinstance(config, Mapping):
             return cls._from_mapping(config)

@@ -20,8 +20,7 @@ from modules import ModelError
 def load_tensors(path: Path) -> object:
     """What ``torch.save`` wrote, onto the CPU: tensors, plain values and what torch was told of.
 
-    Raises:
-        ModelError: it is damaged, holds anything else, or is no such file.
+    ModelError: it is damaged, holds anything else, or is no such file.
     """
     check_sums(path)
     try:
@@ -47,8 +46,7 @@ def is_safetensors(path: Path) -> bool:
 def load_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, onto the CPU; the format has no checksums.
 
-    Raises:
-        ModelError: it is damaged.
+    ModelError: it is damaged.
     """
     try:
         return safetensors.torch.load_file(path)

@@ -36,9 +36,7 @@ class SelfAttention(nn.Module):
 
     ``nn.MultiheadAttention`` has the same parameters, but hides queries, keys and values: ProPy's
     event side needs the keys and values which the frame side has computed.
-
-    Raises:
-        ValueError: the width D is not a multiple of c, the channels of a head.
+    ValueError: the width D is not a multiple of c, the channels of a head.
     """
 
     def __init__(self, width: int, head_width: int = HEAD_WIDTH) -> None:

@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def published_file(backbone: Backbone) -> tuple[str, str, str]:
     """sha256, address and name in the weights folder of what the hub publishes now.
 
-    Raises:
-        ModelError: the hub does not answer, or has no such file or no sha256 of it.
+    ModelError: the hub does not answer, or has no such file or no sha256 of it.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HTTPError

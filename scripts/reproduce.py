@@ -147,8 +147,7 @@ def launch(row: Row, **variables: object) -> None:
 def run_program(command: Sequence[str], **variables: object) -> None:
     """One of the project's programs, in a process of its own, which an interrupt lets save and end.
 
-    Raises:
-        RunError: it failed; its own message says why.
+    RunError: it failed; its own message says why.
     """
     child = subprocess.Popen(command, cwd=ROOT, env=environment(**variables))
     try:
@@ -198,8 +197,7 @@ def read_split(path: Path, name: str, datatype: str) -> Split:
 def find_clips(row: Row) -> VideoFolder | FrameStore:
     """A frame store that has all videos, if one is asked for, else the folder that has them.
 
-    Raises:
-        DataError: there is neither.
+    DataError: there is neither.
     """
     names, store = row.names(), row.settings.frame_store
     if store and store.is_file() and not (clips := FrameStore(store)).missing(names):
@@ -467,8 +465,7 @@ def once(row: Row, step: str, inputs: Mapping, act: Callable[[], dict]) -> dict:
 def reproduce(row: Row) -> None:
     """All steps of a row.
 
-    Raises:
-        DataError, ModelError, OutputError, RunError: one cannot be done.
+    DataError, ModelError, OutputError, RunError: one cannot be done.
     """
     row.folder.mkdir(parents=True, exist_ok=True)
     for number, (name, step) in enumerate(STEPS.items(), start=1):

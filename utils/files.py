@@ -29,8 +29,7 @@ _appending = threading.Lock()  # a process's own lock on a file holds back none 
 def atomic_write(path: Path) -> Iterator[Path]:
     """`temporary_sibling`, committed when the block ends without an error.
 
-    Raises:
-        OutputError: it could not be written. What was there before is still there then.
+    OutputError: it could not be written. What was there before is still there then.
     """
     with writing(path), temporary_sibling(path) as part:
         yield part
@@ -87,9 +86,7 @@ def new_folder(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it, unless it is there; what an error leaves empty goes again.
 
     Empty is one with nothing but a lock and a log.txt, which says no more than the error.
-
-    Raises:
-        OutputError: it cannot be made.
+    OutputError: it cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
@@ -111,8 +108,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Make a folder and keep every other process out of it; the end of this one, however it comes
     about, ends that too. Temporary files of runs that were killed are removed.
 
-    Raises:
-        OutputError: another run has it, which the message names, or it cannot be written to.
+    OutputError: another run has it, which the message names, or it cannot be written to.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(new_folder(folder))

@@ -127,9 +127,7 @@ def header_lengths(source: Path, packets: Track, seconds: float) -> tuple[float,
 def convert_video(source: Path, output: Path, settings: Settings) -> dict:
     """Prepare one video file, see `prepare`.
 
-    Raises:
-        DataError: it cannot be prepared.
-        OSError: there is no room.
+    DataError: it cannot be prepared. OSError: there is no room.
     """
     packets = read_packets(source, settings.time_limit)
     if len(packets.times) == 0:
@@ -179,9 +177,7 @@ def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
     """Prepare a folder of JPEG frames, taken as 3 fps in natural order, see `prepare`.
 
     A frame that does not decode shows the one before it, so that the others keep their times.
-
-    Raises:
-        DataError: it cannot be prepared.
+    DataError: it cannot be prepared.
     """
     files = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES]
     frames = FrameReader(sorted(files, key=natural_key))

@@ -157,9 +157,7 @@ def prepare_if_needed(name: str, source: Path, clips: VideoFolder, settings: Set
 def keep(name: str, clips: VideoFolder, settings: Settings) -> dict:
     """The report's line of a clip that was there; what was wrong with its input is said again.
 
-    Raises:
-        DataError: it is damaged.
-        OutputError: the manifest cannot be written.
+    DataError: it is damaged. OutputError: the manifest cannot be written.
     """
     path = clips.path(name)
     if result := clips.noted.get(name):

@@ -81,7 +81,7 @@ class Size:
 
 SIZES = {
     "small": Size(SMALL, 600, 100, 100, 18, 16_000, 600, 400, 16),
-    "large": Size(LARGE, 4000, 300, 500, 40, 48_000, 3000, 800, 20),
+    "large": Size(LARGE, 4000, 300, 500, 20, 48_000, 3000, 800, 20),
 }
 FOLDERS = {"small": "demo", "large": "demo_large"}  # of videos; a run's in logs and VIS is alike
 

@@ -91,9 +91,7 @@ def top_moments(
 
     Needs, beside the result and a normalised copy of the inputs, the memory of `chunk` cosines
     (and at least that of one text).
-
-    Raises:
-        ValueError: the corpus has 2^31 events or more.
+    ValueError: the corpus has 2^31 events or more.
     """
     num_videos, num_events = events.shape[:2]
     if num_videos * num_events >= 2**31:

@@ -17,9 +17,8 @@ WRITERS = {".parquet", ".arrow"}
 def export_events(storage: Storage, entries: Mapping[str, Entry], output: Path) -> int:
     """Write the events of these videos, piece by piece; how many.
 
-    Raises:
-        SearchError: the file's suffix is neither .parquet nor .arrow.
-        OutputError: it cannot be written.
+    SearchError: the file's suffix is neither .parquet nor .arrow. OutputError: it cannot be
+    written.
     """
     if output.suffix not in WRITERS:
         raise SearchError(f"{output}: name a file that ends in .parquet or .arrow")

@@ -183,8 +183,7 @@ def _product(block: Tensor, queries: Tensor, out: Tensor) -> None:
 def whole_windows(pieces: Iterator[Events], num_events: int) -> Iterator[Events]:
     """The same rows in larger pieces that hold whole windows.
 
-    Raises:
-        SearchError: the events of a window are not all there, or not together.
+    SearchError: the events of a window are not all there, or not together.
     """
     waiting: list[Events] = []
     for piece in pieces:

@@ -205,9 +205,7 @@ class VideoIndex:
         """Which share of the k best videos the approximate index finds, the mean over queries.
 
         Without queries events of the index are, drawn at random: sentences are harder.
-
-        Raises:
-            SearchError: there is no approximate index.
+        SearchError: there is no approximate index.
         """
         with self._searching:
             texts = self.encode_texts(queries) if queries else self._some_events(RECALL_QUERIES)
@@ -271,8 +269,7 @@ class VideoIndex:
     def prepare(self, rebuild: bool = False) -> None:
         """Make the index unless it is there, for the model that is named or at hand.
 
-        Raises:
-            SearchError: it is there, for another model, and `rebuild` does not say to replace it.
+        SearchError: it is there, for another model, and `rebuild` does not say to replace it.
         """
         if self.storage.model and not rebuild:
             self.model  # noqa: B018  refuses another
@@ -356,8 +353,7 @@ class VideoIndex:
 def open_storage(uri: str) -> Storage:
     """A store by its address: a folder or ``s3://…`` is LanceDB, ``http://host:port`` Milvus.
 
-    Raises:
-        SearchError: a package is missing, or it cannot be reached.
+    SearchError: a package is missing, or it cannot be reached.
     """
     if uri.startswith(("http://", "https://")):
         from utils.search.milvus import MilvusIndex

@@ -212,10 +212,8 @@ class Trainer:
     def run(self) -> Path:
         """All epochs that are left; returns the best checkpoint's path.
 
-        Raises:
-            DataError, ModelError, OutputError, RunError: the message ends with the last good
-                checkpoint.
-            Stopped: a signal came, and everything is saved.
+        DataError, ModelError, OutputError, RunError: the message ends with the last good
+        checkpoint. Stopped: a signal came, and everything is saved.
         """
         progress, epochs = self.progress, self.config.epochs
         with contextlib.closing(self.epoch_log), self.signals, self._last_good_in_errors():
