@@ -117,6 +117,7 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
     few in the public training files, but a warning lists them: one whose end lies before its start,
     of no length, or all after the end of the video. So does one for durations of a video that
     differ a little.
+
     DataError: the file cannot be read, it is a data set's original file, or lines are wrong: all
     problems, up to a limit, as ``file:line: field: what: remedy``.
     """

@@ -80,6 +80,7 @@ class ClipSource(ABC):
         """Those of the names that have no clip here, see `missing_names`.
 
         Cheap: no clip is opened.
+
         DataError: the source itself is not there or unusable.
         """
 
@@ -133,6 +134,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     """What preparation noted of every clip, by name: the last line of each counts.
 
     A line that a killed run left half-written is passed over: its clip did not get its name.
+
     DataError: it is there and cannot be read.
     """
     path, noted = folder / MANIFEST, {}

@@ -51,6 +51,7 @@ class TrainingLoader(ClipLoader):
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size], ``token_ids`` int64 [T, W] (0-padded),
     ``text_to_video`` int64 [T] (the text's row in ``frames``) and ``vid_names`` (B names). Captions
     of a video keep the order of the annotations.
+
     DataError: clips are missing, or see `check_batch_size` (here); a clip cannot be read (when
     iterating).
     """
@@ -113,6 +114,7 @@ class EvaluationLoader(ClipLoader):
 
     A batch holds ``frames`` uint8 [B, N_f, 3, size, size] and ``indices`` int64 [B], which are
     positions in ``videos``.
+
     DataError: clips are missing (here); a clip cannot be read (when iterating).
     """
 

@@ -232,8 +232,9 @@ def stream_output(
         DataError: a piece took longer, or the process was killed.
     """
     with tempfile.TemporaryFile() as errors:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
-        with _started(arguments, bufsize=0, **streams) as process:
+        with _started(
+            arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, bufsize=0
+        ) as process:
             while len(piece := _read_piece(process.stdout, size, patience)) == size:
                 yield piece
             status = process.wait()

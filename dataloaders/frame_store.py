@@ -254,6 +254,7 @@ def read_frames(file: BinaryIO, clip: PackedClip, frames: np.ndarray | None = No
     """As `FrameStore.jpegs`, from an open file.
 
     All are announced before the first is read, so that the system fetches them side by side.
+
     DataError: one is damaged; without the name of file and clip.
     """
     frames = np.arange(len(clip.lengths)) if frames is None else frames

@@ -34,6 +34,7 @@ def prepared_size(
     The short side becomes `short`, the other keeps the aspect as displayed and is rounded down to
     an even number. With `authors_scale` a portrait video gets the width 224 and the height
     ⌊224·a/2⌋·2 < 224, a = width/height of the stored pixels: squashed, as in the authors' files.
+
     DataError: the aspect is too extreme for H.264.
     """
     aspect = Fraction(width, height) * (1 if authors_scale else sample_aspect)

@@ -121,12 +121,14 @@ def center_crop(frames: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         uint8 [n, 3, size, size].
     """
-    sides = height, width = frames.shape[1:3]
-    top, left = (
-        round((side - size) / 2) if side > size else -((size - side) // 2) for side in sides
-    )
-    padding = (-left, left + size - width, -top, top + size - height)  # negative: cut off
-    return functional.pad(frames.permute(0, 3, 1, 2), padding).contiguous()
+    height, width = frames.shape[1:3]
+    top, left = (round(max(0, side - size) / 2) for side in (height, width))
+    square = frames[:, top : top + size, left : left + size].permute(0, 3, 1, 2)
+    down, right = (max(0, size - side) for side in (height, width))  # what it lacks
+    if down or right:
+        padding = (right // 2, right - right // 2, down // 2, down - down // 2)
+        square = functional.pad(square, padding)
+    return square.contiguous()
 
 
 def _load(path: Path, size: int, choose: Callable[[int], np.ndarray]) -> torch.Tensor:

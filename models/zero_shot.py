@@ -65,6 +65,7 @@ class ZeroShot(nn.Module):
 
     readout = staticmethod(best_event)
     num_heads = 0
+    # ProPy's, which need nothing but `clip`, `scores` and the two encoders.
     input_resolution = ProPy.input_resolution
     forward = ProPy.forward
     compile_encoders = ProPy.compile_encoders

@@ -105,6 +105,7 @@ class PromptPyramid:
         (Nf = 2^K); at level k segments of 2^k frames start 2^k (0, no overlap) or 2^(k-1) frames
         apart (1, half overlap). The last entry is ignored: the top level is the whole video.
         Either may also have ``"drop_top": n``; lower levels are left out by another H.
+
         ModelError: with the file's name, for anything that is not a pyramid.
         """
         if isinstance(config, Mapping):
@@ -198,7 +199,10 @@ def _contains(outer: Tensor, inner: Tensor) -> Tensor:
 
 
 def _show(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a number without end"
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 

@@ -36,6 +36,7 @@ class SelfAttention(nn.Module):
 
     ``nn.MultiheadAttention`` has the same parameters, but hides queries, keys and values: ProPy's
     event side needs the keys and values which the frame side has computed.
+
     ValueError: the width D is not a multiple of c, the channels of a head.
     """
 

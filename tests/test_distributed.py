@@ -161,9 +161,7 @@ def words(output: Path, *flags: str) -> list[str]:
 
 
 def run(trained: TinyRun, processes: int, output: Path, *flags: str, status: int = 0) -> str:
-    return run_program(
-        trained.corpus, processes, "main.py", *words(output, *flags), status=status
-    )
+    return run_program(trained.corpus, processes, "main.py", *words(output, *flags), status=status)
 
 
 def records(output: Path, name: str = "log.jsonl") -> list[dict]:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", *sorted(ROOT.glob("[!.]*/README.md"))]
-READMES.append(ROOT / "utils/search/README.md")
+READMES += [ROOT / "utils/search/README.md", ROOT / "scripts/ablations/README.md"]
 ROOMS = ("models/", "modules/", "dataloaders/", "utils/", "scripts/", "tests/")
 # Flags of TensorBoard, torchrun and Slurm.
 OTHERS = {

@@ -86,6 +86,7 @@ def new_folder(folder: Path) -> Iterator[None]:
     """Make a folder, and those above it, unless it is there; what an error leaves empty goes again.
 
     Empty is one with nothing but a lock and a log.txt, which says no more than the error.
+
     OutputError: it cannot be made.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -202,17 +202,18 @@ def indexing(folder: Path, model: str, videos: int) -> Row:
     batch = min(videos, 4 if index.device.type == "cpu" else 16)  # the indexer's own
     drawn = torch.randint(256, (batch, 32, 3, pixels, pixels), dtype=torch.uint8)
 
-    def encode(windows: int) -> float:
+    def encode() -> float:
+        """Seconds for so many windows as there are videos."""
         started = time.perf_counter()
         with torch.inference_mode():
-            for _ in range(windows // batch):
-                index.model.encode_video(drawn.to(index.device)).cpu()
+            for first in range(0, videos, batch):
+                index.model.encode_video(drawn[: videos - first].to(index.device)).cpu()
         return time.perf_counter() - started
 
-    encode(batch)  # does not count: what the first pass sets up
-    before = encode(videos)
+    encode()  # does not count
+    before = encode()
     report = index.add(folder / "videos", quiet=True)
-    bare = (before + encode(videos)) / 2
+    bare = (before + encode()) / 2
     numbers = {"videos": videos, "seconds": report.seconds, "of them waiting": report.waiting,
                "bare encoder": bare}  # fmt: skip
     share = bare / report.seconds

@@ -186,6 +186,7 @@ def convert(
 
     Returns the numbers of queries and videos, of windows reversed and reaching beyond the duration,
     of videos with two durations, and the sha256 of `output`.
+
     DataError: the source is not what it should be; names the place.
     """
     counts = Counter(reversed=0, beyond=0)

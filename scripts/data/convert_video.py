@@ -177,6 +177,7 @@ def convert_frames(folder: Path, output: Path, settings: Settings) -> dict:
     """Prepare a folder of JPEG frames, taken as 3 fps in natural order, see `prepare`.
 
     A frame that does not decode shows the one before it, so that the others keep their times.
+
     DataError: it cannot be prepared.
     """
     files = [path for path in folder.iterdir() if path.suffix.lower() in FRAME_SUFFIXES]

@@ -25,7 +25,7 @@ from dataloaders.ffmpeg import write_video
 from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
 from dataloaders.video import load_every_frame
 from scripts.data import pack_frames
-from tests.corpus import TRAIN, TinyRun, annotate, in_process, make_run, moving_noise
+from tests.corpus import TRAIN, TinyRun, annotate, in_process, moving_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -464,13 +464,12 @@ def test_damage_is_named_file_clip_and_frame(store, tmp_path, num_workers):
     assert damaged.load("few", 5, SIZE).shape == (5, 3, SIZE, SIZE)
 
 
-def test_main_trains_and_evaluates_alike_from_a_store(tmp_path_factory, tmp_path):
-    run = make_run(tmp_path_factory.getbasetemp())
-    from_store = TinyRun(run.corpus, tmp_path / "logs")
+def test_main_trains_and_evaluates_alike_from_a_store(trained, tmp_path):
+    from_store = TinyRun(trained.corpus, tmp_path / "logs")
     path = tmp_path / "frames.h5"
-    assert pack_frames.main(flags_of(run.corpus / "videos", path)) == 0
+    assert pack_frames.main(flags_of(trained.corpus / "videos", path)) == 0
     from_store.works(*TRAIN, "--epochs", "2", "--frame_store", str(path))
-    for a, b in zip(run.lines(), from_store.lines(), strict=True):
+    for a, b in zip(trained.lines(), from_store.lines(), strict=True):
         assert a["loss"] != b["loss"]  # it did not read the folder
         assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
         assert b["SumR"] == pytest.approx(a["SumR"], abs=100 / 8)

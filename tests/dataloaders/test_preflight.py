@@ -16,7 +16,7 @@ from dataloaders.clips import VideoFolder, missing_names
 from dataloaders.ffmpeg import run_ffmpeg, write_video
 from dataloaders.preflight import probe_all
 from scripts import report, score_predictions
-from tests.corpus import TinyRun, make_run, moving_noise
+from tests.corpus import TinyRun, moving_noise
 from tests.fuzz import mutations
 from utils import RunError
 from utils.missing_videos import MissingVideos
@@ -142,12 +142,11 @@ def test_missing_videos_are_listed_and_counted(tmp_path) -> None:
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory) -> TinyRun:
+def damaged(trained, tmp_path_factory) -> TinyRun:
     """The tiny corpus and a checkpoint; clip 1 is missing, clip 3 is cut short."""
-    good = make_run(tmp_path_factory.getbasetemp())
     corpus = tmp_path_factory.mktemp("damaged") / "corpus"
     run = TinyRun(corpus, corpus / "logs")
-    shutil.copytree(good.corpus, run.corpus)
+    shutil.copytree(trained.corpus, run.corpus)
     (run.corpus / "videos" / "clip 1.mp4").unlink()
     broken = run.corpus / "videos" / "clip 3.mp4"
     broken.write_bytes(broken.read_bytes()[:600])

@@ -57,7 +57,10 @@ def _model() -> tuple[ProPy, torch.optim.Optimizer, torch.amp.GradScaler]:
 
 
 def _read_annotations(path: Path) -> bool:
-    return bool(read_annotations(path))
+    return all(
+        0 < query.duration < float("inf") and query.desc.strip() and "/" not in query.vid_name
+        for query in read_annotations(path)
+    )
 
 
 def _read_args(path: Path) -> bool:

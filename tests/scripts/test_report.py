@@ -18,7 +18,7 @@ from PIL import Image
 from dataloaders.annotations import Query, read_annotations
 from scripts import report
 from scripts.data import pack_frames
-from tests.corpus import CAPTIONS, ROOT, TinyRun, make_run
+from tests.corpus import CAPTIONS, ROOT
 from utils import OutputError, RunError
 from utils.evaluation.predictions import MomentPredictions, load_predictions
 from utils.files import write_records
@@ -31,15 +31,10 @@ CHROMIUM = next(
 VOID = {"meta", "link", "img", "br"}
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory) -> TinyRun:
-    return make_run(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture(scope="module")
-def page(tiny_run) -> Path:
-    run = Run.read(tiny_run.logs)
-    path, corpus = tiny_run.logs / "report.html", tiny_run.corpus
+def page(trained) -> Path:
+    run = Run.read(trained.logs)
+    path, corpus = trained.logs / "report.html", trained.corpus
     write_page(run, path, corpus / "annos.jsonl", corpus / "videos", queries=3)
     assert not run.notes
     return path
@@ -95,10 +90,10 @@ def test_the_page_is_whole_and_fetches_nothing(page) -> None:
     assert "script" not in re.findall(r"<(\w+)", source)
 
 
-def test_the_page_says_what_the_run_logged(page, tiny_run) -> None:
+def test_the_page_says_what_the_run_logged(page, trained) -> None:
     structure = read(page.read_text())
     text = " ".join(structure.text)
-    epochs = [json.loads(line) for line in (tiny_run.logs / "log.jsonl").read_text().splitlines()]
+    epochs = [json.loads(line) for line in (trained.logs / "log.jsonl").read_text().splitlines()]
     best = epochs[epochs[-1]["best_epoch"] - 1]
     for name in ("R1", "R5", "SumR", "MeanR"):
         assert f"{best[name]:.2f}" in text
@@ -115,12 +110,12 @@ def test_the_page_says_what_the_run_logged(page, tiny_run) -> None:
     queries = {"best-queries", "worst-queries"}
     assert sections == {"results", "curves", "attention", "settings"} | queries
     assert sum("attends to" in alt for alt in alts) == 3
-    assert text.count(f"drawn with {tiny_run.logs / 'ckpt.best.pth.tar'}") == 3
+    assert text.count(f"drawn with {trained.logs / 'ckpt.best.pth.tar'}") == 3
 
 
-def test_cards_show_rank_moment_and_times(page, tiny_run) -> None:
-    predictions = load_predictions(tiny_run.logs / "predictions.h5")
-    queries = read_annotations(tiny_run.corpus / "annos.jsonl")
+def test_cards_show_rank_moment_and_times(page, trained) -> None:
+    predictions = load_predictions(trained.logs / "predictions.h5")
+    queries = read_annotations(trained.corpus / "annos.jsonl")
     source = page.read_text()
     best, worst = best_and_worst(predictions, 3)
     cards = re.findall(r'<article class="card query".*?</article>', source, re.S)
@@ -138,16 +133,16 @@ def test_cards_show_rank_moment_and_times(page, tiny_run) -> None:
         assert card.count("right video</span>") == 1
 
 
-def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> None:
+def test_what_is_missing_is_left_out_and_named(trained, tmp_path, capsys) -> None:
     for name in ("args.json", "log.jsonl", "predictions.h5"):
-        shutil.copy(tiny_run.logs / name, tmp_path / name)
+        shutil.copy(trained.logs / name, tmp_path / name)
     videos = tmp_path / "videos"
-    shutil.copytree(tiny_run.corpus / "videos", videos)
+    shutil.copytree(trained.corpus / "videos", videos)
     (videos / "clip 1.mp4").write_bytes(b"broken")
     (videos / "clip 2.mp4").unlink()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"epoch": 3, "los')
-    words = [str(tmp_path), "--annotations", str(tiny_run.corpus / "annos.jsonl")]
+    words = [str(tmp_path), "--annotations", str(trained.corpus / "annos.jsonl")]
     report.main([*words, "--video_dir", str(videos)])
     said = capsys.readouterr().err
     assert "clip 1.mp4: " in said and "clip 2.mp4: no such video" in said
@@ -176,13 +171,13 @@ def test_what_is_missing_is_left_out_and_named(tiny_run, tmp_path, capsys) -> No
     ],
 )
 def test_a_corrupt_file_is_named_and_the_rest_is_shown(
-    tiny_run, tmp_path, monkeypatch, capsys, name, content, said
+    trained, tmp_path, monkeypatch, capsys, name, content, said
 ) -> None:
     """In the folder where main.py ran, whose relative paths args.json has."""
     for folder in ("logs", "plots"):
-        shutil.copytree(tiny_run.corpus / folder, tmp_path / folder)
+        shutil.copytree(trained.corpus / folder, tmp_path / folder)
     for part in ("annos.jsonl", "videos"):
-        (tmp_path / part).symlink_to(tiny_run.corpus / part)
+        (tmp_path / part).symlink_to(trained.corpus / part)
     settings = json.loads((tmp_path / "logs/args.json").read_text()) | {"plot_dir": "plots"}
     (tmp_path / "logs/args.json").write_text(json.dumps(settings))
     monkeypatch.chdir(tmp_path)
@@ -199,22 +194,22 @@ def test_a_corrupt_file_is_named_and_the_rest_is_shown(
         assert said and said in str(error)
 
 
-def test_a_page_that_cannot_be_written(tiny_run, tmp_path) -> None:
+def test_a_page_that_cannot_be_written(trained, tmp_path) -> None:
     with pytest.raises(OutputError, match="cannot be written: Is a directory"):
-        report.main([str(tiny_run.logs), "--queries", "0", "--output", str(tmp_path)])
+        report.main([str(trained.logs), "--queries", "0", "--output", str(tmp_path)])
 
 
-def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
+def test_thumbnails_from_a_frame_store(trained, tmp_path, capsys) -> None:
     store = tmp_path / "frames.h5"
-    videos = ["--video_dir", str(tiny_run.corpus / "videos"), "--size", "64"]
+    videos = ["--video_dir", str(trained.corpus / "videos"), "--size", "64"]
     assert pack_frames.main([*videos, "--frame_store", str(store)]) == 0
     capsys.readouterr()
     for name in ("log.jsonl", "predictions.h5"):
-        shutil.copy(tiny_run.logs / name, tmp_path / name)
-    args = json.loads((tiny_run.logs / "args.json").read_text())
+        shutil.copy(trained.logs / name, tmp_path / name)
+    args = json.loads((trained.logs / "args.json").read_text())
     args |= {"frame_store": str(store), "video_dir": None, "event_scores": "dot"}
     (tmp_path / "args.json").write_text(json.dumps(args))
-    report.main([str(tmp_path), "--annotations", str(tiny_run.corpus / "annos.jsonl")])
+    report.main([str(tmp_path), "--annotations", str(trained.corpus / "annos.jsonl")])
     assert "Thumbnails" not in capsys.readouterr().err
     source = (tmp_path / "report.html").read_text()
     assert source.count("data:image/jpeg") > 2 * 4
@@ -224,10 +219,10 @@ def test_thumbnails_from_a_frame_store(tiny_run, tmp_path, capsys) -> None:
 # ---------------------------------------------------------------- parts
 
 
-def test_the_head_says_how_it_was_trained(tiny_run) -> None:
-    shown = facts(Run.read(tiny_run.logs))
+def test_the_head_says_how_it_was_trained(trained) -> None:
+    shown = facts(Run.read(trained.logs))
     assert {name for name, value in shown.items() if not value} == {"evaluated"}, "all were there"
-    assert shown["precision"] == "fp32" and shown["epochs"] == len(tiny_run.lines("log.jsonl"))
+    assert shown["precision"] == "fp32" and shown["epochs"] == len(trained.lines("log.jsonl"))
 
 
 def some_predictions() -> tuple[torch.Tensor, MomentPredictions]:

@@ -8,35 +8,32 @@ import pytest
 import torch
 
 from dataloaders.annotations import VAL, Split
-from tests.corpus import TinyRun, make_run
+from tests.corpus import TinyRun
 from utils.evaluation.predictions import load_predictions
 from utils.search import VideoIndex
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    return make_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def index(run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
+def index(trained: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> VideoIndex:
     index = VideoIndex(
         tmp_path_factory.mktemp("search") / "videos.index",
-        run.logs / "ckpt.best.pth.tar", run.corpus / "clip.pt",
+        trained.logs / "ckpt.best.pth.tar", trained.corpus / "clip.pt",
     )  # fmt: skip
-    assert index.add(run.corpus / "videos", quiet=True).added == 4
+    assert index.add(trained.corpus / "videos", quiet=True).added == 4
     return index
 
 
 @pytest.fixture(scope="module")
-def split(run: TinyRun) -> Split:
-    return Split.read(run.corpus / "annos.jsonl", VAL)
+def split(trained: TinyRun) -> Split:
+    return Split.read(trained.corpus / "annos.jsonl", VAL)
 
 
-def test_videos_rank_as_in_the_evaluation(index: VideoIndex, run: TinyRun, split: Split) -> None:
-    run.works("--do_eval", "1", "--resume", str(run.logs / "ckpt.best.pth.tar"),
-              "--save_predictions", "1")  # fmt: skip
-    predictions = load_predictions(run.logs / "predictions.h5").align(split.queries)
+def test_videos_rank_as_in_the_evaluation(
+    index: VideoIndex, trained: TinyRun, split: Split
+) -> None:
+    checkpoint = str(trained.logs / "ckpt.best.pth.tar")
+    trained.works("--do_eval", "1", "--resume", checkpoint, "--save_predictions", "1")
+    predictions = load_predictions(trained.logs / "predictions.h5").align(split.queries)
     for number, query in enumerate(split.queries):
         hits = index.search(query.desc, k=100).hits
         names = [Path(hit.video.name).stem for hit in hits]
@@ -45,9 +42,9 @@ def test_videos_rank_as_in_the_evaluation(index: VideoIndex, run: TinyRun, split
         assert hits[names.index(query.vid_name)].score == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_moments_are_those_of_vcmr(index: VideoIndex, run: TinyRun, split: Split) -> None:
+def test_moments_are_those_of_vcmr(index, trained, split) -> None:
     """Before near duplicates are dropped: every event of every video with its cosine and times."""
-    predictions = load_predictions(run.logs / "predictions.h5").align(split.queries)
+    predictions = load_predictions(trained.logs / "predictions.h5").align(split.queries)
     ids = {Path(video.name).stem: video for video in index.videos()}
     for number, query in enumerate(split.queries):
         ours = []
@@ -93,8 +90,8 @@ def test_results_show_themselves(index: VideoIndex) -> None:
     assert empty.hits == [] and "nothing found" in repr(empty)
 
 
-def test_an_index_takes_what_its_model_took(index: VideoIndex, run: TinyRun) -> None:
-    seconds = torch.load(run.logs / "ckpt.best.pth.tar", weights_only=False)["config"][
+def test_an_index_takes_what_its_model_took(index: VideoIndex, trained: TinyRun) -> None:
+    seconds = torch.load(trained.logs / "ckpt.best.pth.tar", weights_only=False)["config"][
         "clip_seconds"
     ]
     assert index.info()["window_seconds"] == pytest.approx(seconds) == pytest.approx(20 / 3)

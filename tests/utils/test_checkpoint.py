@@ -305,13 +305,14 @@ def test_not_a_checkpoint(golden, tmp_path) -> None:
         with pytest.raises(ModelError, match=r"odd\.pth\.tar: not a readable checkpoint: it is "):
             load_checkpoint(path, model)
     golden.write_authors_checkpoint(path)
-    content = bytearray(path.read_bytes())
+    sound = path.read_bytes()
+    content = bytearray(sound)
     values = golden.clip_state()["visual.proj"].numpy().tobytes()
     content[content.index(values) + len(values) // 2] ^= 1  # torch itself compares no checksums
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"odd\.pth\.tar: .*checksum"):
         load_checkpoint(path, model)
-    path.write_bytes(content[:-5000])
+    path.write_bytes(sound[:-5000])
     for wrong, message in ((path, r"odd\.pth\.tar"), (tmp_path, "a folder, no checkpoint"),
                            (tmp_path / "none", "none: no such checkpoint")):  # fmt: skip
         with pytest.raises(ModelError, match=message):

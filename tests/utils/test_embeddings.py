@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from dataloaders.annotations import VAL, Query, Split
-from tests.corpus import make_run
 from utils import RunError
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.embeddings import SavedEmbeddings, load_embeddings, save_embeddings
@@ -95,15 +94,14 @@ def test_values_that_are_not_finite_are_refused(file):
 
 
 @pytest.mark.parametrize("task", ["PRVR", "VCMR"])
-def test_metrics_of_saved_embeddings_are_those_computed(tmp_path_factory, task):
-    run = make_run(tmp_path_factory.getbasetemp())
-    checkpoint, saved = run.logs / "ckpt.best.pth.tar", run.corpus / f"{task}.h5"
+def test_metrics_of_saved_embeddings_are_those_computed(trained, task):
+    checkpoint, saved = trained.logs / "ckpt.best.pth.tar", trained.corpus / f"{task}.h5"
     evaluate = ("--do_eval", "1", "--subtask_type", task, "--event_scores", "both")
-    run.works(*evaluate, "--resume", str(checkpoint), "--save_embeddings", str(saved))
+    trained.works(*evaluate, "--resume", str(checkpoint), "--save_embeddings", str(saved))
     elsewhere = ("--video_dir", "nowhere", "--pretrained_clip_name", "nothing.pt")
-    run.works(*evaluate, *elsewhere, "--load_embeddings", str(saved))
-    computed, loaded = run.lines("eval.jsonl")[-2:]
+    trained.works(*evaluate, *elsewhere, "--load_embeddings", str(saved))
+    computed, loaded = trained.lines("eval.jsonl")[-2:]
     assert computed == loaded and {"cosine", "dot"} <= computed["metrics"].keys()
-    other = ("--resume", str(run.corpus / "clip.pt"), "--load_embeddings", str(saved))
-    told = run.stops(*evaluate, *elsewhere, *other)
+    other = ("--resume", str(trained.corpus / "clip.pt"), "--load_embeddings", str(saved))
+    told = trained.stops(*evaluate, *elsewhere, *other)
     assert f"error: {saved}: made with another checkpoint than" in told

@@ -29,7 +29,7 @@ from models import ProPy
 from modules import ModelError
 from modules.pyramid import PromptPyramid
 from scripts.plot import plot_run
-from tests.corpus import ROOT, TinyRun, make_run
+from tests.corpus import ROOT
 from tests.golden_model import GoldenModel
 from utils import OutputError, RunError
 from utils.arguments import PLOT_STYLES, parse_args
@@ -57,11 +57,6 @@ PYRAMIDS = [
     {"Nf": 9, "H": [[3, 1], [3, 1], [5, 1]]},
     {"Nf": 4, "H": [[4, 1]]},
 ]
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory) -> TinyRun:
-    return make_run(tmp_path_factory.getbasetemp())
 
 
 def query(desc_id: str | int, vid_name: str = "v", desc: str = "a dog") -> Query:
@@ -293,9 +288,12 @@ def test_a_broken_off_store_leaves_the_old_files(tmp_path) -> None:
     with attention_store(tmp_path, {}) as add:
         add("a", "v", one, one[0, 0], 1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RuntimeError), attention_store(tmp_path, {}) as add:
+    with (
+        pytest.raises(FileNotFoundError, match="of the caller"),
+        attention_store(tmp_path, {}) as add,
+    ):
         add("b", "v", one, one[0, 0], 1)
-        raise RuntimeError
+        raise FileNotFoundError("of the caller")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -320,11 +318,11 @@ def test_a_store_on_a_full_disk(limit: int, tmp_path) -> None:
 # ---------------------------------------------------------------- the program
 
 
-def test_what_plotting_leaves(tiny_run) -> None:
-    queries = {str(q.desc_id): q for q in read_annotations(tiny_run.corpus / "annos.jsonl")}
-    predictions = load_predictions(tiny_run.logs / "predictions.h5")
+def test_what_plotting_leaves(trained) -> None:
+    queries = {str(q.desc_id): q for q in read_annotations(trained.corpus / "annos.jsonl")}
+    predictions = load_predictions(trained.logs / "predictions.h5")
     pyramid = PromptPyramid.from_config(PYRAMIDS[1])
-    folders = {path.name for path in (tiny_run.plots / "attention").iterdir()}
+    folders = {path.name for path in (trained.plots / "attention").iterdir()}
     assert folders == {"v%2F0#1", "%2E%2E", "7"}
     hits = []
     for row, desc_id in enumerate(predictions.desc_ids):
@@ -335,11 +333,11 @@ def test_what_plotting_leaves(tiny_run) -> None:
         hits += [[q.desc_id, q.vid_name]] if rank == 1 else []
         per_frame = q.duration / 8
         start, end = pyramid.spans[event].tolist()
-        folder = tiny_run.plots / "attention" / query_name(desc_id)
+        folder = trained.plots / "attention" / query_name(desc_id)
         meta = json.loads((folder / "meta.json").read_text())
         expected = {
             "desc_id": q.desc_id, "text": q.desc, "video": q.vid_name, "duration": q.duration,
-            "rank": rank, "event": event, "model": str(tiny_run.logs / BEST),
+            "rank": rank, "event": event, "model": str(trained.logs / BEST),
             "level": int(pyramid.level_of_event[event]),
             "proposal_frames": [start, end], "layer": 3, "head": "mean",
             "proposal_seconds": [start * per_frame, end * per_frame],
@@ -348,15 +346,15 @@ def test_what_plotting_leaves(tiny_run) -> None:
         assert expected.items() <= meta.items()
         assert meta["score"] == pytest.approx(float(own.max()), abs=1e-5)
         assert meta["true_windows_frames"][0] == pytest.approx(np.array(q.windows[0]) / per_frame)
-        stored = read_attention(tiny_run.plots, desc_id)
+        stored = read_attention(trained.plots, desc_id)
         assert meta["strongest_event"] == stored[-1, event, : pyramid.num_events].argmax()
-        best = read_attention(tiny_run.plots, desc_id, SCORES)
+        best = read_attention(trained.plots, desc_id, SCORES)
         assert (best >= own.numpy() - 1e-5).all()
         assert (best.max() == pytest.approx(float(own.max()), abs=1e-5)) == (rank == 1)
         assert {p.name for p in (folder / "figures").iterdir()} == {f"{i}.jpg" for i in range(8)}
         for name in ("tree.jpg", "overview.png"):
             assert Image.open(folder / name).size[0] > 1000
-    assert json.loads((tiny_run.plots / "r1_ids.json").read_text()) == hits
+    assert json.loads((trained.plots / "r1_ids.json").read_text()) == hits
 
 
 @pytest.mark.parametrize(
@@ -375,8 +373,8 @@ def test_impossible_requests(settings: dict, ids: list[str], message: str, tmp_p
         check_request(PlotSettings(tmp_path, **settings), ids, queries, model)
 
 
-def test_a_run_is_drawn_with_the_settings_of_its_checkpoint(tiny_run, tmp_path) -> None:
-    shutil.copy(tiny_run.logs / BEST, tmp_path)
+def test_a_run_is_drawn_with_the_settings_of_its_checkpoint(trained, tmp_path) -> None:
+    shutil.copy(trained.logs / BEST, tmp_path)
     folder = tmp_path / "attention" / "v_1#0"
     (folder / "figures").mkdir(parents=True)
     for name in ("overview.png", "tree.pdf", "figures/8.jpg"):
@@ -388,7 +386,7 @@ def test_a_run_is_drawn_with_the_settings_of_its_checkpoint(tiny_run, tmp_path) 
     outside = {"plot_format": "svg", "plot_dir": str(tmp_path), "PYTHONPATH": str(ROOT)}
     # its videos, CLIP and pyramid have relative paths, which count from where main.py ran
     done = subprocess.run(
-        command, cwd=tiny_run.corpus, env=os.environ | outside, capture_output=True, text=True
+        command, cwd=trained.corpus, env=os.environ | outside, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert f"from the environment: plot_dir={tmp_path} plot_format=svg" in done.stderr
@@ -401,19 +399,19 @@ def test_a_run_is_drawn_with_the_settings_of_its_checkpoint(tiny_run, tmp_path) 
         assert dict(file.attrs) == {"heads": "1", "model": str(tmp_path / BEST)}
 
 
-def test_flags_of_a_run(tiny_run, tmp_path, monkeypatch) -> None:
-    flags = plot_run.flags_of(tiny_run.logs)
-    assert parse_args(flags).resume == tiny_run.logs / BEST
-    args = json.loads((tiny_run.logs / "args.json").read_text())
+def test_flags_of_a_run(trained, tmp_path, monkeypatch) -> None:
+    flags = plot_run.flags_of(trained.logs)
+    assert parse_args(flags).resume == trained.logs / BEST
+    args = json.loads((trained.logs / "args.json").read_text())
     for name in ("prvr_val_annos", "video_dir", "pretrained_clip_name", "pyr_config_path",
                  "adapter_channels", "temp_kernel_sz", "max_words", "datatype", "plot_dir",
                  "event_scores"):  # fmt: skip
         assert f"--{name}={args[name]}" in flags, name
-    assert flags == plot_run.flags_of(tiny_run.logs / BEST)
-    stored = plot_run.flags_of(tiny_run.logs, ["--frame_store", "f.h5"])
+    assert flags == plot_run.flags_of(trained.logs / BEST)
+    stored = plot_run.flags_of(trained.logs, ["--frame_store", "f.h5"])
     assert stored[-2:] == ["--frame_store", "f.h5"] and "--video_dir=videos" not in stored
     monkeypatch.setenv("video_dir", "elsewhere")
-    assert "--video_dir=elsewhere" in plot_run.flags_of(tiny_run.logs)
+    assert "--video_dir=elsewhere" in plot_run.flags_of(trained.logs)
     with pytest.raises((ModelError, RunError), match="no such checkpoint"):
         plot_run.flags_of(tmp_path)
     golden = GoldenModel.read("m1")

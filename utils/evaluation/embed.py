@@ -64,8 +64,12 @@ def embed_texts(model: nn.Module, batches: Sequence[dict], device: torch.device)
 def gather_batches(
     own: Sequence[Tensor], sizes: Sequence[int], shape: tuple[int, ...], device: torch.device
 ) -> Tensor:
-    """The rows of all batches, of these sizes, of which every process has encoded its share of
-    whole ones: `own`, [rows, *shape], none where there are more processes than batches."""
+    """The rows of all batches, each of which one process has encoded.
+
+    Args:
+        own: this process's, [rows, *shape]; none where there are more processes than batches.
+        sizes: rows of every batch.
+    """
     rows = torch.cat(list(own)) if own else torch.empty(0, *shape, device=device)
     cuts = (share(len(sizes), r, world_size()) for r in range(world_size()))
     return gather(rows, [sum(sizes[cut]) for cut in cuts])

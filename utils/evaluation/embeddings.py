@@ -73,8 +73,11 @@ class SavedEmbeddings:
         self, queries: Sequence[Query], proposals: Tensor,
         *, max_words: int, readout: str, checkpoint: Path | None, scoring: str | None = None,
     ) -> None:  # fmt: skip
-        """Compare with what they would be computed from now; `checkpoint` is None if there is none
-        at hand, `scoring` of zero-shot CLIP. RunError: they are of something else; says of what."""
+        """Compare with what they would be computed from now: a checkpoint, None if there is none at
+        hand, or a zero-shot scoring.
+
+        RunError: they are of something else; says of what.
+        """
         if not queries:
             raise RunError(f"none of the annotated videos is in it: {REMEDY}")
         if len(queries) != len(self.desc_ids):

@@ -23,10 +23,19 @@ from utils.evaluation.embed import Embeddings, embed_texts, embed_videos, gather
 from utils.evaluation.moment_metrics import RECALL_RANKS, selection_score
 from utils.evaluation.moment_tables import moment_report, moment_tables, times_missing
 from utils.evaluation.predictions import SAVED, MomentPredictions, export_all, save_predictions
-from utils.evaluation.published import rows_to_compare
 from utils.evaluation.ranking import predict_moments, rank_videos
 from utils.evaluation.retrieval_metrics import recall_metrics
-from utils.evaluation.rows import COSINE, DOT, PROPY, VCMR, VR, ZERO_SHOT, Rows, video_rows
+from utils.evaluation.rows import (
+    COSINE,
+    DOT,
+    PROPY,
+    VCMR,
+    VR,
+    ZERO_SHOT,
+    Rows,
+    rows_to_compare,
+    video_rows,
+)
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.logger import append_json
 from utils.misc import git_revision
@@ -196,8 +205,7 @@ def report(
     save_predictions: bool = False,
 ) -> None:  # fmt: skip
     """Compute the metrics of an evaluation, show them, and add them to the folder's eval.jsonl with
-    what the embeddings are of: checkpoint and epoch. The predicted moments go there too if asked.
-    """
+    checkpoint and epoch, which the embeddings are of; on request save the predicted moments."""
     rows = evaluator.run(embeddings, folder if save_predictions else None)
     for table in evaluator.tables(rows):
         logger.info("\n%s", table)

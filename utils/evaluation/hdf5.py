@@ -31,6 +31,7 @@ def write_hdf5(
 
     On a full disk HDF5 itself may crash or leave wrong numbers. So the file is made in memory,
     which takes as much again as its contents, and its bytes are written like any others.
+
     OutputError: it cannot be written; what was there before is still there then.
     """
     import h5py  # slow to import

@@ -5,10 +5,6 @@ Results in %, from the paper's tables; the column its PRVR table heads R@50 is R
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from utils.evaluation.rows import VCMR, ZERO_SHOT, Rows, video_rows
-
 PRVR_RESULTS = {
     "tvr": {"R1": 22.4, "R5": 45.0, "R10": 55.9, "R100": 89.5, "SumR": 212.8},
     "activitynet": {"R1": 14.9, "R5": 34.9, "R10": 47.5, "R100": 82.7, "SumR": 180.0},
@@ -59,23 +55,3 @@ def split_size_warning(datatype: str, split: str, videos: int, queries: int) -> 
         f"not the standard {datatype} {split} split: {videos:,} videos and {queries:,} queries, "
         f"expected {expected[0]:,} and {expected[1]:,}; results will not compare with the paper's"
     )
-
-
-def rows_to_compare(
-    datatype: str, baselines: Mapping[str, Rows], zero_shot: bool
-) -> tuple[Rows, Rows]:
-    """Rows that stand under a model's own, of videos and of moments: of CLIP alone on the same
-    split, which the `baselines` are by scoring, and published ones, others' of CLIP alone only
-    beside such rows: `baselines`, or the model's own if it is `zero_shot`."""
-    videos: Rows = {}
-    moments: Rows = {}
-    for scoring, rows in baselines.items():
-        videos |= video_rows(ZERO_SHOT[scoring], rows)
-        if VCMR in rows:
-            moments[ZERO_SHOT[scoring]] = rows[VCMR]
-    if datatype in ZERO_SHOT_RESULTS and (baselines or zero_shot):
-        videos[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
-    for rows, results in ((videos, PRVR_RESULTS), (moments, VCMR_RESULTS)):
-        if datatype in results:
-            rows["published"] = results[datatype]
-    return videos, moments

@@ -91,6 +91,7 @@ def top_moments(
 
     Needs, beside the result and a normalised copy of the inputs, the memory of `chunk` cosines
     (and at least that of one text).
+
     ValueError: the corpus has 2^31 events or more.
     """
     num_videos, num_events = events.shape[:2]
@@ -150,9 +151,12 @@ def predict_moments(
     embeddings: Embeddings, split: Split, proposals: Tensor,
     *, per_video: int = 10, limit: int = 1000, chunk: int = CHUNK, readout: Readout = best_event,
 ) -> MomentPredictions:  # fmt: skip
-    """`top_moments` of the split that is embedded: every event of the corpus is a proposed moment,
-    of which `proposals`, [N_e, 2], are start and end as a share of its video. By the read-out of a
-    video's score the target is ranked; moments are ranked by event."""
+    """`top_moments` of the split that is embedded, every event of the corpus being a moment.
+
+    Args:
+        proposals: [N_e, 2], start and end of the events as a share of their video.
+        readout: of a video's score, by which targets are ranked; moments are ranked by event.
+    """
     device = embeddings.texts.device
     target = split.target.to(device)
     own = own_share(len(target))

@@ -1,9 +1,18 @@
-"""Names of the rows of metrics: the same in tables, log.jsonl and eval.jsonl.
+"""Rows of metrics and their names: the same in tables, log.jsonl and eval.jsonl.
 
 A row is "<task>" or "<task>/<breakdown>": "VCMR/random_event", "VR/<query type>", "levels/6.25%".
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+from utils.evaluation.published import (
+    PRVR_RESULTS,
+    VCMR_RESULTS,
+    ZERO_SHOT_NAME,
+    ZERO_SHOT_RESULTS,
+)
 
 Rows = dict[str, dict[str, float]]
 
@@ -43,5 +52,29 @@ def task_rows(rows: Rows, task: str) -> Rows:
 
 
 def breakdowns(rows: Rows, task: str) -> Rows:
-    """The same by what they break the task down to; its own row under its name."""
+    """`task_rows` by what each breaks the task down to, the part after "/"; its own by its name."""
     return {name.partition("/")[2] or task: row for name, row in task_rows(rows, task).items()}
+
+
+def rows_to_compare(
+    datatype: str, baselines: Mapping[str, Rows], zero_shot: bool
+) -> tuple[Rows, Rows]:
+    """Rows that stand under a model's own in its tables, of videos and of moments.
+
+    Args:
+        baselines: rows of CLIP alone on the same split, by scoring.
+        zero_shot: whether the model is CLIP alone itself. Only where either is, others' published
+            row of CLIP alone stands there too.
+    """
+    videos: Rows = {}
+    moments: Rows = {}
+    for scoring, rows in baselines.items():
+        videos |= video_rows(ZERO_SHOT[scoring], rows)
+        if VCMR in rows:
+            moments[ZERO_SHOT[scoring]] = rows[VCMR]
+    if datatype in ZERO_SHOT_RESULTS and (baselines or zero_shot):
+        videos[ZERO_SHOT_NAME] = ZERO_SHOT_RESULTS[datatype]
+    for rows, results in ((videos, PRVR_RESULTS), (moments, VCMR_RESULTS)):
+        if datatype in results:
+            rows["published"] = results[datatype]
+    return videos, moments

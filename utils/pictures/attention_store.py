@@ -11,14 +11,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from dataloaders.storage import if_supported, open_hdf5
 from utils.evaluation.hdf5 import PACKED
-from utils.files import atomic_write
+from utils.files import atomic_write, commit, temporary_sibling, writing
 
 ATTENTION, SCORES, HITS = "attn.hdf5", "event_scores.hdf5", "r1_ids.json"
 MAX_NAME = 150  # bytes; file systems end at 255
@@ -44,45 +44,63 @@ def attention_store(folder: Path, attributes: Mapping[str, str]) -> Iterator[Cal
     """Gives `add`; the three files of a folder that exists appear when the block ends well.
 
     Attention is written query by query, so that thousands need the memory of one; queries of one
-    video share theirs, which is stored once and linked. How it was made is kept as attributes of
-    attn.hdf5. OutputError: a file cannot be written.
+    video share theirs, which is stored once and linked.
+
+    Args:
+        attributes: how the attention was made, kept as attributes of attn.hdf5.
+
+    Raises:
+        OutputError: a file cannot be written.
     """
+    path = folder / ATTENTION
     first_of_video: dict[str, str] = {}
     hits: list[tuple[str | int, str]] = []
 
     def add(
         desc_id: str | int, vid_name: str, attention: np.ndarray, scores: np.ndarray, rank: int
     ) -> None:
-        """One query: its video's attention, float32 [L, N_e, keys], columns as in
-        ``model.visibility``; of each event the highest score in any video, float32 [N_e]; the rank
-        of its video, which is 1 for the queries listed in r1_ids.json."""
+        """One query.
+
+        Args:
+            attention: float32 [L, N_e, keys] of its video, columns as in ``model.visibility``.
+            scores: float32 [N_e], of each event the highest score in any video.
+            rank: of its video; the queries at rank 1 are listed in r1_ids.json.
+        """
         key = query_name(desc_id)
         first = first_of_video.setdefault(vid_name, key)
-        # HDF5 crashes on a full disk: room for what it writes next is taken beforehand
-        with part.open("rb+") as raw, if_supported():
-            size = attention.nbytes + METADATA
-            os.posix_fallocate(raw.fileno(), file.id.get_filesize(), size)
-        if first != key:
-            file[key] = file[first]
-        else:  # most of it is exactly zero, what an event may not see: a chunk a layer, packed
-            chunks = (1, *attention.shape[1:])
-            file.create_dataset(key, data=attention, chunks=chunks, **PACKED)
+        with writing(path):
+            # HDF5 crashes on a full disk: room for what it writes next is taken beforehand
+            with part.open("rb+") as raw, if_supported():
+                size = attention.nbytes + METADATA
+                os.posix_fallocate(raw.fileno(), file.id.get_filesize(), size)
+            if first != key:
+                file[key] = file[first]
+            else:  # most of it is exactly zero, what an event may not see: a chunk a layer, packed
+                chunks = (1, *attention.shape[1:])
+                file.create_dataset(key, data=attention, chunks=chunks, **PACKED)
         scores_file[key] = scores
         if rank == 1:
             hits.append((desc_id, vid_name))
 
-    image = io.BytesIO()  # a few numbers a query
-    with atomic_write(folder / ATTENTION) as part:
-        with open_hdf5(part, "w") as file, open_hdf5(image, "w") as scores_file:
+    with ExitStack() as stack:
+        with writing(path):
+            part = stack.enter_context(temporary_sibling(path))
+            file = stack.enter_context(open_hdf5(part, "w"))
             file.attrs.update(attributes)
-            yield add
+        image = io.BytesIO()  # a few numbers a query
+        scores_file = stack.enter_context(open_hdf5(image, "w"))
+        yield add
+        scores_file.close()
+        with writing(path):
             file.flush()
             size = file.id.get_filesize()
-        os.truncate(part, size)  # room that was not needed
-        with atomic_write(folder / SCORES) as scores_part:
-            scores_part.write_bytes(image.getbuffer())
-        with atomic_write(folder / HITS) as hits_part:
-            hits_part.write_text(json.dumps(hits), encoding="utf-8")
+            file.close()
+            os.truncate(part, size)  # room that was not needed
+            with atomic_write(folder / SCORES) as scores_part:
+                scores_part.write_bytes(image.getbuffer())
+            with atomic_write(folder / HITS) as hits_part:
+                hits_part.write_text(json.dumps(hits), encoding="utf-8")
+            commit(part, path)
 
 
 def read_attention(folder: Path, desc_id: str | int, name: str = ATTENTION) -> np.ndarray:

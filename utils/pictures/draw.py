@@ -155,8 +155,7 @@ class QueryPicture:
     score_name: str  # what kind of numbers these are
     title: str = ""
     subtitle: str = ""
-    # of the chosen event; without it the overview shows no attention and no pyramid
-    attention: EventAttention | None = None
+    attention: EventAttention | None = None  # the chosen event's; without: none, and no pyramid
 
     @property
     def strongest(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from dataloaders.frame_store import FrameStore
 from utils import RunError
 from utils.evaluation.moment_tables import COLUMNS
 from utils.evaluation.predictions import SAVED, load_predictions
-from utils.evaluation.published import rows_to_compare
 from utils.evaluation.rows import (
     COSINE,
     DOT,
@@ -32,6 +32,7 @@ from utils.evaluation.rows import (
     ZERO_SHOT,
     Rows,
     breakdowns,
+    rows_to_compare,
     scoring_of,
     video_rows,
 )
@@ -183,7 +184,12 @@ def result_tables(run: Run) -> list[dict]:
     videos: Rows = {}
     for source, rows in found.items():
         videos |= video_rows(source, rows)
-    tables = [("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos | compared)]
+    tables = []
+
+    def add(title: str, columns: Mapping[str, str], rows: Rows) -> None:
+        tables.append({"title": title, "columns": columns, "rows": rows})
+
+    add("Video retrieval (PRVR), in %; ranks", PRVR_COLUMNS, videos | compared)
     newest = list(found.values())[-1]
     size = reduced_size(run.records[-1])
     size = f", {size}" if size else ""
@@ -192,12 +198,12 @@ def result_tables(run: Run) -> list[dict]:
         if task == VCMR and rows:
             rows |= moments
         if len(rows) > (task == VR):  # alone it would repeat the table above
-            tables.append((title + size, COLUMNS[task], rows))
+            add(title + size, COLUMNS[task], rows)
     if levels := breakdowns(newest, LEVELS):
         title = "Level of the best event, by length of the moment, in %; mean IoU in %"
         columns = {key: key for row in levels.values() for key in row}
-        tables.append((title + size, columns, levels))
-    return [dict(zip(("title", "columns", "rows"), table, strict=True)) for table in tables]
+        add(title + size, columns, levels)
+    return tables
 
 
 def curves(run: Run) -> dict:

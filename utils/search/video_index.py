@@ -205,6 +205,7 @@ class VideoIndex:
         """Which share of the k best videos the approximate index finds, the mean over queries.
 
         Without queries events of the index are, drawn at random: sentences are harder.
+
         SearchError: there is no approximate index.
         """
         with self._searching:

@@ -18,6 +18,7 @@ def zero_shot_rows(
 
     Videos are decoded and their frames encoded once for all scorings. Nothing of the model, nor a
     random number generator, is another afterwards.
+
     DataError: a video cannot be read.
     """
     split, config, missing = evaluator.split, evaluator.config, evaluator.missing

@@ -41,6 +41,7 @@ def save_checkpoint(
 
     It holds `saved_weights`, the progress, and the states of the optimizer, the scaler and the
     random number generators.
+
     OutputError: it could not be written. RunError: a weight is not finite.
     """
     path = Path(path)
