@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from dataloaders.ffmpeg import PREPARED_FPS, write_video
 from models import ProPy, ProPyConfig
@@ -25,7 +26,7 @@ from models.clip import CLIP
 from scripts.benchmark.harness import Options, peak_memory, set_up
 from scripts.benchmark.loader import rendered
 from scripts.benchmark.model import SIZES
-from utils.command import Parser
+from utils.command import Parser, new_file
 from utils.search import VideoIndex, lance
 from utils.search.index import Entry, Events, new_token
 from utils.search.model import describe
@@ -74,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
             rows.append(row)
             print(f"{row.title}: {row.measured:.3g} ({row.numbers})", flush=True)
     print("\n" + table(rows))
+    if args.plot:
+        draw_growth(rows, args.plot)
     if args.json:
         args.json.write_text(json.dumps([vars(row) for row in rows], indent=1) + "\n")
 
@@ -88,7 +91,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     add("--repeats", type=int, default=10, help="timed repetitions of each side (default 10)")
     add("--threads", type=int, help="threads on the CPU (default: torch's own choice)")
     add("--folder", type=Path, help="where the index is made (default: for temporary files)")
-    add("--json", type=Path, metavar="FILE", help="save every measured number")
+    add("--plot", type=new_file, metavar="FILE", help="draw how the index grows")
+    add("--json", type=new_file, metavar="FILE", help="save every measured number")
     # fmt: on
     args = parser.parse_args(argv)
     args.model = args.model or ("small" if args.quick else "b32")
@@ -107,7 +111,8 @@ def measure(folder: Path, args: argparse.Namespace, sizes: Sizes) -> Iterator[Ro
         seconds = grow(index, windows)
         if windows in sizes.grown:
             grown[windows] = disk_bytes(uri) / windows
-            numbers = {"MB": disk_bytes(uri) / 1e6, "seconds to add the last ones": seconds}
+            numbers = {"windows": windows, "MB": disk_bytes(uri) / 1e6,
+                       "seconds to add the last ones": seconds}  # fmt: skip
             ratio = grown[windows] / grown[min(grown)]
             yield Row(f"bytes a window at {windows:,} over those at {min(grown):,}", ratio,
                       "≤ 1.1", ratio <= 1.1, numbers)  # fmt: skip
@@ -293,6 +298,19 @@ def draw_video(index: VideoIndex, seed: int, windows: int) -> tuple[Entry, Event
 
 def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def draw_growth(rows: Sequence[Row], path: Path) -> None:
+    """Size of the index against its windows; on the line, each window takes what the first took."""
+    grown = [row.numbers for row in rows if "MB" in row.numbers]
+    windows, size = ([numbers[name] for numbers in grown] for name in ("windows", "MB"))
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.loglog(windows, [size[0] / windows[0] * count for count in windows], color="0.7")
+    axes.loglog(windows, size, "o")
+    axes.set(xlabel="windows", ylabel="MB on the disk", title="Growth of an index")
+    axes.grid(color="0.92")
+    figure.savefig(path, dpi=130)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -39,7 +39,9 @@ def test_search_measures_all_its_aims(tmp_path, capsys, monkeypatch) -> None:
     from utils.search import lance
 
     monkeypatch.setattr(lance, "READERS", lance.READERS)  # which the benchmark sets
-    search.main(["--quick", "--repeats", "1", "--json", str(tmp_path / "b.json")])
+    files = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "growth.png")]
+    search.main(["--quick", "--repeats", "1", *files])
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "b.json").read_text())
     assert len(rows) == 10 and all(row["measured"] > 0 for row in rows)
     assert capsys.readouterr().out.count("≤ 1.5") == 2
