@@ -43,6 +43,15 @@ def test_a_prepared_clip_gives_the_frames_of_the_protocol(tmp_path: Path, count:
     assert torch.equal(frames, load_clip(tmp_path / "clip.mp4", 8, SIZE))
 
 
+@pytest.mark.parametrize("frames_more", [1, 2, 5, 40])
+def test_a_time_beyond_the_last_frame_changes_nothing(tmp_path: Path, frames_more: int) -> None:
+    write_video(tmp_path / "clip.mp4", numbered(100))
+    video = VideoFrames(tmp_path / "clip.mp4", SIZE, 8, 64.0)
+    video.seconds += frames_more / 3  # as if the file said so
+    (frames,) = video
+    assert torch.equal(frames, load_clip(tmp_path / "clip.mp4", 8, SIZE))
+
+
 @pytest.mark.parametrize("length", [6.0, 8.0, 9.7, 3.1])
 def test_windows_are_cut_from_the_clip(tmp_path: Path, length: float) -> None:
     """Also where the grid is finer than the clip (3.1 s have 9 frames, and 16 are taken)."""

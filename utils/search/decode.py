@@ -90,8 +90,7 @@ class VideoFrames:
 
     def __iter__(self) -> Iterator[Tensor]:
         if len(self.windows) == 1:
-            frames = torch.stack(list(self._frames(clip_rate(self.seconds))))
-            yield frames[eval_indices(len(frames), self.num_frames)]
+            yield self._whole()
             return
         ends = [window.first + self.num_frames for window in self.windows]
         latest = deque(maxlen=self.num_frames)
@@ -100,6 +99,19 @@ class VideoFrames:
             if count == ends[0]:
                 ends.pop(0)
                 yield torch.stack(list(latest))
+
+    def _whole(self) -> Tensor:
+        """The frames that an evaluation takes of the clip. Which they are depends on its length,
+        so all of a file are wanted which ends before its time: without the clip's last frame."""
+        length = clip_length(self.seconds)
+        chosen = eval_indices(length, self.num_frames)
+        needed, positions = np.unique([*chosen, length - 1], return_inverse=True)
+        picked = "+".join(rf"eq(n\,{i})" for i in needed)
+        frames = list(self._frames(f"{clip_rate(self.seconds)},select={picked}"))
+        if len(frames) < len(needed):
+            frames = list(self._frames(clip_rate(self.seconds)))
+            positions = [*eval_indices(len(frames), self.num_frames), None]
+        return torch.stack([frames[i] for i in positions[:-1]])
 
     def _on_grid(self) -> Iterator[Tensor]:
         """The frames of the grid. A file that ends early shows its last one for the rest."""
