@@ -29,11 +29,12 @@ from scripts.benchmark.model import SIZES
 from utils.command import Parser, new_file
 from utils.search import VideoIndex, lance
 from utils.search.index import Entry, Events, new_token
+from utils.search.indexer import OPTIMIZE_EVERY
 from utils.search.model import describe
 from utils.search.windows import WINDOW_SECONDS, Window
 
 WORDS = 49408  # of CLIP's tokenizer, which reads the queries
-WINDOWS = 10  # of a made-up video: eight minutes
+WINDOWS = 40  # of a made-up video: half an hour
 TOGETHER = 64  # queries
 K = 10
 
@@ -263,11 +264,12 @@ def events_of(index: VideoIndex) -> int:
 def grow(index: VideoIndex, windows: int) -> float:
     """Add made-up videos, as an indexer does, until there are so many windows; seconds."""
     started = time.perf_counter()
-    there = index.status()["events"] // events_of(index)
-    while there < windows:
+    first = index.status()["events"] // events_of(index)
+    for done, there in enumerate(range(first, windows, WINDOWS), start=1):
         entry, events = draw_video(index, there, min(WINDOWS, windows - there))
         index.storage.add(entry, events)
-        there += entry.windows
+        if done % OPTIMIZE_EVERY == 0:
+            index.optimize()
     index.optimize()
     return time.perf_counter() - started
 
