@@ -15,8 +15,7 @@ bash scripts/setup.sh
 case ${variant:=} in
   "") ;;
   plus)
-    # scripts/ablations/README.md, "Measured on the demo": six seeds of a synthetic corpus, no real
-    # videos yet.
+    # more moments on synthetic corpora, no real videos yet: scripts/ablations/README.md
     readout=${readout:-consensus} ;;
   *) echo "launch: variant $variant: plus, or none for the published method" >&2; exit 2 ;;
 esac
