@@ -363,6 +363,11 @@ def every_frame() -> list[str]:
     return ["-fps_mode" if "-fps_mode" in _help() else "-vsync", "passthrough"]  # before ffmpeg 5.1
 
 
+def select_frames(indices: Iterable[int]) -> str:
+    """ffmpeg's filter that lets frames of these numbers pass."""
+    return "select=" + "+".join(rf"eq(n\,{i})" for i in indices)
+
+
 def decode_chosen(
     path: Path, indices: np.ndarray, time_limit: float, height: int, width: int
 ) -> np.ndarray:
@@ -378,8 +383,7 @@ def decode_chosen(
     Raises:
         DataError: as `read_packets`, or a frame is damaged or not there.
     """
-    chosen = "+".join(rf"eq(n\,{i})" for i in indices.tolist())
-    picked = ["-vf", f"select={chosen},setpts=N", *every_frame()]
+    picked = ["-vf", f"{select_frames(indices)},setpts=N", *every_frame()]
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "frames"
         output = ["-map", "0:V:0", *picked, "-pix_fmt", "rgb24", "-f", "rawvideo", f"file:{raw}"]

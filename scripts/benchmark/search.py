@@ -29,7 +29,7 @@ from scripts.benchmark.model import SIZES
 from utils.command import Parser, new_file
 from utils.search import VideoIndex, lance
 from utils.search.index import Entry, Events, new_token
-from utils.search.indexer import OPTIMIZE_EVERY
+from utils.search.indexer import CPU_BATCH, GPU_BATCH, OPTIMIZE_EVERY
 from utils.search.model import describe
 from utils.search.windows import WINDOW_SECONDS, Window
 
@@ -205,7 +205,7 @@ def indexing(folder: Path, model: str, videos: int) -> Row:
                     rendered(frames, np.random.default_rng([0, number])))  # fmt: skip
     index = new_index(folder / "indexed", model)
     pixels = index.model.input_resolution
-    batch = min(videos, 4 if index.device.type == "cpu" else 16)  # the indexer's own
+    batch = min(videos, CPU_BATCH if index.device.type == "cpu" else GPU_BATCH)
     drawn = torch.randint(256, (batch, 32, 3, pixels, pixels), dtype=torch.uint8)
 
     def encode() -> float:

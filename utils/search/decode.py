@@ -29,6 +29,7 @@ from dataloaders.ffmpeg import (
     listing_arguments,
     parse_track,
     read_packets,
+    select_frames,
     stream_output,
 )
 from dataloaders.prepared import (
@@ -101,17 +102,18 @@ class VideoFrames:
                 yield torch.stack(list(latest))
 
     def _whole(self) -> Tensor:
-        """The frames that an evaluation takes of the clip. Which they are depends on its length,
-        so all of a file are wanted which ends before its time: without the clip's last frame."""
+        """The frames that an evaluation takes of the clip. Which they are depends on its length: a
+        file whose last frame does not come ends early, and is decoded again, whole."""
         length = clip_length(self.seconds)
         chosen = eval_indices(length, self.num_frames)
-        needed, positions = np.unique([*chosen, length - 1], return_inverse=True)
-        picked = "+".join(rf"eq(n\,{i})" for i in needed)
-        frames = list(self._frames(f"{clip_rate(self.seconds)},select={picked}"))
-        if len(frames) < len(needed):
+        needed = np.union1d(chosen, length - 1)
+        frames = list(self._frames(f"{clip_rate(self.seconds)},{select_frames(needed)}"))
+        if len(frames) == len(needed):
+            chosen = needed.searchsorted(chosen)
+        else:
             frames = list(self._frames(clip_rate(self.seconds)))
-            positions = [*eval_indices(len(frames), self.num_frames), None]
-        return torch.stack([frames[i] for i in positions[:-1]])
+            chosen = eval_indices(len(frames), self.num_frames)
+        return torch.stack([frames[i] for i in chosen])
 
     def _on_grid(self) -> Iterator[Tensor]:
         """The frames of the grid. A file that ends early shows its last one for the rest."""
