@@ -57,6 +57,10 @@ class Visit:
 
     def search(self, query: str) -> None:
         self.page.fill("#query", query)
+        self.enter(query)
+
+    def enter(self, query: str) -> None:
+        """Of what the field holds, until its answer is there."""
         self.page.keyboard.press("Enter")
         searched = re.sub(r"\s+", " ", query)
         self.wait(f"wanted.q === {json.dumps(searched)} && results.ariaBusy === 'false'")
@@ -110,7 +114,7 @@ ENDED = f"{STARTED} && player.until === null && player.screen.paused"
 def test_type_enter_and_the_first_card_plays_its_moment(visit: Visit) -> None:
     page = visit.page
     page.keyboard.type("a red door")  # the field has the focus
-    page.keyboard.press("Enter")
+    visit.enter("a red door")
     first = page.locator(".card").first
     assert first.locator(".name").text_content() == "red door.mp4"
     assert first.locator(".when").text_content() == "0:05.0 – 0:07.5"
@@ -186,8 +190,7 @@ def test_keyboard_alone(visit: Visit) -> None:
     page.evaluate("document.activeElement.blur()")
     keys.press("/")
     keys.type("red/door")
-    keys.press("Enter")
-    page.wait_for_selector(".card .hit")
+    visit.enter("red/door")
     assert page.input_value("#query") == "red/door"
     titles = page.locator(".card .name").evaluate_all("all => all.map(name => name.title)")
     keys.press("ArrowDown")
