@@ -48,7 +48,6 @@ class PackedClip:
     Attributes:
         lengths: uint32 [n], bytes of every frame's JPEG.
         checksums: uint32 [n], CRC-32 of every frame's JPEG.
-        psnr: of the JPEGs against the frames they were made from, in dB, over all pixels.
         source, source_bytes, source_mtime_ns: the clip's file; its change time in nanoseconds.
         first_byte: where in the store's file the first JPEG starts.
     """
@@ -56,7 +55,6 @@ class PackedClip:
     name: str
     lengths: np.ndarray
     checksums: np.ndarray
-    psnr: float
     source: str
     source_bytes: int
     source_mtime_ns: int
@@ -83,7 +81,6 @@ def pack_clip(name: str, path: Path, size: int, quality: int) -> tuple[PackedCli
         name=name,
         lengths=np.array([len(jpeg) for jpeg in jpegs], np.uint32),
         checksums=np.array([zlib.crc32(jpeg) for jpeg in jpegs], np.uint32),
-        psnr=psnr(frames, decode_jpegs(jpegs)),
         source=path.name,
         source_bytes=stat.st_size,
         source_mtime_ns=stat.st_mtime_ns,
@@ -107,14 +104,6 @@ def decode_jpegs(jpegs: Sequence[bytes]) -> torch.Tensor:
     return torch.stack(decode_jpeg(encoded, mode=ImageReadMode.RGB))
 
 
-def psnr(frames: torch.Tensor, decoded: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels, at most 100 (for equal ones)."""
-    error = sum(
-        (a.float() - b.float()).square().mean().item() for a, b in zip(frames, decoded, strict=True)
-    ) / len(frames)
-    return float(10 * np.log10(255**2 / max(error, 255**2 / 1e10)))
-
-
 class FrameStore(ClipSource):
     """A finished store, for reading.
 
@@ -125,7 +114,7 @@ class FrameStore(ClipSource):
     - ``frame_bytes`` and ``frame_crc32``, uint32 [frames]: length and checksum of each;
     - ``first_frame`` and ``first_byte``, int64 [clips]: where a clip starts in these, in ``jpeg``;
     - ``num_frames``, int64 [clips], and ``name``, the clip's;
-    - ``source`` and ``source_…``: what it was made from; ``psnr``: its loss. See `PackedClip`.
+    - ``source`` and ``source_…``: what it was made from, see `PackedClip`.
 
     The index is read once; frames are then read from the file by their offset, without HDF5, whose
     handles do not survive a fork. Nothing stays open. A file that was extended meanwhile has its
@@ -242,7 +231,7 @@ def _read_clips(file) -> dict[str, PackedClip]:
         "lengths": np.split(file["frame_bytes"][:], starts),
         "checksums": np.split(file["frame_crc32"][:], starts),
         "source": file["source"].asstr()[:],
-        **{f: file[f][:].tolist() for f in ("psnr", "source_bytes", "source_mtime_ns")},
+        **{f: file[f][:].tolist() for f in ("source_bytes", "source_mtime_ns")},
         "first_byte": (file["jpeg"].id.get_offset() + file["first_byte"][:]).tolist(),
     }
     rows = zip(*columns.values(), strict=True)
@@ -377,7 +366,7 @@ class FrameStoreWriter:
         counts = np.array([len(clip.lengths) for clip in clips], np.int64)
         first_byte = sizes.cumsum() - sizes
         text = h5py.string_dtype()
-        types = {"name": text, "source": text, "psnr": "f8"}
+        types = {"name": text, "source": text}
         with open_hdf5(path, "w", libver=("v110", "v110")) as file:
             file.attrs.update(self._settings)
             jpeg = file.create_dataset("jpeg", (sizes.sum(),), "u1")
@@ -391,7 +380,7 @@ class FrameStoreWriter:
             file["first_byte"] = first_byte
             file["frame_bytes"] = np.concatenate([clip.lengths for clip in clips])
             file["frame_crc32"] = np.concatenate([clip.checksums for clip in clips])
-            for name in ("name", "psnr", "source", "source_bytes", "source_mtime_ns"):
+            for name in ("name", "source", "source_bytes", "source_mtime_ns"):
                 values = [getattr(clip, name) for clip in clips]
                 file.create_dataset(name, data=values, dtype=types.get(name, "i8"))
 

@@ -27,7 +27,6 @@ from modules.torch_files import is_plain, load_tensors
 logger = logging.getLogger("propy.trained")
 
 FORMAT = "propy-3"
-WITHOUT_CONFIG = "propy-2"  # written before checkpoints held their configuration
 # Settings that the shapes of a checkpoint's tensors show.
 SEEN_IN_TENSORS = {"num_prompts", "adapter_channels", "adapter_kernel", "num_adapter_layers"}
 NOT_FINITE = "has values that are not finite"
@@ -51,8 +50,8 @@ def load_propy(
     """The model of a checkpoint, in evaluation mode; needs none of its run's flags.
 
     Args:
-        checkpoint: of this program or of the authors'. Files without a configuration get what can
-            be read off their tensors, the published setting else, and a warning.
+        checkpoint: of this program or of the authors'. Theirs hold no configuration, and get what
+            can be read off the tensors, the published setting else, and a warning.
         clip_weights: name, file or content; by default what the checkpoint names.
         trust_archive: see ``models.clip_weights.read_weights``.
 
@@ -73,7 +72,7 @@ def load_propy(
 def read_checkpoint(path: Path | str) -> dict:
     """The content of a checkpoint; ``state_dict`` under this program's names and of plain tensors.
 
-    ModelError: no such file, not a checkpoint, a damaged one, or one of a newer version.
+    ModelError: no such file, not a checkpoint, a damaged one, or one of another version.
     """
     path = Path(path)
     if path.is_dir():
@@ -87,10 +86,10 @@ def read_checkpoint(path: Path | str) -> dict:
         raise ModelError(f"{path}: not a readable checkpoint: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise ModelError(f"{path}: not a checkpoint: it has no 'state_dict'")
-    if not is_from_authors(content) and content["format"] not in (FORMAT, WITHOUT_CONFIG):
+    if not is_from_authors(content) and content["format"] != FORMAT:
         raise ModelError(
-            f"{path}: its format is {str(content['format'])[:40]!r}, this program knows {FORMAT} "
-            f"and {WITHOUT_CONFIG}: it was written by a newer version; update this checkout"
+            f"{path}: its format is {str(content['format'])[:40]!r}, this program's {FORMAT}: use "
+            "the revision of this program that wrote it (args.json beside it says which)"
         )
     state = {}
     for name, tensor in content["state_dict"].items():
@@ -143,9 +142,6 @@ def check_config(content: Mapping, model: ProPy) -> None:
     # What a file does not name was written when there was no other setting than the published one.
     published = {f.name: f.default for f in fields(model.config) if f.name not in SEEN_IN_TENSORS}
     theirs = published | content.get("config", {})
-    if "num_adapter_layers" in theirs:  # early files of this format name more than there are
-        layers = model.clip.sizes.vision_layers
-        theirs["num_adapter_layers"] = min(theirs["num_adapter_layers"], layers)
     different = [
         f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
         for name in theirs
@@ -153,13 +149,8 @@ def check_config(content: Mapping, model: ProPy) -> None:
     ]
     if different:
         raise ModelError(f"trained with {'; '.join(different)}: give the same settings")
-    if is_from_authors(content):
-        return
-    if "config" in content:
-        theirs_pyramid = PromptPyramid.from_config(theirs["pyramid"]).proposals
-    else:
-        theirs_pyramid = content["proposals"]
-    if not theirs_pyramid.equal(model.pyramid.proposals):
+    pyramid = None if is_from_authors(content) else PromptPyramid.from_config(theirs["pyramid"])
+    if pyramid and not pyramid.proposals.equal(model.pyramid.proposals):
         raise ModelError(
             "trained with another pyramid, whose events cover other parts of a video: give the "
             "same --pyr_config_path as in the run's args.json"
@@ -210,14 +201,14 @@ def backbone_fingerprint(clip: nn.Module) -> str:
 
 
 def _config_of(content: Mapping) -> ProPyConfig:
-    """The configuration in a file, or what its tensors and its run's flags say of it."""
-    if "config" in content:
+    """The configuration in a file, or what the tensors of the authors' say of it."""
+    if not is_from_authors(content):
         known = {field.name for field in fields(ProPyConfig)}
         unknown = set(content["config"]) - known
         if unknown:
             raise ModelError(f"unknown settings {', '.join(sorted(unknown))}: a newer version's")
         return ProPyConfig(**content["config"])
-    state, args = content["state_dict"], content.get("args", {})
+    state = content["state_dict"]
     layers = len({name.split(".")[1] for name in state if name.startswith("adapters.")})
     sizes = {"num_adapter_layers": layers}
     try:
@@ -225,23 +216,15 @@ def _config_of(content: Mapping) -> ProPyConfig:
         if layers:
             channels, _, kernel, _ = state["adapters.0.conv.weight"].shape
             sizes |= {"adapter_channels": channels, "adapter_kernel": kernel}
-        num_events = len(state["prompts.event_prompts"])
+        events = len(state["prompts.event_prompts"])
     except (KeyError, ValueError, IndexError) as error:
         raise ModelError(f"not the weights of a ProPy: {error}") from None
-    named = args.get("pyr_config_path")  # on the machine that trained it
-    here = named is not None and Path(named).is_file()
-    pyramid = PromptPyramid.from_config(named if here else PUBLISHED_PYRAMID)
-    if pyramid.num_events != num_events:
+    if events != PromptPyramid.from_config(PUBLISHED_PYRAMID).num_events:
         raise ModelError(
-            f"it has {num_events} events, and its pyramid ({named or 'not named'}) is not here: "
-            "load it with build_model(…, pyramid) and load_checkpoint"
+            f"its {events} events are not those of the published pyramid: load it with "
+            "build_model(…, pyramid) and load_checkpoint"
         )
-    config = ProPyConfig(
-        pyramid=pyramid.config,
-        max_words=args.get("max_words", ProPyConfig.max_words),
-        clip_name=args.get("pretrained_clip_name", ProPyConfig.clip_name),
-        **sizes,
-    )
+    config = ProPyConfig(**sizes)
     logger.warning(
         "the checkpoint holds no configuration: sizes are those of its tensors, everything else is "
         "the published setting, max_words %d among it",
@@ -252,11 +235,10 @@ def _config_of(content: Mapping) -> ProPyConfig:
 
 def _differences(content: Mapping, model: ProPy) -> list[str]:
     """Where the model reads more or less of a video or a sentence than in its training."""
-    before = {"rank_readout": ProPyConfig.readout}
-    before |= content.get("facts", {}) | content.get("args", {})
-    if config := content.get("config"):
-        before = {"frames of a video": config["pyramid"]["Nf"], "max_words": config["max_words"]}
-        before["rank_readout"] = config.get("rank_readout", ProPyConfig.readout)
+    config = content.get("config", {})
+    before = {"rank_readout": config.get("rank_readout", ProPyConfig.readout)}
+    if config:
+        before |= {"frames of a video": config["pyramid"]["Nf"], "max_words": config["max_words"]}
     now = {"frames of a video": model.pyramid.num_frames, "max_words": model.config.max_words}
     now["rank_readout"] = model.config.rank_readout
     return [

@@ -145,7 +145,7 @@ def pack(
 
 
 def summarise(store: FrameStore) -> None:
-    """Read everything again, then print sizes and loss."""
+    """Read everything again, then print sizes."""
     clips = list(store.clips.values())
     for name in tqdm(store.clips, desc="verify", unit="clip", dynamic_ncols=True):
         store.jpegs(name)
@@ -153,14 +153,11 @@ def summarise(store: FrameStore) -> None:
     jpegs = sum(int(clip.lengths.sum()) for clip in clips)
     sources = sum(clip.source_bytes for clip in clips)
     whole = store.path.stat().st_size
-    worst = min(clips, key=lambda clip: clip.psnr)
     print(
         f"{store.path}: {len(clips):,} clips, {frames:,} frames of {store.size}×{store.size},"
         f" quality {store.quality}, all checksums right\n"
         f"{whole / 2**30:.3g} GiB, {jpegs / frames / 1024:.1f} KiB a frame, {whole / sources:.2f}"
-        f" times the clips' own files\n"
-        f"PSNR {sum(clip.psnr for clip in clips) / len(clips):.1f} dB in the mean of the clips,"
-        f" lowest {worst.psnr:.1f} dB ({worst.name})"
+        " times the clips' own files"
     )
 
 

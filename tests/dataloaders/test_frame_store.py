@@ -22,7 +22,7 @@ from dataloaders.annotations import Video
 from dataloaders.clips import VideoFolder
 from dataloaders.datasets import EvaluationLoader, LoaderConfig
 from dataloaders.ffmpeg import write_video
-from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip, psnr
+from dataloaders.frame_store import FrameStore, FrameStoreWriter, pack_clip
 from dataloaders.video import load_every_frame
 from scripts.data import pack_frames
 from tests.corpus import TRAIN, TinyRun, annotate, in_process, moving_noise
@@ -82,6 +82,11 @@ def store(video_dir, tmp_path_factory) -> FrameStore:
     return make_store(tmp_path_factory.mktemp("store") / "frames.h5", video_dir)
 
 
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Root of the mean squared difference, of 255."""
+    return (ours.float() - theirs.float()).square().mean().sqrt().item()
+
+
 @pytest.mark.parametrize("num_frames", [1, 8, 32, 250])
 @pytest.mark.parametrize("seed", [None, 3])
 def test_frames_are_those_of_the_video_folder(video_dir, store, num_frames, seed):
@@ -96,7 +101,7 @@ def test_frames_are_those_of_the_video_folder(video_dir, store, num_frames, seed
         assert theirs.shape == ours.shape == (num_frames, 3, SIZE, SIZE)
         assert theirs.is_contiguous()
         # The neighbours of a frame are far less like it than its JPEG is.
-        assert min(psnr(a[None], b[None]) for a, b in zip(ours, theirs, strict=True)) > 35
+        assert all(apart(a, b) < 4.5 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_what_is_stored_is_what_the_clip_has(video_dir, store):
@@ -105,7 +110,7 @@ def test_what_is_stored_is_what_the_clip_has(video_dir, store):
         every = load_every_frame(path, SIZE)
         assert len(clip.lengths) == store.probe(clip.name, SIZE) == LENGTHS[clip.name] == len(every)
         loaded = store.load(clip.name, len(every), SIZE)
-        assert psnr(every, loaded) == pytest.approx(clip.psnr, abs=1e-6)
+        assert apart(every, loaded) < 4.5
         assert clip.same_source(path)
         assert clip.source == path.name
 
@@ -142,7 +147,7 @@ def test_a_store_is_extended_and_changed_clips_are_packed_again(video_dir, tmp_p
     assert store.probe("long", SIZE) == 1
     assert torch.equal(store.load("long", 1, SIZE), store.load("one", 1, SIZE))
     expected = load_every_frame(folder / "few.mp4", SIZE)
-    assert psnr(store.load("few", 5, SIZE), expected) > 35
+    assert apart(store.load("few", 5, SIZE), expected) < 4.5
     assert store.clips["few"].same_source(folder / "few.mp4")
     assert path.stat().st_size < size  # nothing is left of what was replaced
 

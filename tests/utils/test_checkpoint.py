@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import random
@@ -17,7 +16,6 @@ import torch
 from models import load_propy
 from models.authors import convert_authors_state
 from modules import ModelError
-from modules.pyramid import PromptPyramid
 from tests.golden_model import GoldenModel, inputs
 from utils import RunError
 from utils.training.checkpoint import load_checkpoint, save_checkpoint
@@ -157,8 +155,8 @@ NO_TENSOR = r"'clip\.visual\.proj' is not a plain tensor"
         (lambda c: c.pop("backbone"), "not a checkpoint of this program: KeyError"),
         (lambda c: c.update(epoch="3"), "numbers of epochs and steps .* are damaged"),
         (lambda c: c.update(global_step=None), "numbers of epochs and steps .* are damaged"),
-        (lambda c: c.update(format="propy-99"), "'propy-99'.* newer version"),
-        (lambda c: c.update(format=None), "newer version"),
+        (lambda c: c.update(format="propy-99"), "'propy-99', this program's propy-3"),
+        (lambda c: c.update(format=None), "its format is 'None'"),
         (lambda c: c["config"].update(readout="other"), "trained with readout 'other', not 'max'"),
         (lambda c: c["config"].update(pyramid={"Nf": 8, "H": [[2, 1], [7, 1]]}),
          "trained with another pyramid"),
@@ -319,36 +317,16 @@ def test_not_a_checkpoint(golden, tmp_path) -> None:
             load_checkpoint(wrong, model)
 
 
-def without_config(content: dict) -> None:
-    """As before checkpoints held their configuration."""
-    content["format"] = "propy-2"
-    content["proposals"] = PromptPyramid.from_config(content.pop("config")["pyramid"]).proposals
-
-
-@pytest.mark.parametrize("change", [lambda _: None, without_config])
-def test_a_checkpoint_opens_without_its_flags(golden, tmp_path, change) -> None:
+def test_a_checkpoint_opens_without_its_flags(golden, tmp_path) -> None:
     torch.save(golden.clip_state(), tmp_path / "clip.pt")
-    (tmp_path / "pyramid.json").write_text(json.dumps(golden.config["pyramid"]))
-    flags = {
-        "pyr_config_path": str(tmp_path / "pyramid.json"),
-        "pretrained_clip_name": str(tmp_path / "clip.pt"),
-        "max_words": 9,
-    }
     model, *rest = trained(golden)
-    model.config = replace(
-        model.config,
-        clip_name=flags["pretrained_clip_name"],
-        max_words=9,
-        clip_seconds=30.5,
-        num_adapter_layers=len(model.adapters),
-    )
-    save_checkpoint(tmp_path / "c", model, *rest, Progress(args=flags))
-    rewrite(tmp_path / "c", change)
+    settings = {"clip_name": str(tmp_path / "clip.pt"), "max_words": 9, "clip_seconds": 30.5}
+    model.config = replace(model.config, **settings)
+    save_checkpoint(tmp_path / "c", model, *rest, Progress())
     opened = load_propy(tmp_path / "c")
     for name, tensor in model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], tensor), name
-    seconds = 30.5 if change is not without_config else None
-    assert opened.config == replace(model.config, clip_seconds=seconds)
+    assert opened.config == model.config
     assert not opened.training
 
 
@@ -358,27 +336,15 @@ def test_a_checkpoint_opens_without_its_flags(golden, tmp_path, change) -> None:
         (lambda c: c["config"].update(adapter_kernel=4), "kernel size must be odd"),
         (lambda c: c["config"].update(num_prompts="many"), "TypeError"),
         (lambda c: c.pop("global_step"), "KeyError: 'global_step'"),
-        (without_config, "8 events, and its pyramid .*/elsewhere.json.* is not here"),
+        (lambda c: c.pop("config"), "KeyError: 'config'"),
     ],
 )
 def test_a_damaged_checkpoint_does_not_open(golden, tmp_path, change, message: str) -> None:
-    path, args = tmp_path / "wrong.pth.tar", {"pyr_config_path": "/elsewhere.json"}
-    save_checkpoint(path, *trained(golden), Progress(args=args))
+    path = tmp_path / "wrong.pth.tar"
+    save(path, trained(golden))
     rewrite(path, change)
     with pytest.raises(ModelError, match=rf"wrong\.pth\.tar: .*{message}"):
         load_propy(path, golden.clip_state())
-
-
-def test_an_old_checkpoint_of_another_machine_opens(tmp_path, caplog) -> None:
-    """Its pyramid's file is not there: it is the published one, as the events' proposals prove."""
-    golden = GoldenModel.read("small224")
-    path = tmp_path / "c"
-    args = {"pyr_config_path": "/elsewhere/cfg_32.json", "max_words": 64}
-    facts = {"frames of a video": "16"}  # for the warning
-    save_checkpoint(path, *trained(golden), Progress(args=args, facts=facts))
-    rewrite(path, without_config)
-    assert load_propy(path, golden.clip_state()).config.max_words == 64
-    assert "trained with frames of a video 16, but is used with 32" in caplog.text
 
 
 def test_the_authors_checkpoint_opens_with_the_published_setting(tmp_path, caplog) -> None:
@@ -391,3 +357,7 @@ def test_the_authors_checkpoint_opens_with_the_published_setting(tmp_path, caplo
     load_checkpoint(path, model)
     with torch.no_grad():
         assert torch.equal(opened.encode_video(frames), model.eval().encode_video(frames))
+    of_eight_events = GoldenModel.read("m3")
+    path = of_eight_events.write_authors_checkpoint(tmp_path / "other.pth.tar")
+    with pytest.raises(ModelError, match=r"other\.pth\.tar: its 8 events .* build_model"):
+        load_propy(path, of_eight_events.clip_state())
