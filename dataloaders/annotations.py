@@ -32,7 +32,10 @@ MAX_SECONDS = 1e15  # what is more was never a time
 MAX_NAME = 250  # bytes of a video name: file systems end at 255, ".mp4" included
 
 # What some queries do, for a warning, and what becomes of it.
-NEVER_HIT = "have a window that {}, which no prediction can hit; they stay as they are"
+NEVER_HIT = (
+    "have a window that is reversed, without length or after the end of the video, which no "
+    "prediction can hit; they stay as they are"
+)
 OTHER_DURATION = "give their video another duration than its first line, which counts for the video"
 
 
@@ -137,8 +140,8 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
             first = line_of_id.setdefault(str(query.desc_id), number)
             if first != number:
                 wrong.append(f"desc_id: {query.desc_id!r} is also on line {first}: make it unique")
-            for reason in sorted(_reasons_never_hit(query)):
-                odd[NEVER_HIT.format(reason)].append(f"{path}:{number}")
+            if any(end <= start or start >= query.duration for start, end in query.windows or ()):
+                odd[NEVER_HIT].append(f"{path}:{number}")
             known, first = duration_of.setdefault(query.vid_name, (query.duration, number))
             difference = abs(query.duration - known)
             if difference > TIME_TOLERANCE:
@@ -166,18 +169,6 @@ def read_annotations(path: str | Path, called: Path | None = None) -> list[Query
     for what, places in odd.items():
         logger.warning("%d of %d queries %s:\n%s", len(places), len(queries), what, listed(places))
     return queries
-
-
-def _reasons_never_hit(query: Query) -> set[str]:
-    reasons = set()
-    for start, end in query.windows or ():
-        if end < start:
-            reasons.add("ends before it starts")
-        elif end == start:
-            reasons.add("has no length")
-        elif start >= query.duration:
-            reasons.add("lies after the end of its video")
-    return reasons
 
 
 # How original files begin; TVR's have our form.

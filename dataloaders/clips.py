@@ -32,7 +32,7 @@ def missing_names(
     names: Sequence[str], present: Collection[str], ending: str = ""
 ) -> dict[str, str]:
     """Which names are not among those present, in order, each with what there is to say of it: also
-    what is there under a name that is easily confused with it, and the remedy.
+    what is there under a name that is easily confused with it.
 
     Args:
         names: of videos.
@@ -40,11 +40,16 @@ def missing_names(
     """
     missing = [name for name in names if name + ending not in present]
     alike = {_alike(name): name for name in sorted(present, reverse=True)} if missing else {}
-    found = {name: alike[_alike(name)] for name in missing if _alike(name) in alike}
-    return dict.fromkeys(missing, "missing") | {
-        name: f"missing, but {other!r} is there: {_remedy(name, other)}"
-        for name, other in found.items()
-    }
+    said = dict.fromkeys(missing, "missing")
+    for name in missing:
+        if other := alike.get(_alike(name)):
+            pair = other, name + ending
+            if len({unicodedata.normalize("NFC", one) for one in pair}) == 1:
+                pair = map(ascii, pair)  # they look the same
+            found, wanted = pair
+            remedy = "correct vid_name, rename the file, or prepare it"
+            said[name] += f", but {found} is there, not {wanted}: {remedy}"
+    return said
 
 
 def _alike(name: str) -> str:
@@ -52,19 +57,6 @@ def _alike(name: str) -> str:
     while ending := VIDEO_ENDING.search(name):
         name = name[: ending.start()]
     return unicodedata.normalize("NFC", name.casefold())
-
-
-def _remedy(vid_name: str, found: str) -> str:
-    wanted, theirs = (unicodedata.normalize("NFC", name) for name in (vid_name, found))
-    if found != vid_name and theirs in (wanted, f"{wanted}.mp4"):
-        return "the same letters in another Unicode normal form; rename one of the two"
-    if VIDEO_ENDING.search(vid_name):
-        return "write vid_name without the ending"
-    if not VIDEO_ENDING.search(found):
-        return "write vid_name so"
-    if found.casefold().endswith(".mp4"):
-        return f"rename it to '{vid_name}.mp4'"
-    return "make a clip of it with `bash scripts/prepare.sh`"
 
 
 class ClipSource(ABC):

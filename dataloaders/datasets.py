@@ -37,7 +37,7 @@ def check_batch_size(split: Split, batch_size: int) -> None:
     if batch_size < 2:
         raise DataError(
             f"--batch_size {batch_size}: a video alone in a batch has none to be told from, so "
-            "nothing is trained: at least 2"
+            "nothing is trained: at least 2. Less memory takes --gradient_accumulation_steps"
         )
     if batch_size > len(split.videos):
         raise DataError(

@@ -36,14 +36,7 @@ from dataloaders import DataError
 PREPARED_FPS = 3
 PREPARED_SHORT_SIDE = 224
 
-# Every frame of a prepared clip is a key frame. Measured on real clips of 398x224 at 3 fps: CPU
-# time to fetch 32 evenly spaced frames with decord (best of 12), against size in KiB per frame:
-#   key frame every      1         4         8        12       250
-#   30 s (92 frames)    44 ms     85 ms     59 ms     56 ms     46 ms
-#   152 s (456)         89 ms    144 ms    168 ms    193 ms    236 ms
-#   304 s (912)        149 ms    204 ms    219 ms    283 ms    490 ms
-#   KiB (152 s)         8.2       7.0       6.2       6.0       5.5
-# Half as much again on the disk buys reading that is 2.7 to 3.3 times as fast on long clips.
+# Every frame of a prepared clip is a key frame: what that costs and buys, dataloaders/README.md says.
 H264_ARGUMENTS = [
     *("-c:v", "libx264", "-preset", "medium", "-crf", "23", "-pix_fmt", "yuv420p"),
     *("-g", "1"),

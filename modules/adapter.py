@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from modules import ModelError
 from modules.linear import Linear
 
 
@@ -18,13 +19,13 @@ class TemporalAdapter(nn.Module):
         kernel_size: k frames, odd; zeros are padded at both ends of the video.
 
     Raises:
-        ValueError: an even kernel, which would shift the frames.
+        ModelError: an even kernel, which would shift the frames.
     """
 
     def __init__(self, width: int, channels: int, kernel_size: int) -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"temporal kernel size must be odd and positive: {kernel_size}")
+            raise ModelError(f"--temp_kernel_sz must be odd and positive: {kernel_size}")
         self.fc1 = Linear(width, channels)
         self.conv = nn.Conv2d(
             channels, channels, (kernel_size, 1), padding=(kernel_size // 2, 0), groups=channels

@@ -116,27 +116,24 @@ def test_an_id_may_be_used_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ts", "reason"),
+    ("ts", "never_hit"),
     [
-        ([8, 7], "ends before it starts"),
-        ([3, 3], "has no length"),
-        ([30.5, 40], "lies after the end"),
-        ([[1, 2], [31, 32]], "lies after the end"),
-        ([30.4, 40], None),
-        ([0, 1e-9], None),
+        ([8, 7], True),
+        ([3, 3], True),
+        ([30.5, 40], True),
+        ([[1, 2], [31, 32]], True),
+        ([30.4, 40], False),
+        ([0, 1e-9], False),
     ],
 )
-def test_windows_that_nothing_can_hit_are_kept_and_listed(tmp_path, caplog, ts, reason):
+def test_windows_that_nothing_can_hit_are_kept_and_listed(tmp_path, caplog, ts, never_hit):
     # ActivityNet Captions and Charades-STA have some in their training files.
     path = write(tmp_path, line(), line(desc_id=2, ts=ts))
     windows = ts if isinstance(ts[0], list) else [ts]
     with caplog.at_level(logging.WARNING):
         assert read_annotations(path)[1].windows == tuple(map(tuple, windows))
-    if reason is None:
-        assert not caplog.text
-    else:
-        assert f"1 of 2 queries have a window that {reason}" in caplog.text
-        assert f"{path}:2" in caplog.text
+    told = ("1 of 2 queries have a window that" in caplog.text, f"{path}:2" in caplog.text)
+    assert told == (never_hit, never_hit) and bool(caplog.text) == never_hit
 
 
 @pytest.mark.parametrize(("other", "what"), [(30.5009, ""), (30.6, "warned"), (31.5, "warned"),

@@ -333,7 +333,7 @@ def test_a_checkpoint_opens_without_its_flags(golden, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["config"].update(adapter_kernel=4), "kernel size must be odd"),
+        (lambda c: c["config"].update(adapter_kernel=4), "--temp_kernel_sz must be odd"),
         (lambda c: c["config"].update(num_prompts="many"), "TypeError"),
         (lambda c: c.pop("global_step"), "KeyError: 'global_step'"),
         (lambda c: c.pop("config"), "KeyError: 'config'"),
