@@ -36,7 +36,7 @@ from dataloaders import DataError
 PREPARED_FPS = 3
 PREPARED_SHORT_SIDE = 224
 
-# Every frame of a prepared clip is a key frame: what that costs and buys, dataloaders/README.md says.
+# Every frame is a key frame: dataloaders/README.md says what that costs and buys.
 H264_ARGUMENTS = [
     *("-c:v", "libx264", "-preset", "medium", "-crf", "23", "-pix_fmt", "yuv420p"),
     *("-g", "1"),

@@ -25,7 +25,7 @@ from utils import SearchError
 from utils.search import VideoIndex
 from utils.search.engine import StoredEvents, rank_moments, rank_videos
 from utils.search.index import Storage, current, new_token
-from utils.search.lance import LanceIndex, _table
+from utils.search.lance import LanceIndex, event_table
 from utils.search.video_index import open_storage
 
 
@@ -138,7 +138,7 @@ def test_orphans_go_when_they_are_old(tmp_path: Path, monkeypatch) -> None:
     corpus.fill(storage, 3)
     left = corpus.draw("left.mp4")
     count = storage._latest("events").count_rows()
-    storage._change("events", lambda t: t.add(_table(t, corpus.events[left.id])))
+    storage._change("events", lambda t: t.add(event_table(corpus.events[left.id])))
     storage.optimize()  # it may be another indexer's
     assert storage._latest("events").count_rows() == count + N_E
     monkeypatch.setattr("utils.search.lance.ORPHANED_AFTER", -1)

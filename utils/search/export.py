@@ -9,7 +9,8 @@ import numpy as np
 
 from utils import SearchError
 from utils.files import atomic_write
-from utils.search.index import COLUMNS, Entry, Events, Storage
+from utils.search.index import Entry, Storage
+from utils.search.lance import event_schema, event_table
 
 WRITERS = {".parquet", ".arrow"}
 
@@ -25,25 +26,13 @@ def export_events(storage: Storage, entries: Mapping[str, Entry], output: Path) 
     import pyarrow as pa
     import pyarrow.parquet
 
-    vector = pa.list_(pa.float32(), storage.model["width"])
-    types = [pa.string(), pa.int32(), pa.int16(), pa.int8(), pa.float32(), pa.float32()]
-    fields = [("path", pa.string()), *zip(COLUMNS, types, strict=True), ("vector", vector)]
-    schema = pa.schema(fields)
+    schema = event_schema(storage.model["width"]).insert(0, pa.field("path", pa.string()))
     open_writer = pa.parquet.ParquetWriter if output.suffix == ".parquet" else pa.ipc.new_file
     count = 0
     with atomic_write(output) as part, open_writer(str(part), schema) as writer:
         for piece in storage.vectors():
             own = piece.take(np.array([token in entries for token in piece.video], dtype=bool))
-            writer.write_table(_table(own, entries, schema))
+            paths = pa.array([entries[token].path for token in own.video], pa.string())
+            writer.write_table(event_table(own).add_column(0, "path", paths))
             count += len(own)
     return count
-
-
-def _table(rows: Events, entries: Mapping[str, Entry], schema):
-    import pyarrow as pa
-
-    vectors = np.ascontiguousarray(rows.vectors, np.float32).ravel()
-    columns = [pa.array([entries[token].path for token in rows.video], pa.string())]
-    columns += [pa.array(getattr(rows, x).tolist(), schema.field(x).type) for x in COLUMNS]
-    columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors), rows.vectors.shape[1]))
-    return pa.table(columns, schema=schema)

@@ -59,13 +59,11 @@ class LanceIndex:
         self._connect()
         for name in ("model", "videos", "events") if replace else ():  # without model: no index
             self._db.drop_table(name, ignore_missing=True)
-        vector = pa.list_(pa.float32(), model["width"])
-        types = [pa.string(), pa.int32(), pa.int16(), pa.int8(), pa.float32(), pa.float32()]
-        events = [("vector", vector), *zip(COLUMNS, types, strict=True)]
         kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
         videos = [(field.name, kinds[field.type]) for field in fields(Entry)]
-        for name, columns in {"events": events, "videos": videos}.items():
-            self._db.create_table(name, schema=pa.schema(columns), exist_ok=True)
+        schemas = {"events": event_schema(model["width"]), "videos": pa.schema(videos)}
+        for name, schema in schemas.items():
+            self._db.create_table(name, schema=schema, exist_ok=True)
         row = [{"format": FORMAT, "model": json.dumps(model)}]
         with contextlib.suppress(ValueError):  # another process was quicker
             self._db.create_table("model", row)
@@ -82,7 +80,8 @@ class LanceIndex:
     def add(self, entry: Entry, events: Events | None, replaced: Sequence[Entry] = ()) -> None:
         check_unchanged(self.uri, self.model, self._read_model())
         if events is not None:
-            self._change("events", lambda table: table.add(_table(table, events)))
+            rows = event_table(events)
+            self._change("events", lambda table: table.add(rows))
         self._change("videos", lambda table: table.add([asdict(entry)]))
         self._remove(replaced, keep={entry.id})
 
@@ -168,10 +167,8 @@ class LanceIndex:
         raise AssertionError
 
     def _latest(self, name: str) -> lancedb.table.Table:
-        try:
+        with self._refused("cannot be read"):
             self._tables[name].checkout_latest()
-        except (OSError, RuntimeError, ValueError) as error:
-            raise SearchError(f"{self.uri}: cannot be read: {_first(error)}") from error
         return self._tables[name]
 
     def _connect(self) -> None:
@@ -179,29 +176,22 @@ class LanceIndex:
             import lancedb
         except ImportError as error:
             raise SearchError(f"{self.uri}: {INSTALL}requirements-search.txt` ({error})") from None
-        try:
+        with self._refused("cannot be opened"):
             self._db = lancedb.connect(self.uri)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise SearchError(f"{self.uri}: cannot be opened: {_first(error)}") from error
-
-    def _there(self) -> list[str]:
-        try:
-            return list(self._db.list_tables().tables)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise SearchError(f"{self.uri}: cannot be read: {_first(error)}") from error
 
     def _open(self) -> None:
-        if not {"model", "videos", "events"} <= set(self._there()):
-            return
-        self._open_tables()
-        self.model = self._read_model()
+        with self._refused("cannot be read"):
+            found = set(self._db.list_tables().tables)
+        if {"model", "videos", "events"} <= found:
+            self._open_tables()
+            self.model = self._read_model()
 
     def _open_tables(self) -> None:
-        with self._damaged():
+        with self._refused("damaged, index again"):
             self._tables = {name: self._db.open_table(name) for name in ("videos", "events")}
 
     def _read_model(self) -> dict:
-        with self._damaged():
+        with self._refused("damaged, index again"):
             row = self._db.open_table("model").to_arrow().to_pylist()[0]
         if row["format"] != FORMAT:
             raise SearchError(
@@ -211,22 +201,31 @@ class LanceIndex:
         return json.loads(row["model"])
 
     @contextlib.contextmanager
-    def _damaged(self) -> Iterator[None]:
+    def _refused(self, what: str) -> Iterator[None]:
+        """LanceDB's errors in the block, in these words."""
         try:
             yield
         except (OSError, RuntimeError, ValueError, IndexError) as error:
-            raise SearchError(f"{self.uri}: damaged: {_first(error)}: index again") from error
+            raise SearchError(f"{self.uri}: {what}: {_first(error)}") from error
 
 
-def _table(table: lancedb.table.Table, events: Events) -> pa.Table:
+def event_schema(width: int) -> pa.Schema:
+    """Columns of events with vectors of that many float32."""
     import pyarrow as pa
 
-    width = events.vectors.shape[1]
+    types = [pa.string(), pa.int32(), pa.int16(), pa.int8(), pa.float32(), pa.float32()]
+    vector = pa.list_(pa.float32(), width)
+    return pa.schema([("vector", vector), *zip(COLUMNS, types, strict=True)])
+
+
+def event_table(events: Events) -> pa.Table:
+    import pyarrow as pa
+
+    schema = event_schema(events.vectors.shape[1])
     vectors = np.ascontiguousarray(events.vectors, dtype=np.float32)
-    columns = [pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)]
-    columns += [pa.array(getattr(events, name).tolist(), table.schema.field(name).type)
-                for name in COLUMNS]  # fmt: skip
-    return pa.table(columns, names=["vector", *COLUMNS])
+    columns = [pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])]
+    columns += [pa.array(getattr(events, x).tolist(), schema.field(x).type) for x in COLUMNS]
+    return pa.table(columns, schema=schema)
 
 
 def _events(rows: pa.Table, **more: np.ndarray) -> Events:

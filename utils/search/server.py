@@ -29,6 +29,23 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+)
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from dataloaders import DataError
 from modules import ModelError
 from utils import SearchError
@@ -36,11 +53,6 @@ from utils.search.hits import FAILED, Hit, Video
 from utils.search.preview import MAX_CLIP_SECONDS, BusyError, Previews
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
     from utils.search import VideoIndex
 
 logger = logging.getLogger("propy.search.server")
@@ -83,8 +95,6 @@ def serve(
     Raises:
         SearchError: nothing can be served there, or the token is too short.
     """
-    import uvicorn
-
     alone = host in LOOPBACK
     if token is None and not alone:
         token = secrets.token_urlsafe(16)
@@ -158,12 +168,6 @@ def make_app(
         token: as in `serve`.
         names: hosts that requests may name.
     """
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.routing import Route
-
     site = Site(index)
     routes = [
         Route("/", site.page),
@@ -211,8 +215,6 @@ class Headers:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.datastructures import MutableHeaders
-
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -231,8 +233,6 @@ class Guard:
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.requests import Request
-
         if scope["type"] == "http":
             answer = self._answer(Request(scope))
             if answer is not None:
@@ -241,8 +241,6 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _answer(self, request: Request) -> Response | None:
-        from starlette.responses import RedirectResponse
-
         if request.method not in ("GET", "HEAD"):
             return _said(405, "only GET", {"allow": "GET, HEAD"})
         site = request.headers.get("sec-fetch-site", "none")
@@ -301,17 +299,13 @@ class Site:
             logger.warning("%s", error)  # the first search says it again
 
     async def page(self, _: Request) -> Response:
-        from starlette.responses import HTMLResponse
-
         return HTMLResponse(self._html, headers={"cache-control": "no-cache"})
 
     async def search(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
         query = _query(request)
         by = request.query_params.get("by", "moments")
         if by not in ("moments", "videos"):
-            raise _error(400, "by: moments or videos")
+            raise HTTPException(400, "by: moments or videos")
         k = _number(request.query_params.get("k", "24"), "k", 1, MAX_K)
         folder = request.query_params.get("in", "")[:4096]
         within = glob.escape(folder) + "/*" if folder else None
@@ -321,21 +315,15 @@ class Site:
         return JSONResponse({**answer, "hits": hits})
 
     async def timeline(self, request: Request) -> Response:
-        from starlette.responses import JSONResponse
-
         query, video, _ = _query(request), *await self._file(request)
         moments = await self._score(lambda: self._index.timeline(query, video.id))
         return JSONResponse({"events": [[m.start, m.end, m.score, m.level] for m in moments]})
 
     async def icon(self, _: Request) -> Response:
         """None: the page has its own, but browsers ask for one beside an error."""
-        from starlette.responses import Response
-
         return Response(status_code=204)
 
     async def status(self, _: Request) -> Response:
-        from starlette.responses import JSONResponse
-
         return JSONResponse(await self._look_up(self._status))
 
     def _status(self) -> dict[str, Any]:
@@ -347,8 +335,6 @@ class Site:
         return {**status, "folders": self._folders[1]}
 
     async def video(self, request: Request) -> Response:
-        from starlette.responses import FileResponse
-
         _, path = await self._file(request)
         kind = mimetypes.guess_type(path.name)[0] or ""
         # Whatever its name, a video: never a page of this site.
@@ -356,24 +342,20 @@ class Site:
         return FileResponse(path, media_type=kind, headers={"cache-control": "private, no-cache"})
 
     async def clip(self, request: Request) -> Response:
-        from starlette.responses import FileResponse
-
         video, path = await self._file(request)
         start, end = request.path_params["start"], request.path_params["end"]
         if not 0 < end - start <= MAX_CLIP_SECONDS * 1000 or start > video.duration * 1000:
-            raise _error(400, "no such seconds")
+            raise HTTPException(400, "no such seconds")
         made = await self._preview(
             path, lambda: self._previews.clip(path, start / 1000, end / 1000)
         )
         return FileResponse(made, media_type="video/mp4")
 
     async def thumbnail(self, request: Request) -> Response:
-        from starlette.responses import FileResponse
-
         video, path = await self._file(request)
         seconds = request.path_params["time"] / 1000
         if seconds > video.duration + 1:
-            raise _error(400, "no such second")
+            raise HTTPException(400, "no such second")
         made = await self._preview(path, lambda: self._previews.thumbnail(path, seconds))
         headers = {"cache-control": "private, max-age=3600"}
         return FileResponse(made, media_type="image/jpeg", headers=headers)
@@ -391,7 +373,7 @@ class Site:
 
         found = await self._look_up(look_up)
         if found is None:
-            raise _error(404, GONE)
+            raise HTTPException(404, GONE)
         return found
 
     async def _preview(self, video: Path, ask: Callable[[], Future[Path]]) -> Path:
@@ -402,7 +384,7 @@ class Site:
         except (OSError, DataError) as error:
             if video.exists():
                 raise
-            raise _error(404, GONE) from error
+            raise HTTPException(404, GONE) from error
 
     async def _score(self, work: Callable[[], T]) -> T:
         if self._waiting >= MAX_WAITING:
@@ -473,27 +455,19 @@ def content_policy(html: str) -> str:
 def _query(request: Request) -> str:
     query = " ".join(request.query_params.get("q", "").split())
     if not query:
-        raise _error(400, "say what to look for")
+        raise HTTPException(400, "say what to look for")
     if len(query) > MAX_QUERY:
-        raise _error(400, f"at most {MAX_QUERY} characters")
+        raise HTTPException(400, f"at most {MAX_QUERY} characters")
     return query
 
 
 def _number(text: str, name: str, low: int, high: int) -> int:
     if not re.fullmatch(r"[0-9]{1,6}", text) or not low <= int(text) <= high:
-        raise _error(400, f"{name}: a number from {low} to {high}")
+        raise HTTPException(400, f"{name}: a number from {low} to {high}")
     return int(text)
 
 
-def _error(status: int, said: str) -> Exception:
-    from starlette.exceptions import HTTPException
-
-    return HTTPException(status, said)
-
-
 def _said(status: int, text: str, headers: dict[str, str] | None = None) -> Response:
-    from starlette.responses import JSONResponse
-
     return JSONResponse({"error": text}, status_code=status, headers=headers)
 
 
