@@ -82,11 +82,7 @@ class ClipSource(ABC):
 
     @abstractmethod
     def load(
-        self,
-        name: str,
-        num_frames: int,
-        size: int,
-        generator: np.random.RandomState | None = None,
+        self, name: str, num_frames: int, size: int, generator: np.random.RandomState | None = None
     ) -> torch.Tensor:
         """The sampled frames of a clip: uint8 [N_f, 3, size, size], RGB.
 
@@ -208,10 +204,6 @@ class VideoFolder(ClipSource):
             raise DataError(f"{path}: {error}: {PREPARE}") from error
 
     def load(
-        self,
-        name: str,
-        num_frames: int,
-        size: int,
-        generator: np.random.RandomState | None = None,
+        self, name: str, num_frames: int, size: int, generator: np.random.RandomState | None = None
     ) -> torch.Tensor:
         return load_clip(self.path(name), num_frames, size, generator)

@@ -184,11 +184,7 @@ class FrameStore(ClipSource):
         super().check(names, size)
 
     def load(
-        self,
-        name: str,
-        num_frames: int,
-        size: int,
-        generator: np.random.RandomState | None = None,
+        self, name: str, num_frames: int, size: int, generator: np.random.RandomState | None = None
     ) -> torch.Tensor:
         self.check([name], size)
         chosen = sampled_indices(self.probe(name, size), num_frames, generator)

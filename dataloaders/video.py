@@ -40,10 +40,7 @@ _timed_out: set[Path] = set()  # each has left a thread behind in this process: 
 
 
 def load_clip(
-    path: str | Path,
-    num_frames: int,
-    size: int,
-    generator: np.random.RandomState | None = None,
+    path: str | Path, num_frames: int, size: int, generator: np.random.RandomState | None = None
 ) -> torch.Tensor:
     """The sampled frames of a clip, centre-cropped, and resized (bicubic, antialiased) if the model
     reads another size than clips are prepared in.

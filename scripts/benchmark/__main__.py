@@ -56,7 +56,7 @@ GROUPS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         description="Time every stage of the program, in turns with a plain reference that gives "
-        "the same numbers, and print how many times faster it is.",
+        "the same numbers, and print how many times faster it is."
     )
     add = parser.add_argument
     # fmt: off

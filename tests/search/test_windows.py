@@ -10,13 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataloaders.sampling import eval_indices
-from utils.search.windows import (
-    ONE_WINDOW,
-    cut_windows,
-    grid_frames,
-    grid_length,
-    grid_step,
-)
+from utils.search.windows import ONE_WINDOW, cut_windows, grid_frames, grid_length, grid_step
 
 SECONDS = st.floats(0.01, 40_000)
 LENGTHS = st.sampled_from([10.0, 30.0, 33.30223666666667, 64.0, 76.2, 118.0, 150.0])

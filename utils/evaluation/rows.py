@@ -7,12 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from utils.evaluation.published import (
-    PRVR_RESULTS,
-    VCMR_RESULTS,
-    ZERO_SHOT_NAME,
-    ZERO_SHOT_RESULTS,
-)
+from utils.evaluation.published import PRVR_RESULTS, VCMR_RESULTS, ZERO_SHOT_NAME, ZERO_SHOT_RESULTS
 
 Rows = dict[str, dict[str, float]]
 

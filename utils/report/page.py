@@ -105,11 +105,7 @@ class Run:
 
 
 def write_page(
-    run: Run,
-    path: Path,
-    annotations: Path | None,
-    video_dir: Path | None,
-    queries: int,
+    run: Run, path: Path, annotations: Path | None, video_dir: Path | None, queries: int
 ) -> None:
     """The page of a run. What is missing is named at its end and in `run.notes`.
 

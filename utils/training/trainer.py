@@ -36,12 +36,7 @@ from utils.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from utils.training.engine import (
-    LOG_EVERY,
-    LossWeights,
-    TrainConfig,
-    train_one_epoch,
-)
+from utils.training.engine import LOG_EVERY, LossWeights, TrainConfig, train_one_epoch
 from utils.training.optim import build_optimizer, learning_rate
 from utils.training.progress import (
     TRAIN_ANNOTATIONS,
