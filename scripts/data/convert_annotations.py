@@ -16,6 +16,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from dataloaders import DataError
@@ -97,25 +98,13 @@ def charades_durations(folder: Path) -> dict[str, float]:
     return durations
 
 
-def qvhighlights_records(file: Path) -> Iterator[dict]:
-    """QVHighlights: JSON lines with `qid`, `query`, `vid`; the test split has no windows."""
+def json_records(file: Path, names: dict[str, str], optional: str = "") -> Iterator[dict]:
+    """JSON lines of QVHighlights or TVR; `names` are theirs of our fields, one may be optional."""
     for place, line in _lines(file):
         with as_released(place):
             source = json.loads(line)
-            record = {"vid_name": source["vid"], "desc_id": source["qid"], "desc": source["query"]}
-            record["duration"] = source["duration"]
-            if "relevant_windows" in source:
-                record["ts"] = source["relevant_windows"]
-        yield record
-
-
-def tvr_records(file: Path) -> Iterator[dict]:
-    """TVR: JSON lines that already carry our names; `type` says what a query is about."""
-    for place, line in _lines(file):
-        with as_released(place):
-            source = json.loads(line)
-            names = ("vid_name", "desc_id", "desc", "duration", "ts", "type")
-            record = {name: source[name] for name in names}
+            found = [ours for ours in names if names[ours] in source or ours != optional]
+            record = {ours: source[names[ours]] for ours in found}
         yield record
 
 
@@ -155,11 +144,16 @@ SPLITS: dict[str, dict[str, tuple[tuple[str, ...], tuple[int, int] | None]]] = {
 OPTIONAL = {"val_2.json"}
 # The same queries, published later with their windows: takes the first one's place if it is there.
 BETTER = {"highlight_test_release.jsonl": "highlight_test_with_gt.jsonl"}
+QVHIGHLIGHTS = {
+    "vid_name": "vid", "desc_id": "qid", "desc": "query", "duration": "duration",
+    "ts": "relevant_windows",
+}  # fmt: skip
+TVR = {name: name for name in (*QVHIGHLIGHTS, "type")}  # says what a query is about
 READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
     "activitynet": activitynet_records,
     "charades": charades_records,
-    "qvhighlights": qvhighlights_records,
-    "tvr": tvr_records,
+    "qvhighlights": partial(json_records, names=QVHIGHLIGHTS, optional="ts"),  # of its test split
+    "tvr": partial(json_records, names=TVR),
 }
 
 

@@ -376,7 +376,7 @@ def test_states_between(visit: Visit, index: FakeIndex) -> None:
 
 
 def test_an_indexer_at_work_is_seen(browser, index: FakeIndex, served: Served) -> None:
-    index.indexing = {"done": 3, "total": 12, "name": HOSTILE, "since": 0.0}
+    index.indexing = {"done": 3, "total": 12, "name": HOSTILE}
     visit = Visit(browser, served)
     visit.page.goto(served.url)
     line = visit.page.locator("#indexing")

@@ -107,7 +107,7 @@ class TestAnswers:
     def test_status_names_folders_and_the_indexer_at_work(
         self, served: Served, index: FakeIndex
     ) -> None:
-        index.indexing = {"done": 1, "total": 3, "name": "a\udcff.mp4", "since": 0.0}
+        index.indexing = {"done": 1, "total": 3, "name": "a\udcff.mp4"}
         told = json.loads(ask(served, "/api/status").body)
         assert told["folders"] == ["holiday"] and told["videos"] == len(index.known)
         assert told["indexing"]["name"] == "a\ufffd.mp4"

@@ -78,16 +78,10 @@ class Results:
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Of every hit its moments: name, from, to, score, level."""
+        moments = ((hit.video.name, moment) for hit in self.hits for moment in hit.moments)
         return [
-            (
-                printable(hit.video.name),
-                clock(m.start),
-                clock(m.end),
-                f"{m.score:.3f}",
-                str(m.level),
-            )
-            for hit in self.hits
-            for m in hit.moments
+            (printable(name), clock(m.start), clock(m.end), f"{m.score:.3f}", str(m.level))
+            for name, m in moments
         ]
 
     def __repr__(self) -> str:

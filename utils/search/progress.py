@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, uri: str, total: int) -> None:
         folder = Path(uri)
         self._path = folder / f"indexing-{new_token()}.json" if folder.is_dir() else None
-        self._facts = {"done": 0, "total": total, "name": "", "since": time.time()}
+        self._facts = {"done": 0, "total": total, "name": ""}
         self._written = 0.0
 
     def show(self, done: int, name: str) -> None:
@@ -61,5 +61,4 @@ def read(uri: str) -> dict | None:
         "done": sum(fact["done"] for fact in facts),
         "total": sum(fact["total"] for fact in facts),
         "name": facts[0]["name"],
-        "since": min(fact["since"] for fact in facts),
     }
