@@ -36,7 +36,7 @@ from scripts.demo import run as demo
 from scripts.reproduce import decisive, environment, read_settings
 from utils import RunError
 from utils.arguments import parse_args, plain
-from utils.command import USER_ERRORS, Parser, run_command
+from utils.command import USER_ERRORS, Parser, number, run_command
 from utils.evaluation.embeddings import load_embeddings
 from utils.evaluation.ranking import video_scores
 from utils.files import locked_folder, read_records, write_json
@@ -93,18 +93,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("corpus", help="demo, demo_large, or a split: that of scripts/prvr_<split>.sh")
     add("grid", type=Path, metavar="JSON", help="base and variants: scripts/ablations/*.json")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default 1 2 3)")
-    add("--gpus", type=int, default=1, help="processes of a run, each with a GPU (default 1)")
+    add("--gpus", type=number(int, 1), default=1,
+        help="processes of a run, each with a GPU (default 1)")
     add("--output", type=Path, help="folder (default logs/ablations/<corpus>_<grid>)")
     # fmt: on
     args, common = parser.parse_known_args(argv)
-    if (
-        len(set(args.seeds)) < len(args.seeds)
-        or len(args.seeds) > MOST_SEEDS
-        or min(args.seeds) < 0
-    ):
+    if not len(args.seeds) == len(set(args.seeds)) <= MOST_SEEDS or min(args.seeds) < 0:
         parser.error(f"--seeds: at most {MOST_SEEDS} numbers from 0, each once")
-    if args.gpus < 1:
-        parser.error(f"--gpus must be at least 1: {args.gpus}")
     variants = read_grid(args.grid, common)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     output = args.output or ROOT / "logs/ablations" / f"{args.corpus}_{args.grid.stem}"

@@ -30,7 +30,7 @@ from dataloaders.frame_store import FrameStore
 from dataloaders.sampling import eval_indices
 from dataloaders.tokenizer import tokenize
 from models import load_propy
-from models.clip import CLIP, IMAGE_MEAN, IMAGE_STD, CLIPSizes
+from models.clip import CLIP, CLIPSizes
 from models.zero_shot import ZeroShot, events_of, span_means
 from scripts.demo.world import (
     LARGE,
@@ -43,7 +43,7 @@ from scripts.demo.world import (
     write_annotations,
     write_clips,
 )
-from utils.command import Parser, run_command
+from utils.command import Parser, number, run_command
 from utils.evaluation.embed import embed_texts, embed_videos
 from utils.evaluation.ranking import video_scores
 from utils.evaluation.retrieval_metrics import retrieval_metrics
@@ -176,7 +176,7 @@ def make_clip(path: Path, size: Size, seed: int) -> None:
         return F.normalize((bag(words[rows]) * present).sum(1), dim=-1)
 
     def image_loss(rows: Tensor) -> Tensor:
-        seen = F.normalize(clip.encode_image(normalize(images[rows])), dim=-1)
+        seen = F.normalize(clip.encode_image(clip.normalize(images[rows])), dim=-1)
         logits = clip.logit_scale.exp() * sum_of_words(rows) @ seen.T
         own = torch.arange(len(rows))
         return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -353,24 +353,18 @@ def relative(path: Path) -> Path:
     return path.relative_to(ROOT)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] as CLIP wants it."""
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
-    return (images / 255 - mean) / std
-
-
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
     add, small = parser.add_argument, SIZES["small"]
     # fmt: off
     add("--size", choices=SIZES, default="small",
         help="large: more and longer videos with moments of all lengths, an hour (default small)")
-    add("--seed", type=int, default=42, help="of everything (default 42)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=42, help="of everything (default 42)")
     add("--train_videos", type=int,
         help=f"even, at least {BATCH} (default {small.train_videos}; large: more)")
     add("--val_videos", type=int, help=f"even (default {small.val_videos}; large: more)")
     add("--test_videos", type=int, help=f"even (default {small.test_videos}; large: more)")
-    add("--epochs", type=int, help=f"of ProPy (default {small.epochs}; large: more)")
+    add("--epochs", type=number(int, 1), help=f"of ProPy (default {small.epochs}; large: more)")
     add("--choose_on", choices=["test", "val"], default="test",
         help="split that chooses the best epoch: test, which is reported, as in the authors' "
         "program, or val, videos of its own (default test)")
@@ -383,10 +377,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         count = getattr(args, name)
         if count < least or count % 2:  # clips come in pairs
             parser.error(f"--{name} must be even and at least {least}: {count}")
-    if args.epochs < 1:
-        parser.error(f"--epochs must be at least 1: {args.epochs}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be from 0 to 2^32 - 1: {args.seed}")
     return args
 
 

@@ -145,47 +145,41 @@ class StoredScores:
 
 
 def rank_videos(
-    scores: MatrixScores | StoredScores,
-    k: int,
-    entries: Mapping[str, Entry],
-    per_video: int = PER_VIDEO,
+    scores: MatrixScores | StoredScores, k: int, entries: Mapping[str, Entry]
 ) -> list[Hit]:
     """The best k videos, each with its best moments."""
     return [
-        Hit(entries[token], score, _best_moments(scores, token, per_video))
+        Hit(entries[token], score, _best_moments(scores, token))
         for token, score in scores.best_videos(k)
     ]
 
 
-def _best_moments(scores: MatrixScores | StoredScores, token: str, k: int) -> list[Moment]:
+def _best_moments(scores: MatrixScores | StoredScores, token: str) -> list[Moment]:
     """Of one video."""
     limit = FIRST_EVENTS
     while True:
         rows, complete = scores.best_events(limit, token)
-        moments = spread(by_score(rows), k)  # equal ones in one order, whatever the source
-        if len(moments) == k or complete:
+        moments = spread(by_score(rows), PER_VIDEO)  # equal ones in one order, of any source
+        if len(moments) == PER_VIDEO or complete:
             return moments
         limit *= 2
 
 
 def rank_moments(
-    scores: MatrixScores | StoredScores,
-    k: int,
-    entries: Mapping[str, Entry],
-    per_video: int = PER_VIDEO,
+    scores: MatrixScores | StoredScores, k: int, entries: Mapping[str, Entry]
 ) -> list[Hit]:
-    """The best k moments, of a video at most `per_video`."""
+    """The best k moments, of a video at most PER_VIDEO."""
     limit, settled = FIRST_EVENTS * k, {}
     while True:
         rows, complete = scores.best_events(limit, without=settled)
-        found = _spread(rows, k, per_video)
+        found = _spread(rows, k, PER_VIDEO)
         earlier = [(token, moment) for token, own in settled.items() for moment in own]
         best = sorted(earlier + found, key=lambda pair: -pair[1].score)[:k]
         own: dict[str, list[Moment]] = {}
         for token, moment in found:
             own.setdefault(token, []).append(moment)
         # A video that has all its moments is not looked at again.
-        new = {token: moments for token, moments in own.items() if len(moments) == per_video}
+        new = {token: moments for token, moments in own.items() if len(moments) == PER_VIDEO}
         if len(best) == k or (complete and not new):
             return [Hit(entries[token], moment.score, [moment]) for token, moment in best]
         settled |= new
