@@ -44,10 +44,9 @@ def missing_names(
     for name in missing:
         if other := alike.get(_alike(name)):
             pair = other, name + ending
-            if len({unicodedata.normalize("NFC", one) for one in pair}) == 1:
-                pair = map(ascii, pair)  # they look the same
-            found, wanted = pair
-            remedy = "correct vid_name, rename the file, or prepare it"
+            same = len({unicodedata.normalize("NFC", one) for one in pair}) == 1
+            found, wanted = map(ascii if same else repr, pair)  # the same look the same
+            remedy = "correct vid_name, or name or prepare it so"
             said[name] += f", but {found} is there, not {wanted}: {remedy}"
     return said
 

@@ -361,8 +361,7 @@ class FrameStoreWriter:
         sizes = np.array([clip.lengths.sum() for clip in clips], np.int64)
         counts = np.array([len(clip.lengths) for clip in clips], np.int64)
         first_byte = sizes.cumsum() - sizes
-        text = h5py.string_dtype()
-        types = {"name": text, "source": text}
+        types = dict.fromkeys(("name", "source"), h5py.string_dtype())
         with open_hdf5(path, "w", libver=("v110", "v110")) as file:
             file.attrs.update(self._settings)
             jpeg = file.create_dataset("jpeg", (sizes.sum(),), "u1")

@@ -89,15 +89,16 @@ def read_checkpoint(path: Path | str) -> dict:
     if not is_from_authors(content) and content["format"] != FORMAT:
         raise ModelError(
             f"{path}: its format is {str(content['format'])[:40]!r}, this program's {FORMAT}: use "
-            "the revision of this program that wrote it (args.json beside it says which)"
+            "the revision of this program that wrote it (its run's args.json says which)"
         )
     state = {}
     for name, tensor in content["state_dict"].items():
         if not isinstance(name, str) or not torch.is_tensor(tensor) or not is_plain(tensor):
             raise ModelError(f"{path}: {str(name)[:60]!r} is not a plain tensor of floats")
         state[name.removeprefix("module.")] = tensor
-    content["state_dict"] = convert_authors_state(state) if is_from_authors(content) else state
-    return content
+    if is_from_authors(content):
+        state, content["config"] = convert_authors_state(state), {}
+    return content | {"state_dict": state}
 
 
 def is_from_authors(content: Mapping) -> bool:
@@ -123,7 +124,7 @@ def load_weights(content: Mapping, model: ProPy, path: Path | str) -> None:
             )
         warnings = _differences(content, model)
         was_stepped = ours and bool(content["global_step"] > 0)
-        seconds = model.config.clip_seconds or content.get("config", {}).get("clip_seconds")
+        seconds = model.config.clip_seconds or content["config"].get("clip_seconds")
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(state[name])
@@ -141,7 +142,7 @@ def check_config(content: Mapping, model: ProPy) -> None:
     ours = asdict(model.config)
     # What a file does not name was written when there was no other setting than the published one.
     published = {f.name: f.default for f in fields(model.config) if f.name not in SEEN_IN_TENSORS}
-    theirs = published | content.get("config", {})
+    theirs = published | content["config"]
     different = [
         f"{name} {theirs[name]!r}, not {ours.get(name)!r}"
         for name in theirs
@@ -235,7 +236,7 @@ def _config_of(content: Mapping) -> ProPyConfig:
 
 def _differences(content: Mapping, model: ProPy) -> list[str]:
     """Where the model reads more or less of a video or a sentence than in its training."""
-    config = content.get("config", {})
+    config = content["config"]
     before = {"rank_readout": config.get("rank_readout", ProPyConfig.readout)}
     if config:
         before |= {"frames of a video": config["pyramid"]["Nf"], "max_words": config["max_words"]}

@@ -25,7 +25,7 @@ class TemporalAdapter(nn.Module):
     def __init__(self, width: int, channels: int, kernel_size: int) -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ModelError(f"--temp_kernel_sz must be odd and positive: {kernel_size}")
+            raise ModelError(f"temporal kernel size must be odd and positive: {kernel_size}")
         self.fc1 = Linear(width, channels)
         self.conv = nn.Conv2d(
             channels, channels, (kernel_size, 1), padding=(kernel_size // 2, 0), groups=channels

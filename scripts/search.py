@@ -177,11 +177,10 @@ def find(args: argparse.Namespace) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
+    videos = opened(args)  # first: it says which packages are missing
     from utils.search.server import serve as serve_index
 
-    serve_index(
-        opened(args), args.host, args.port, args.token, open_browser=args.open, names=args.name
-    )
+    serve_index(videos, args.host, args.port, args.token, open_browser=args.open, names=args.name)
 
 
 def info(args: argparse.Namespace) -> None:

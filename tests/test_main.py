@@ -233,12 +233,14 @@ def test_an_own_data_set_has_folders_of_its_name(stubbed_scripts) -> None:
         (("--do_eval", "1", "--resume", "none.pth.tar"), "no such checkpoint: none.pth.tar"),
         ((*TRAIN, "--resume", "none.pth.tar"), "no such checkpoint: none.pth.tar"),
         ((*TRAIN, *VCMR, "--save_predictions", "1"), "needs --do_eval 1"),
+        ((*TRAIN, "--temp_kernel_sz", "4"), "odd"),
         ((*TRAIN, "--npev", "0"), "--npev: must be at least 1"),
         ((*TRAIN, "--zero_shot", "best"), "not --do_train 1"),
         (("--do_eval", "1", "--zero_shot", "best", "--resume", "auto"), "takes no checkpoint"),
         (("--zero_shot", "best"), "nothing to do"),
         (("--do_eval", "1", "--zero_shot", "median"), "invalid choice: 'median'"),
         ((*TRAIN, "--lr", "nan"), "--lr: must be from 1e-08 to 1000.0"),
+        ((*TRAIN, "--batch_size", "1"), "--batch_size: must be at least 2"),
         ((*TRAIN, "--freeze_clip", "0", "--text_relations", "1"), "compares with a frozen CLIP"),
     ],
 )
@@ -277,6 +279,7 @@ def test_mistakes_end_with_a_message_and_leave_no_folder(
         ("missing_videos.jsonl", ()),
         ("predictions.h5", ("--save_predictions", "1")),
         ("kept.h5", ("--save_embeddings", "{}/kept.h5")),
+        ("file/kept.h5", ("--save_embeddings", "{}/file/kept.h5")),
         ("file/pictures", ("--do_plot", "1", "--plot_dir", "{}/file/pictures")),
     ],
 )

@@ -79,6 +79,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--save_predictions 1 needs --do_eval 1")
     if args.text_relations and not args.freeze_clip:
         parser.error("--text_relations compares with a frozen CLIP: give --freeze_clip 1")
+    if args.temp_kernel_sz % 2 == 0:
+        parser.error(f"--temp_kernel_sz must be odd: {args.temp_kernel_sz}")
     name = args.datatype + (f"_zero_shot_{args.zero_shot}" if args.zero_shot else "")
     if args.output_dir is None:
         args.output_dir = ROOT / "logs" / f"{args.subtask_type.lower()}_{name}"
@@ -200,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=10, help="[published: 10]")
-    add("--batch_size", type=number(int, 1), default=24,
+    add("--batch_size", type=number(int, 2), default=24,
         help="videos in a batch, each with all its captions [published: 24]")
     add("--lr", type=number(float, 1e-8, 1e3), default=8e-4,
         help="peak learning rate of the new parameters [published: TVR and Charades 8e-4, "

@@ -103,8 +103,7 @@ def json_records(file: Path, names: dict[str, str], optional: str = "") -> Itera
     for place, line in _lines(file):
         with as_released(place):
             source = json.loads(line)
-            found = [ours for ours in names if names[ours] in source or ours != optional]
-            record = {ours: source[names[ours]] for ours in found}
+            record = {a: source[b] for a, b in names.items() if b in source or a != optional}
         yield record
 
 
@@ -148,7 +147,7 @@ QVHIGHLIGHTS = {
     "vid_name": "vid", "desc_id": "qid", "desc": "query", "duration": "duration",
     "ts": "relevant_windows",
 }  # fmt: skip
-TVR = {name: name for name in (*QVHIGHLIGHTS, "type")}  # says what a query is about
+TVR = {name: name for name in (*QVHIGHLIGHTS, "type")}  # type: what a query is about
 READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
     "activitynet": activitynet_records,
     "charades": charades_records,

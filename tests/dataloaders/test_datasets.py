@@ -159,7 +159,7 @@ def test_a_batch_that_does_not_exist_is_an_error(video_dir):
         with pytest.raises(ValueError, match="first_batch"):
             loader.set_epoch(0, first_batch)
     # The contrastive loss of one video is 0, whatever the video.
-    for batch_size, reason in ((1, ""), (12, r"train\.jsonl has only 11 videos")):
+    for batch_size, reason in ((1, "a video alone"), (12, r"train\.jsonl has only 11 videos")):
         with pytest.raises(DataError, match=f"--batch_size {batch_size}: {reason}"):
             make_training_loader(video_dir, batch_size=batch_size)
 

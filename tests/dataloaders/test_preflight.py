@@ -61,10 +61,10 @@ def test_probing_finds_what_headers_show(tmp_path, clip):
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 CONFUSED = [
-    ("x", "x.MP4", "x.MP4 is there, not x.mp4"),
-    ("x", "x.mkv", "x.mkv is there, not x.mp4"),
-    ("x", "x.mp4.mp4", "x.mp4.mp4 is there, not x.mp4"),
-    ("x.mkv", "x.mp4", "x.mp4 is there, not x.mkv.mp4"),
+    ("x", "x.MP4", "'x.MP4' is there, not 'x.mp4'"),
+    ("x", "x.mkv", "'x.mkv' is there, not 'x.mp4'"),
+    ("x", "x.mp4.mp4", "'x.mp4.mp4' is there, not 'x.mp4'"),
+    ("x.mkv", "x.mp4", "'x.mp4' is there, not 'x.mkv.mp4'"),
     (NFC, f"{NFD}.mp4", r"'cafe\u0301.mp4' is there, not 'caf\xe9.mp4'"),
     ("x", "y.mp4", None),
 ]
@@ -83,7 +83,8 @@ def test_a_name_that_is_easily_confused_is_named(tmp_path, vid_name, file, said)
 def test_so_is_a_clip_of_a_frame_store():
     found = missing_names(["x.mp4", "y", "X", "z"], ["x", "y"])
     assert list(found) == ["x.mp4", "X", "z"] and found["z"] == "missing"
-    assert "x is there, not x.mp4" in found["x.mp4"] and "x is there, not X" in found["X"]
+    assert "'x' is there, not 'x.mp4'" in found["x.mp4"]
+    assert "'x' is there, not 'X'" in found["X"]
 
 
 @pytest.mark.parametrize(("seconds", "doubt"), [(8, False), (5, False), (15, False), (80, True)])

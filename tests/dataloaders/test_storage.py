@@ -70,7 +70,7 @@ def test_frames_are_packed(poor_disk, tmp_path, caplog):
     crc = np.array([zlib.crc32(jpeg) for jpeg in jpegs], np.uint32)
     path = tmp_path / "frames.h5"
     with FrameStoreWriter(path, 16, 90) as writer:
-        writer.add(PackedClip("v", lengths, crc, 40.0, "v.mp4", 1, 1), b"".join(jpegs))
+        writer.add(PackedClip("v", lengths, crc, "v.mp4", 1, 1), b"".join(jpegs))
         writer.finish()
     assert "no locks" in caplog.text
     store = FrameStore(path)

@@ -87,6 +87,7 @@ def test_export(capsys: pytest.CaptureFixture, made: Path, suffix: str) -> None:
     assert "168 events" in run(capsys, made, "export", str(output))
     read = {"parquet": pa.parquet.read_table, "arrow": lambda x: pa.ipc.open_file(x).read_all()}
     rows = read[suffix](str(output))
+    assert [rows.schema.names[i] for i in (0, 1, 2, -1)] == ["path", "video", "window", "vector"]
     assert rows.num_rows == 168 and rows["path"][0].as_py().startswith(str(made / "videos"))
     assert len(rows["vector"][0]) == rows.schema.field("vector").type.list_size
     with pytest.raises(SearchError, match="parquet"):
@@ -102,7 +103,7 @@ def test_removing(capsys: pytest.CaptureFixture, made: Path, tmp_path: Path) -> 
 
 
 def test_serving_takes_all_its_flags(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("starlette")
+    pytest.importorskip("uvicorn")
     calls = []
     monkeypatch.setattr("utils.search.server.serve", lambda *a, **k: calls.append((a[1:], k)))
     main(["serve", "--index", str(made / "i"), "--port", "0", "--open", "--name", "a.example",

@@ -153,6 +153,7 @@ NO_TENSOR = r"'clip\.visual\.proj' is not a plain tensor"
     [
         (lambda c: c.update(sums={"stops": 1}), "not a checkpoint of this program: TypeError"),
         (lambda c: c.pop("backbone"), "not a checkpoint of this program: KeyError"),
+        (lambda c: c.pop("config"), "not a checkpoint of this program: KeyError: 'config'"),
         (lambda c: c.update(epoch="3"), "numbers of epochs and steps .* are damaged"),
         (lambda c: c.update(global_step=None), "numbers of epochs and steps .* are damaged"),
         (lambda c: c.update(format="propy-99"), "'propy-99', this program's propy-3"),
@@ -333,7 +334,7 @@ def test_a_checkpoint_opens_without_its_flags(golden, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["config"].update(adapter_kernel=4), "--temp_kernel_sz must be odd"),
+        (lambda c: c["config"].update(adapter_kernel=4), "kernel size must be odd"),
         (lambda c: c["config"].update(num_prompts="many"), "TypeError"),
         (lambda c: c.pop("global_step"), "KeyError: 'global_step'"),
         (lambda c: c.pop("config"), "KeyError: 'config'"),

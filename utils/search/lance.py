@@ -215,7 +215,7 @@ def event_schema(width: int) -> pa.Schema:
 
     types = [pa.string(), pa.int32(), pa.int16(), pa.int8(), pa.float32(), pa.float32()]
     vector = pa.list_(pa.float32(), width)
-    return pa.schema([("vector", vector), *zip(COLUMNS, types, strict=True)])
+    return pa.schema([*zip(COLUMNS, types, strict=True), ("vector", vector)])
 
 
 def event_table(events: Events) -> pa.Table:
@@ -223,8 +223,8 @@ def event_table(events: Events) -> pa.Table:
 
     schema = event_schema(events.vectors.shape[1])
     vectors = np.ascontiguousarray(events.vectors, dtype=np.float32)
-    columns = [pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])]
-    columns += [pa.array(getattr(events, x).tolist(), schema.field(x).type) for x in COLUMNS]
+    columns = [pa.array(getattr(events, x).tolist(), schema.field(x).type) for x in COLUMNS]
+    columns += [pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])]
     return pa.table(columns, schema=schema)
 
 

@@ -231,7 +231,7 @@ class VideoIndex:
         return torch.from_numpy(vectors[random.integers(len(vectors), size=count)])
 
     def export(self, output: Path) -> int:
-        """Write all events to a .parquet or .arrow file: video, path, window, event, level, start,
+        """Write all events to a .parquet or .arrow file: path, video, window, event, level, start,
         end, vector. How many. SearchError: another kind of file."""
         from utils.search.export import export_events
 

@@ -90,7 +90,7 @@ def load_checkpoint(
             authors' has other groups and shapes and is never taken over.
 
     Raises:
-        ModelError: no such file, not a checkpoint, a newer version's, or one of another model, CLIP
+        ModelError: no such file, not a checkpoint, another version's, or one of another model, CLIP
             or pyramid; see `models.trained.load_weights`.
     """
     content = read_checkpoint(path)
