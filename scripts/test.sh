@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests: bash scripts/test.sh [pytest arguments]. `-m slow` runs the slow ones,
-# `--randomly-seed=N` those of an earlier run in its order.
+# Run the tests, several files at once: bash scripts/test.sh [pytest arguments]. `-m slow` runs the
+# slow ones, `--randomly-seed=N` those of an earlier run in its order, `-n 0` one file after the
+# other in this process, as `--pdb` needs it.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh --dev
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"

@@ -34,7 +34,7 @@ def as_released(place: str | Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, csv.Error) as error:
-        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        reason = (f"no field {error}" if isinstance(error, KeyError) else str(error))[:300]
         raise DataError(
             f"{place}: not in the form in which it was released ({reason}): get the file again"
         ) from error

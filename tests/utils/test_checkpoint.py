@@ -164,6 +164,8 @@ NO_TENSOR = r"'clip\.visual\.proj' is not a plain tensor"
         (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "KeyError"),
         (lambda c: c["optimizer"]["state"][0].update(step=torch.tensor(-1.0)),
          r"the optimizer's step of \S+ is -1"),
+        (lambda c: c["optimizer"]["state"][0].update(step="x" * 10**6),
+         r"ValueError: .{,300}$"),
         (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(), "its optimizer has"),
         (lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
          r"the optimizer's exp_avg of \S+ has shape \[3\], the model \["),
