@@ -5,4 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh --dev
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the processes share the cores
 exec .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"

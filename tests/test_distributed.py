@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,12 @@ def run_program(folder: Path, processes: int, program: str, *flags: str, status:
 def computed(tmp_path_factory) -> Path:
     """What tests/distributed_program.py computes, once for all tests that read it."""
     folder = tmp_path_factory.mktemp("computed")
-    for processes, works in ((1, ()), (2, ()), (3, GRADIENTS)):
-        run_program(ROOT, processes, "tests/distributed_program.py", str(folder), *works)
+    runs = ((1, ()), (2, ()), (3, GRADIENTS))
+    with ThreadPoolExecutor() as pool:  # side by side: starting takes the longest
+        program = "tests/distributed_program.py"
+        jobs = [pool.submit(run_program, ROOT, n, program, str(folder), *own) for n, own in runs]
+    for job in jobs:
+        job.result()
     return folder
 
 

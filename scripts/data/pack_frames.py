@@ -43,42 +43,37 @@ from utils.misc import usable_cores
 from utils.shards import Shard, add_shard_flag
 
 Packed = tuple[PackedClip, bytes]
+File = tuple[str, Path, Mapping | None]  # name, clip, and what the manifest notes of it
 
 
 def pack_side_by_side(
-    files: Sequence[tuple[str, Path]],
-    size: int,
-    quality: int,
-    workers: int,
-    noted: Mapping[str, Mapping],
-) -> Iterator[tuple[str, Packed | DataError]]:
-    """Packs clips in worker processes; name and result of each, in the order given.
+    files: Sequence[File], size: int, quality: int, workers: int
+) -> Iterator[Packed | DataError]:
+    """Packs clips in worker processes; the result of each, in the order given.
 
     A clip that ends its process, as a decoder may on a damaged file, costs only itself.
     """
     waiting = deque(files)
     while waiting:
-        running: deque[tuple[tuple[str, Path], Future]] = deque()
+        running: deque[tuple[File, Future]] = deque()
         with _pool(workers) as pool, contextlib.suppress(BrokenProcessPool):
             while waiting or running:
                 while waiting and len(running) < 2 * workers:  # bounds what waits in memory
-                    name, path = waiting[0]
-                    job = pool.submit(_pack, name, path, size, quality, noted.get(name))
+                    job = pool.submit(_pack, waiting[0], size, quality)
                     running.append((waiting.popleft(), job))
-                result = running[0][1].result()
-                yield running.popleft()[0][0], result
-        for (name, path), _ in running:  # one of these it was
+                yield running[0][1].result()
+                running.popleft()
+        for file, _ in running:  # one of these it was
             with _pool(1) as pool:
                 try:
-                    result = pool.submit(_pack, name, path, size, quality, noted.get(name)).result()
+                    result = pool.submit(_pack, file, size, quality).result()
                 except BrokenProcessPool:
-                    result = DataError(f"{path}: its decoder crashed: {PREPARE}")
-            yield name, result
+                    result = DataError(f"{file[1]}: its decoder crashed: {PREPARE}")
+            yield result
 
 
-def _pack(
-    name: str, path: Path, size: int, quality: int, noted: Mapping | None
-) -> Packed | DataError:
+def _pack(file: File, size: int, quality: int) -> Packed | DataError:
+    name, path, noted = file
     try:
         compare(path, noted, checksum=True)
     except DataError as error:
@@ -105,18 +100,11 @@ def _end_with_parent() -> None:
 
 
 def pack(
-    store: Path,
-    files: Sequence[tuple[str, Path]],
-    size: int,
-    quality: int,
-    workers: int,
-    noted: Mapping[str, Mapping],
-    shard: Shard,
+    store: Path, files: Sequence[File], size: int, quality: int, workers: int, shard: Shard
 ) -> list[str]:
     """Pack what is not packed yet, under a progress bar; returns the failures, a message each.
 
     Args:
-        noted: what clips have to be, see `read_manifest`.
         shard: whose clips these are. What it packs is kept beside the store, for the run without.
 
     Raises:
@@ -128,9 +116,9 @@ def pack(
         todo = [f for f in files if f[0] not in known or not known[f[0]].same_source(f[1])]
         if todo:
             print(f"{len(todo)} clips to pack, {len(files) - len(todo)} are packed", flush=True)
-        results = pack_side_by_side(todo, size, quality, workers, noted)
+        results = pack_side_by_side(todo, size, quality, workers)
         with contextlib.closing(results):
-            for _, result in tqdm(results, total=len(todo), unit="clip", dynamic_ncols=True):
+            for result in tqdm(results, total=len(todo), unit="clip", dynamic_ncols=True):
                 if isinstance(result, DataError):
                     failures.append(str(result))
                 else:
@@ -190,11 +178,11 @@ def main(arguments: list[str] | None = None) -> int:
     clips = VideoFolder(args.video_dir)
     wanted = {name: clips.path(name) for name in names or present if args.shard.has(name)}
     missing = [name for name, path in wanted.items() if not path.is_file()]
-    files = [(name, path) for name, path in wanted.items() if path.is_file()]
+    files = [(n, path, clips.noted.get(n)) for n, path in wanted.items() if path.is_file()]
     failures = []
     if files:
-        settings = (args.size, args.quality, args.workers)
-        failures = pack(args.frame_store, files, *settings, clips.noted, args.shard)
+        settings = (args.size, args.quality, args.workers, args.shard)
+        failures = pack(args.frame_store, files, *settings)
     if args.frame_store.is_file() and not args.shard.label:
         summarise(FrameStore(args.frame_store))
     for message in failures:
