@@ -50,6 +50,7 @@ from utils.evaluation.retrieval_metrics import retrieval_metrics
 from utils.evaluation.rows import ZERO_SHOT
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.misc import usable_cores
+from utils.training.checkpoint import BEST
 from utils.training.optim import learning_rate, set_learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,12 +220,7 @@ def fit(
 
 def run_main(folder: Path, run: Path, pictures: Path, args: argparse.Namespace) -> None:
     """main.py as for a real split: training for PRVR, then an evaluation that adds the moments."""
-    evaluation = {
-        "resume": run / "ckpt.best.pth.tar",
-        "save_predictions": 1,
-        "do_plot": 1,
-        "plot_limit": 3,
-    }
+    evaluation = {"resume": run / BEST, "save_predictions": 1, "do_plot": 1, "plot_limit": 3}
     common = {"output_dir": run, "plot_dir": pictures, "seed": args.seed}
     run_program("main", flags(training_flags(folder, args) | common))
     run_program("main", flags(evaluation_flags(folder, args) | common | evaluation))
@@ -277,7 +273,7 @@ def all_scores(
 
     CLIP alone also sees the videos as clear as the pictures it knows, which ProPy never does.
     """
-    model = load_propy(run / "ckpt.best.pth.tar")
+    model = load_propy(run / BEST)
     pyramid, store = model.pyramid, FrameStore(folder / "frames.h5")
     num_frames = pyramid.num_frames
     seen = torch.stack([store.load(video.vid_name, num_frames, SIZE) for video in split.videos])
