@@ -294,17 +294,13 @@ def _check_windows(value: object) -> tuple[tuple[float, float], ...] | None:
     return tuple((_check_seconds(start), _check_seconds(end)) for start, end in windows)
 
 
-def _check_type(value: object) -> str | None:
-    return None if value is None else _check_text(value)
-
-
 CHECKS = {
     "vid_name": _check_name,
     "desc_id": _check_id,
     "desc": _check_caption,
     "duration": _check_duration,
     "ts": _check_windows,
-    "type": _check_type,
+    "type": lambda value: None if value is None else _check_text(value),
 }
 OPTIONAL = ("ts", "type")
 REQUIRED = tuple(field for field in CHECKS if field not in OPTIONAL)

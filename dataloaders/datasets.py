@@ -32,13 +32,7 @@ class LoaderConfig:
 
 
 def check_batch_size(split: Split, batch_size: int) -> None:
-    """DataError: the split has fewer videos than one batch takes, or a batch is one video, whose
-    contrastive loss is 0."""
-    if batch_size < 2:
-        raise DataError(
-            f"--batch_size {batch_size}: a video alone in a batch has none to be told from, so "
-            "nothing is trained: at least 2. Less memory takes --gradient_accumulation_steps"
-        )
+    """DataError: the split has fewer videos than one batch takes."""
     if batch_size > len(split.videos):
         raise DataError(
             f"--batch_size {batch_size}: {split.path} has only {len(split.videos)} videos"

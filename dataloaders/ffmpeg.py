@@ -485,16 +485,13 @@ def write_video(
         fps: frames per second.
 
     Raises:
-        ValueError: no frames, or a frame of another shape or dtype than the rule above.
         DataError: ffmpeg failed.
     """
     frames = iter(frames)
-    first = next(frames, None)
-    if first is None:
-        raise ValueError(f"{path}: no frames to write")
+    first = next(frames)
     arguments = ["-v", "level+error", *raw_input_arguments(first.shape[1], first.shape[0], fps)]
     arguments += [*H264_ARGUMENTS, "-f", "mp4", "-y", f"file:{path}"]
-    done = run_ffmpeg(arguments, feed=_frame_bytes(path, first.shape, chain([first], frames)))
+    done = run_ffmpeg(arguments, feed=(frame.tobytes() for frame in chain([first], frames)))
     if done.status != 0:
         raise DataError(f"{path}: cannot be written: {done.reason}")
 
@@ -503,14 +500,3 @@ def raw_input_arguments(width: int, height: int, fps: float) -> list[str]:
     """Arguments that read RGB frames of 8 bits from standard input."""
     size = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     return [*size, "-r", str(fps), "-i", "pipe:0"]
-
-
-def _frame_bytes(path: Path, shape: tuple, frames: Iterable[np.ndarray]) -> Iterator[bytes]:
-    for frame in frames:
-        even = frame.ndim == 3 and not (shape[0] % 2 or shape[1] % 2)
-        if frame.dtype != np.uint8 or frame.shape != shape or shape[2:] != (3,) or not even:
-            raise ValueError(
-                f"{path}: frames must be uint8 [H, W, 3] of one size, H and W even (4:2:0), not"
-                f" {frame.dtype} {list(frame.shape)}"
-            )
-        yield frame.tobytes()

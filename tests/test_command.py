@@ -14,7 +14,7 @@ import pytest
 from utils import RunError
 from utils.command import run_command
 from utils.files import locked_folder, new_folder
-from utils.misc import git_revision
+from utils.misc import git_revision, usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [
@@ -175,3 +175,12 @@ def test_an_unknown_revision_says_why(monkeypatch, caplog, tmp_path) -> None:
     assert git_revision() == "unknown"
     assert "No such file" in caplog.records[-1].getMessage()
     git_revision.cache_clear()
+
+
+def test_cores_that_may_not_be_used_are_not_counted() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -203,7 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1), default=10, help="[published: 10]")
     add("--batch_size", type=number(int, 2), default=24,
-        help="videos in a batch, each with all its captions [published: 24]")
+        help="videos in a batch, each with all its captions; alone a video would have none to be "
+        "told from [published: 24]")
     add("--lr", type=number(float, 1e-8, 1e3), default=8e-4,
         help="peak learning rate of the new parameters [published: TVR and Charades 8e-4, "
         "ActivityNet 1e-3, QVHighlights 9e-4]")

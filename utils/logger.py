@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +140,11 @@ class EpochLog:
                     self.board.add_scalar(name, value, step)
 
 
-class SilentEpochLog(EpochLog):
-    """Of a process that does not write."""
+class SilentEpochLog:
+    """In place of an `EpochLog`, of a process that does not write."""
 
-    def __init__(self) -> None:
-        pass
-
-    def write(self, record: dict) -> None: ...
-    def write_step(self, step: int, record: dict) -> None: ...
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *_: None
 
 
 def _outcome(record: dict) -> str:

@@ -53,13 +53,8 @@ def activitynet_records(file: Path) -> Iterator[dict]:
             pairs = list(zip(video["timestamps"], video["sentences"], strict=True))
             duration = video["duration"]
         for number, (window, sentence) in enumerate(pairs):
-            yield {
-                "vid_name": name,
-                "desc_id": f"{name}#{annotator}#{number}",
-                "desc": sentence,
-                "duration": duration,
-                "ts": window,
-            }
+            named = {"vid_name": name, "desc_id": f"{name}#{annotator}#{number}"}
+            yield named | {"desc": sentence, "duration": duration, "ts": window}
 
 
 def charades_records(file: Path) -> Iterator[dict]:
@@ -76,13 +71,8 @@ def charades_records(file: Path) -> Iterator[dict]:
                 f"{place}: no length of video {name} in Charades_v1_train.csv or _test.csv: put "
                 f"both into {file.parent}"
             )
-        yield {
-            "vid_name": name,
-            "desc_id": f"{name}#enc#{counts[name]}",
-            "desc": caption,
-            "duration": durations[name],
-            "ts": window,
-        }
+        named = {"vid_name": name, "desc_id": f"{name}#enc#{counts[name]}"}
+        yield named | {"desc": caption, "duration": durations[name], "ts": window}
         counts[name] += 1
 
 
@@ -226,9 +216,7 @@ def describe(result: dict, published: tuple[int, int] | None) -> str:
     if result["beyond"]:
         text += f"\n  {result['beyond']} windows reach beyond the duration: left as they are"
     if result["other_durations"]:
-        text += (
-            f"\n  {result['other_durations']} videos have two durations: the first file's is taken"
-        )
+        text += f"\n  {result['other_durations']} videos have two durations: the first's is taken"
     return f"{text}\n  sha256 {result['sha256']}"
 
 

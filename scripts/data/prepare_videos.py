@@ -239,11 +239,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--min_decoded", type=number(float, 1e-6, 1), default=0.5,
         help="share of a damaged video that must decode for it to be kept; what is kept with less "
         f"than {WARN_BELOW} is listed as partial")  # fmt: skip
-    add(
-        "--strict",
-        action="store_true",
-        help="refuse inputs that are damaged or shorter than they say",
-    )
+    add("--strict", action="store_true",
+        help="refuse inputs that are damaged or shorter than they say")  # fmt: skip
     add("--time_limit", type=number(float, 1e-6, MAX_TIME_LIMIT), default=DEFAULT_TIME_LIMIT,
         help="seconds after which a video is given up")  # fmt: skip
     add_shard_flag(parser)

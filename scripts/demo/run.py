@@ -46,7 +46,7 @@ from scripts.demo.world import (
 from utils.command import Parser, number, run_command
 from utils.evaluation.embed import embed_texts, embed_videos
 from utils.evaluation.ranking import video_scores
-from utils.evaluation.retrieval_metrics import retrieval_metrics
+from utils.evaluation.retrieval_metrics import ranks_of, recall_metrics
 from utils.evaluation.rows import ZERO_SHOT
 from utils.evaluation.tables import PRVR_COLUMNS, metrics_table
 from utils.misc import usable_cores
@@ -321,7 +321,8 @@ def show(split: Split, scores: dict[str, Tensor]) -> None:
         rows = {"chance": chance(num_videos)}
         for name, all_rows in scores.items():
             own, right = all_rows[chosen], target[chosen]
-            rows[name] = retrieval_metrics(own, right) | {"twin": against_twin(own, right)}
+            found = recall_metrics(ranks_of(own, right))
+            rows[name] = found | {"twin": against_twin(own, right)}
         print(f"\n{kind or 'all'} captions ({int(chosen.sum())})")
         print(metrics_table(rows, columns | {"twin": "vs twin"}))
     print(

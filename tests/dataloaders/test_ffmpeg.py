@@ -61,22 +61,6 @@ def test_any_file_name_is_harmless(tmp_path, monkeypatch, name):
     assert len(read_packets(path).times) == len(decode_frames(path).times) == 4
 
 
-@pytest.mark.parametrize(
-    ("frames", "message"),
-    [
-        ([], "no frames"),
-        (ramp(2, height=63), "even"),
-        (ramp(2).astype(np.float32), "float32"),
-        (ramp(2)[..., :1], "uint8"),
-        ([*ramp(3), *ramp(1, width=64)], "one size"),
-    ],
-)
-def test_bad_frames_are_refused(tmp_path, frames, message):
-    with pytest.raises(ValueError, match=message):
-        write_video(tmp_path / "a.mp4", frames)
-    assert no_child_is_left()
-
-
 def test_reading_tells_size_times_and_duration(tmp_path):
     write_video(tmp_path / "a.mp4", ramp(7))
     for track in (read_packets(tmp_path / "a.mp4"), decode_frames(tmp_path / "a.mp4")):

@@ -19,8 +19,12 @@ def cases(golden):
     return np.load(golden / "metrics.npz"), json.loads((golden / "metrics.json").read_text())
 
 
+def metrics_of(*arguments):
+    return mm.moment_recalls(mm.first_hits(*arguments))
+
+
 def unpack(predictions, annotations):
-    """Arguments of moment_metrics from an authors' array [T, P, 4] and their annotations."""
+    """Arguments of first_hits from an authors' array [T, P, 4] and their annotations."""
     predictions = torch.from_numpy(predictions)
     target = torch.tensor([int(a["vid_name"][1:]) for a in annotations])
     windows = [a["ts"] if isinstance(a["ts"][0], list) else [a["ts"]] for a in annotations]
@@ -33,22 +37,22 @@ def test_golden(cases):
     arrays, answers = cases
     predictions, annotations = arrays["vcmr_preds"], answers["vcmr_gt"]
     arguments = unpack(predictions, annotations)
-    assert mm.moment_metrics(*arguments) == answers["vcmr"]
+    assert metrics_of(*arguments) == answers["vcmr"]
     kinds: dict[str, list[int]] = {}
     for row, annotation in enumerate(annotations):
         alone = unpack(predictions[row : row + 1], [annotation])
-        assert mm.moment_metrics(*alone) == answers["vcmr_each"][row], annotation
+        assert metrics_of(*alone) == answers["vcmr_each"][row], annotation
         ts = annotation["ts"]
         kinds.setdefault(str(len(ts)) if isinstance(ts[0], list) else "flat", []).append(row)
     assert kinds.keys() == {"flat", *"12345"}
     for kind, rows in kinds.items():
         some = unpack(predictions[rows], [annotations[row] for row in rows])
-        assert mm.moment_metrics(*some) == answers[f"vcmr_windows_{kind}"], kind
+        assert metrics_of(*some) == answers[f"vcmr_windows_{kind}"], kind
     for row, length in enumerate(answers["vcmr_short_lengths"]):
         arguments[0][row, length:] = -1
-    assert mm.moment_metrics(*arguments) == answers["vcmr_short"]
+    assert metrics_of(*arguments) == answers["vcmr_short"]
     tail = unpack(arrays["tail_vcmr"], answers["tail_annotations"])
-    assert mm.moment_metrics(*tail) == answers["tail_vcmr"]
+    assert metrics_of(*tail) == answers["tail_vcmr"]
 
 
 def plain_loop(predictions, target, windows, rule):
@@ -95,7 +99,7 @@ def test_metrics_equal_a_plain_loop(queries, rule):
     padded = [own + [(-1, 0.0, 1.0)] * (longest - len(own)) for own in predictions]
     table = torch.tensor(padded, dtype=torch.float64).view(len(queries), longest, 3)
     arguments = (torch.tensor(target), mm.pad_windows(windows), rule)
-    metrics = mm.moment_metrics(table[..., 0].long(), table[..., 1:], *arguments)
+    metrics = metrics_of(table[..., 0].long(), table[..., 1:], *arguments)
     assert metrics == plain_loop(predictions, target, windows, rule)
 
 
@@ -122,7 +126,7 @@ def test_predictions_after_the_hundredth_do_not_count():
     for place, found in ((100, set()), (99, {f"{t}-r100" for t in mm.THRESHOLDS})):
         videos = torch.ones(1, 101, dtype=torch.int64)
         videos[0, place] = 0
-        metrics = mm.moment_metrics(videos, moments, target, windows)
+        metrics = metrics_of(videos, moments, target, windows)
         assert {name for name, value in metrics.items() if value} == found
 
 

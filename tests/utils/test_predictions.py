@@ -15,7 +15,7 @@ from scripts import score_predictions
 from utils import OutputError, RunError
 from utils.evaluation.embed import Embeddings
 from utils.evaluation.evaluator import vcmr_rows
-from utils.evaluation.moment_metrics import moment_metrics, pad_windows
+from utils.evaluation.moment_metrics import first_hits, moment_recalls, pad_windows
 from utils.evaluation.moment_tables import level_report, moment_report, times_missing
 from utils.evaluation.predictions import export_all, load_predictions, save_predictions
 from utils.evaluation.ranking import predict_moments, rank_videos, top_moments
@@ -196,7 +196,7 @@ def test_tvr_export(tmp_path, predictions, queries):
     windows = pad_windows([q.windows for q in queries])
     arguments = (table[..., 0].long(), table[..., 1:3], predictions.target, windows)
     report = moment_report(predictions, queries)
-    assert moment_metrics(*arguments) == report["VCMR"]
+    assert moment_recalls(first_hits(*arguments)) == report["VCMR"]
     assert torch.equal(table[..., 3].float(), predictions.scores)
     video, event = predictions.videos[0, 0].item(), predictions.events[0, 0].item()
     start, end = (share * DURATIONS[video] for share in PROPOSALS[event])

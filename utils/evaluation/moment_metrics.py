@@ -79,17 +79,6 @@ def first_hits(
     return torch.cat([torch.where(hits, ranks, NEVER), nothing], dim=1).amin(1)
 
 
-def moment_metrics(
-    videos: Tensor, moments: Tensor, target: Tensor, windows: Tensor, window_rule: str = "half"
-) -> dict[str, float]:
-    """R@{1,10,100} at every IoU threshold, in % with 2 decimals: {"0.5-r10": …}.
-
-    Arguments as in `first_hits`; predictions after the first 100 are not read.
-    """
-    videos, moments = (x[:, : max(RECALL_RANKS)] for x in (videos, moments))
-    return moment_recalls(first_hits(videos, moments, target, windows, window_rule))
-
-
 def moment_recalls(ranks: Tensor) -> dict[str, float]:
     """{"0.5-r10": %, …} of the ranks [T, thresholds] that `first_hits` gives."""
     return _recalls([ranks <= k for k in RECALL_RANKS])

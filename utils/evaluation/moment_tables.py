@@ -84,9 +84,8 @@ def _moment_rows(
         for name, members in _by_type(queries).items():
             rows[f"{task}/{name}"] = mm.moment_recalls(ranks[members.to(ranks.device)])
         for rule in other_rules:
-            rows[f"{task}/{rule}"] = mm.moment_metrics(
-                moments.videos, seconds, target, windows, rule
-            )
+            hits = mm.first_hits(moments.videos, seconds, target, windows, rule)
+            rows[f"{task}/{rule}"] = mm.moment_recalls(hits)
         ranks = torch.where(right_whole, video_rank[:, None], mm.NEVER)
         rows[f"{task}/{WHOLE_VIDEO}"] = mm.moment_recalls(ranks)
         candidates = num_videos * len(predictions.proposals)

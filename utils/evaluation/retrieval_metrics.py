@@ -50,8 +50,3 @@ def recall_metrics(ranks: Tensor) -> dict[str, float]:
         "MedR": ranks.double().quantile(0.5).item(),
         "MeanR": ranks.double().mean().item(),
     }
-
-
-def retrieval_metrics(scores: Tensor, target: Tensor) -> dict[str, float]:
-    """Text-to-video retrieval over a whole split: see `ranks_of` and `recall_metrics`."""
-    return recall_metrics(ranks_of(scores, target))

@@ -60,13 +60,12 @@ def caption_fonts(text: str) -> Iterator[None]:
                 families.append(font.name)
                 lacking -= _letters(font.fname)
     if lacking:
-        scripts = {unicodedata.name(letter, "unknown").split()[0] for letter in lacking}
+        scripts = sorted({unicodedata.name(letter, "unknown").split()[0] for letter in lacking})
         logger.warning(
             "no installed font has these letters of captions, which are boxes in the pictures: %s "
             "(%s): install one, such as those of the package fonts-noto-cjk",
-            "".join(sorted(lacking)[:20]) + "…" * (len(lacking) > 20),
-            ", ".join(sorted(scripts)[:5]),
-        )
+            "".join(sorted(lacking)[:20]) + "…" * (len(lacking) > 20), ", ".join(scripts[:5]),
+        )  # fmt: skip
     with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield
