@@ -481,14 +481,16 @@ def write_video(
 
     Args:
         path: replaced if it exists; of no use if this fails or is interrupted.
-        frames: uint8 [n, H, W, 3] RGB, or an iterable of uint8 [H, W, 3]; H and W even, n > 0.
+        frames: uint8 [n, H, W, 3] RGB, or an iterable of uint8 [H, W, 3], of one size, which is not
+            checked; H and W even.
         fps: frames per second.
 
     Raises:
-        DataError: ffmpeg failed.
+        ValueError: no frames. DataError: ffmpeg failed.
     """
     frames = iter(frames)
-    first = next(frames)
+    if (first := next(frames, None)) is None:
+        raise ValueError(f"{path}: no frames to write")
     arguments = ["-v", "level+error", *raw_input_arguments(first.shape[1], first.shape[0], fps)]
     arguments += [*H264_ARGUMENTS, "-f", "mp4", "-y", f"file:{path}"]
     done = run_ffmpeg(arguments, feed=(frame.tobytes() for frame in chain([first], frames)))

@@ -164,7 +164,7 @@ def naming(path: Path | str) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
+        raise ModelError(f"{path}: {str(error)[:1000]}") from None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         reason = f"{type(e).__name__}: {e}".splitlines()[0][:300]
         raise ModelError(f"{path}: not a checkpoint of this program: {reason}") from e

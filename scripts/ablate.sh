@@ -6,7 +6,5 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 bash scripts/setup.sh
-# glibc keeps what is freed: page faults are an eighth of a small CPU training's time
-export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432
 # shellcheck disable=SC2086  # seeds is a list
 exec .venv/bin/python -m scripts.ablate "$@" ${seeds:+--seeds $seeds} ${gpus:+--gpus "$gpus"}

@@ -7,6 +7,7 @@ Its query ids and captions are what pictures and pages have to survive.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from tests.golden_model import make_weights
 from utils.files import write_records
 
 ROOT = Path(__file__).resolve().parent.parent
+WITHOUT_CACHES = shutil.ignore_patterns("__pycache__")  # which tests beside a copying one fill
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "grey": (128,) * 3}
 IDS = ["v/0#0", "v/0#1", "v_1#0", "v_1#1", 7, "..", "3%2F#0", "<b>3</b>"]
 CAPTIONS = {"v/0#1": "it costs $5 and then $6 <script>alert(1)</script> & more"}

@@ -73,7 +73,9 @@ def golden_steps(folder: Path) -> None:
     golden = GoldenModel.read("m3")
     model = golden.build()
     folder.mkdir(exist_ok=True)
-    load_checkpoint(golden.write_authors_checkpoint(folder / f"authors{rank()}.pth.tar"), model)
+    load_checkpoint(
+        golden.write_authors_checkpoint(folder / f"authors{world_size()}-{rank()}.pth.tar"), model
+    )
     model.double()
     settings = golden.config["train"]
     optimizer = build_optimizer(model, settings["lr"], settings["coef_lr"], settings["wd"])

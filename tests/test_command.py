@@ -179,6 +179,7 @@ def test_an_unknown_revision_says_why(monkeypatch, caplog, tmp_path) -> None:
 
 def test_cores_that_may_not_be_used_are_not_counted() -> None:
     allowed = os.sched_getaffinity(0)
+    assert usable_cores() == len(allowed)
     os.sched_setaffinity(0, {min(allowed)})
     try:
         assert usable_cores() == 1

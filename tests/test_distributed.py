@@ -21,7 +21,7 @@ from utils.evaluation.predictions import load_predictions
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT),
-    "PROPY_TIMEOUT_MINUTES": "0.5",
+    "PROPY_TIMEOUT_MINUTES": "2",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 
 from scripts import score_predictions
 from scripts.plot.plot_run import flags_of
-from tests.corpus import FLAGS, TRAIN, TinyRun
+from tests.corpus import FLAGS, TRAIN, WITHOUT_CACHES, TinyRun
 from utils.arguments import build_parser, parse_args
 from utils.evaluation.published import split_size_warning
 
@@ -164,7 +164,7 @@ def test_a_run_does_not_continue_with_another_task(run, trained_vcmr) -> None:
 @pytest.fixture
 def stubbed_scripts(tmp_path) -> Path:
     """A copy of scripts/, with a Python that only prints what it is called with."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=WITHOUT_CACHES)
     (tmp_path / "utils").mkdir()
     shutil.copy(ROOT / "utils/arguments.py", tmp_path / "utils")  # where the launcher finds flags
     (tmp_path / "scripts/setup.sh").write_text("")

@@ -144,7 +144,7 @@ class SilentEpochLog:
     """In place of an `EpochLog`, of a process that does not write."""
 
     def __getattr__(self, _: str) -> Callable[..., None]:
-        return lambda *_: None
+        return lambda *_, **__: None
 
 
 def _outcome(record: dict) -> str:

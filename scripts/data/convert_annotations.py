@@ -36,7 +36,8 @@ def as_released(place: str | Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, csv.Error) as error:
         reason = (f"no field {error}" if isinstance(error, KeyError) else str(error))[:300]
         raise DataError(
-            f"{place}: not in the form in which it was released ({reason}): get the file again"
+            f"{str(place)[:500]}: not in the form in which it was released ({reason}): get the "
+            "file again"
         ) from error
 
 
@@ -68,8 +69,8 @@ def charades_records(file: Path) -> Iterator[dict]:
             window = [float(start), float(end)]
         if name not in durations:
             raise DataError(
-                f"{place}: no length of video {name} in Charades_v1_train.csv or _test.csv: put "
-                f"both into {file.parent}"
+                f"{place}: no length of video {name[:60]} in Charades_v1_train.csv or _test.csv: "
+                f"put both into {file.parent}"
             )
         named = {"vid_name": name, "desc_id": f"{name}#enc#{counts[name]}"}
         yield named | {"desc": caption, "duration": durations[name], "ts": window}

@@ -289,7 +289,7 @@ def test_a_worker_that_continues_to_read_is_waited_for(video_dir, before_decodin
     """For a batch that takes many times as long as one clip may."""
     before_decoding(lambda _: time.sleep(0.2))
     tokenize(["its table"], 8)  # the worker is forked with it; reading it takes longer
-    monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 0.5)
+    monkeypatch.setattr("dataloaders.loader.WORKER_TIME_LIMIT", 1.5)
     loader = make_training_loader(video_dir, num_workers=1, batch_size=11)
     assert [len(batch["vid_names"]) for batch in loader] == [11]
 

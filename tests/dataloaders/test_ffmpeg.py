@@ -61,6 +61,18 @@ def test_any_file_name_is_harmless(tmp_path, monkeypatch, name):
     assert len(read_packets(path).times) == len(decode_frames(path).times) == 4
 
 
+def test_an_error_of_who_feeds_it_leaves_no_child(tmp_path):
+    def frames():
+        yield from ramp(3)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_video(tmp_path / "a.mp4", frames())
+    with pytest.raises(ValueError, match="no frames"):
+        write_video(tmp_path / "a.mp4", [])
+    assert no_child_is_left()
+
+
 def test_reading_tells_size_times_and_duration(tmp_path):
     write_video(tmp_path / "a.mp4", ramp(7))
     for track in (read_packets(tmp_path / "a.mp4"), decode_frames(tmp_path / "a.mp4")):

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from scripts.demo import run as demo
+from tests.corpus import WITHOUT_CACHES
 
 # Once; and again, up to where it would train. Its programs run in forks, which have torch imported.
 SMALL = """
@@ -46,7 +47,7 @@ def test_the_demo_from_its_first_step_to_its_table(tmp_path, given, name, chosen
     """In a copy, since it writes into the checkout that it is of."""
     shutil.copy(demo.ROOT / "main.py", tmp_path)
     for folder in ("models", "modules", "dataloaders", "utils", "scripts"):
-        shutil.copytree(demo.ROOT / folder, tmp_path / folder)
+        shutil.copytree(demo.ROOT / folder, tmp_path / folder, ignore=WITHOUT_CACHES)
     command = [sys.executable, "-c", SMALL, *given]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # no others that a fork would lack
     done = subprocess.run(command, cwd=tmp_path, env=one_thread, capture_output=True, text=True)

@@ -159,6 +159,7 @@ NO_TENSOR = r"'clip\.visual\.proj' is not a plain tensor"
         (lambda c: c.update(format="propy-99"), "'propy-99', this program's propy-3"),
         (lambda c: c.update(format=None), "its format is 'None'"),
         (lambda c: c["config"].update(readout="other"), "trained with readout 'other', not 'max'"),
+        (lambda c: c["config"].update(readout="x" * 10**6), "trained with readout 'x{,1000}$"),
         (lambda c: c["config"].update(pyramid={"Nf": 8, "H": [[2, 1], [7, 1]]}),
          "trained with another pyramid"),
         (lambda c: c["optimizer"]["state"][0].pop("exp_avg"), "KeyError"),

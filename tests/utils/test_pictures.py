@@ -29,7 +29,7 @@ from models import ProPy
 from modules import ModelError
 from modules.pyramid import PromptPyramid
 from scripts.plot import plot_run
-from tests.corpus import ROOT
+from tests.corpus import ROOT, WITHOUT_CACHES
 from tests.golden_model import GoldenModel
 from utils import OutputError, RunError
 from utils.arguments import PLOT_STYLES, parse_args
@@ -429,7 +429,7 @@ def test_flags_of_a_run(trained, tmp_path, monkeypatch) -> None:
     ],
 )
 def test_plot_scripts(script: str, variables: dict, run: str, tmp_path) -> None:
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=WITHOUT_CACHES)
     (tmp_path / "scripts/setup.sh").write_text("")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
