@@ -175,13 +175,9 @@ def build(args: argparse.Namespace, train_split: Split | None) -> ProPy | ZeroSh
 
 
 def train(
-    args: argparse.Namespace,
-    model: ProPy,
-    evaluator: CorpusEvaluator,
-    split: Split,
-    clips: ClipSource,
-    device: torch.device,
-) -> Path:
+    args: argparse.Namespace, model: ProPy, evaluator: CorpusEvaluator, split: Split,
+    clips: ClipSource, device: torch.device,
+) -> Path:  # fmt: skip
     """All epochs, each with its evaluation and checkpoint; returns the best checkpoint's path."""
     if world_size() > args.batch_size:
         raise RunError(f"{world_size()} processes for --batch_size {args.batch_size}: use fewer")

@@ -51,14 +51,9 @@ class TrainingLoader(ClipLoader):
     """
 
     def __init__(
-        self,
-        split: Split,
-        clips: ClipSource,
-        num_frames: int,
-        size: int,
-        config: LoaderConfig,
+        self, split: Split, clips: ClipSource, num_frames: int, size: int, config: LoaderConfig,
         part: tuple[int, int] = (0, 1),
-    ):
+    ):  # fmt: skip
         check_batch_size(split, config.batch_size)
         workers, batch_size = config.num_thread_reader, config.batch_size
         super().__init__(split.videos, clips, num_frames, size, workers, batch_size)

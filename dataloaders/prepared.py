@@ -23,12 +23,9 @@ WARN_BELOW = 0.95  # share of a video that decodes
 
 
 def prepared_size(
-    width: int,
-    height: int,
-    sample_aspect: Fraction = Fraction(1),
-    authors_scale: bool = False,
-    short: int = PREPARED_SHORT_SIDE,
-) -> tuple[int, int]:
+    width: int, height: int, sample_aspect: Fraction = Fraction(1),
+    authors_scale: bool = False, short: int = PREPARED_SHORT_SIDE,
+) -> tuple[int, int]:  # fmt: skip
     """Width and height of the prepared clip of an upright video.
 
     The short side becomes `short`, the other keeps the aspect as displayed and is rounded down to

@@ -215,13 +215,9 @@ def encode_arguments(size: tuple[int, int], seconds: float | None) -> list[str]:
 
 
 def _verified(
-    written: Path,
-    size: tuple[int, int],
-    ends: list[float],
-    share: float,
-    wrong: dict[str, str],
-    settings: Settings,
-) -> dict:
+    written: Path, size: tuple[int, int], ends: list[float], share: float,
+    wrong: dict[str, str], settings: Settings,
+) -> dict:  # fmt: skip
     """The line of the report for what was written, once that decodes as it should.
 
     Args:

@@ -21,11 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="LOGDIR", help="folders of runs")
-    add(
-        "--output",
-        type=Path,
-        help="picture: .png, .svg or .pdf (default <first LOGDIR>/curves.png)",
-    )
+    add("--output", type=Path,
+        help="picture: .png, .svg or .pdf (default <first LOGDIR>/curves.png)")  # fmt: skip
     args = parser.parse_args(argv)
     output = args.output or args.folders[0] / "curves.png"
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -119,13 +119,9 @@ class EventAttention:
 
     @classmethod
     def of_event(
-        cls,
-        attention: np.ndarray,
-        event: int,
-        pyramid: PromptPyramid,
-        num_prompts: int,
+        cls, attention: np.ndarray, event: int, pyramid: PromptPyramid, num_prompts: int,
         visibility: str = "relatives",
-    ) -> EventAttention:
+    ) -> EventAttention:  # fmt: skip
         """Args: attention: [N_e, keys] of a layer, in the column order of ``visibility``."""
         row = attention[event]
         first_token = pyramid.num_events + num_prompts * pyramid.num_bottom_events

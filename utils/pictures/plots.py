@@ -171,16 +171,9 @@ def _attention(model: nn.Module, frames: Tensor, head: int | None) -> list[np.nd
 
 
 def _draw_query(
-    model: nn.Module,
-    query: Query,
-    frames: Tensor,
-    attention: np.ndarray | None,
-    scores: np.ndarray,
-    score_name: str,
-    how: str,
-    meta: dict,
-    settings: PlotSettings,
-) -> None:
+    model: nn.Module, query: Query, frames: Tensor, attention: np.ndarray | None,
+    scores: np.ndarray, score_name: str, how: str, meta: dict, settings: PlotSettings,
+) -> None:  # fmt: skip
     """One query's folder.
 
     Args:
