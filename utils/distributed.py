@@ -7,6 +7,7 @@ computed by every process alike. With one process every function here is the ide
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -57,6 +58,9 @@ def process_group(backend: str | None, device: torch.device) -> Iterator[None]:
     except (OverflowError, ValueError):
         raise RunError(f"PROPY_TIMEOUT_MINUTES is no number of minutes: {minutes!r}") from None
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    # Imported later, by the first optimizer, it would hold the group (torch 2.11), whose threads
+    # then outlive the interpreter: now and then they abort a process that is done.
+    importlib.import_module("torch._dynamo")
     dist.init_process_group(backend, timeout=timeout)
     try:
         yield
