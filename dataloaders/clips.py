@@ -45,7 +45,7 @@ def missing_names(
         if other := alike.get(_alike(name)):
             pair = other, name + ending
             same = len({unicodedata.normalize("NFC", one) for one in pair}) == 1
-            found, wanted = map(ascii if same else repr, pair)  # the same look the same
+            found, wanted = map(ascii if same else repr, pair)  # which look alike
             remedy = "correct vid_name, or name or prepare it so"
             said[name] += f", but {found} is there, not {wanted}: {remedy}"
     return said

@@ -32,11 +32,11 @@ class LoaderConfig:
 
 
 def check_batch_size(split: Split, batch_size: int) -> None:
-    """DataError: the split has fewer videos than one batch takes."""
-    if batch_size > len(split.videos):
-        raise DataError(
-            f"--batch_size {batch_size}: {split.path} has only {len(split.videos)} videos"
-        )
+    """DataError: the split has fewer videos than one batch takes, or a batch is one video, whose
+    contrastive loss is 0."""
+    if not 2 <= batch_size <= len(split.videos):
+        counts = f"{split.path} has {len(split.videos)} videos, and one alone trains nothing"
+        raise DataError(f"--batch_size {batch_size}: {counts}")
 
 
 class TrainingLoader(ClipLoader):

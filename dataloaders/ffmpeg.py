@@ -481,19 +481,27 @@ def write_video(
 
     Args:
         path: replaced if it exists; of no use if this fails or is interrupted.
-        frames: uint8 [n, H, W, 3] RGB, or an iterable of uint8 [H, W, 3], of one size, which is not
-            checked; H and W even.
+        frames: uint8 [n, H, W, 3] RGB, or an iterable of uint8 [H, W, 3]; H and W even, n > 0.
         fps: frames per second.
 
     Raises:
-        ValueError: no frames. DataError: ffmpeg failed.
+        ValueError: no frames, or of another dtype or shape.
+        DataError: ffmpeg failed.
     """
     frames = iter(frames)
     if (first := next(frames, None)) is None:
         raise ValueError(f"{path}: no frames to write")
+
+    def checked(frame: np.ndarray) -> bytes:
+        one_size = frame.shape == (*first.shape[:2], 3) and not any(n % 2 for n in frame.shape[:2])
+        if frame.dtype != np.uint8 or not one_size:
+            wanted = "uint8 [H, W, 3] of one size, H and W even (4:2:0)"
+            raise ValueError(f"{path}: frames are {wanted}, not {frame.dtype} {list(frame.shape)}")
+        return frame.tobytes()
+
     arguments = ["-v", "level+error", *raw_input_arguments(first.shape[1], first.shape[0], fps)]
     arguments += [*H264_ARGUMENTS, "-f", "mp4", "-y", f"file:{path}"]
-    done = run_ffmpeg(arguments, feed=(frame.tobytes() for frame in chain([first], frames)))
+    done = run_ffmpeg(arguments, feed=map(checked, chain([first], frames)))
     if done.status != 0:
         raise DataError(f"{path}: cannot be written: {done.reason}")
 

@@ -259,7 +259,7 @@ def test_flags_that_make_no_sense(capsys, flags, message: str) -> None:
         (("--pyr_config_path", "annos.jsonl"), "annos.jsonl"),
         (
             ("--batch_size", "5", "--pretrained_clip_name", "not_read.pt"),
-            "--batch_size 5: annos.jsonl has only 4 videos",
+            "--batch_size 5: annos.jsonl has 4 videos",
         ),
         (("--max_words", "99"), "77"),
     ],

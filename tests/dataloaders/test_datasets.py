@@ -158,8 +158,10 @@ def test_a_batch_that_does_not_exist_is_an_error(video_dir):
     for first_batch in (-1, 3):
         with pytest.raises(ValueError, match="first_batch"):
             loader.set_epoch(0, first_batch)
-    with pytest.raises(DataError, match=r"--batch_size 12: .*train\.jsonl has only 11 videos"):
-        make_training_loader(video_dir, batch_size=12)
+    for batch_size in (1, 12):
+        told = rf"--batch_size {batch_size}: .*train\.jsonl has 11 videos, and one alone"
+        with pytest.raises(DataError, match=told):
+            make_training_loader(video_dir, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -61,15 +61,17 @@ def test_any_file_name_is_harmless(tmp_path, monkeypatch, name):
     assert len(read_packets(path).times) == len(decode_frames(path).times) == 4
 
 
-def test_an_error_of_who_feeds_it_leaves_no_child(tmp_path):
-    def frames():
-        yield from ramp(3)
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        write_video(tmp_path / "a.mp4", frames())
-    with pytest.raises(ValueError, match="no frames"):
-        write_video(tmp_path / "a.mp4", [])
+def test_bad_frames_are_refused(tmp_path):
+    refused = {
+        "no frames": [],
+        r"not uint8 \[63": ramp(2, height=63),
+        "not float32": ramp(2).astype(np.float32),
+        r"not uint8 \[64, 96, 1\]": ramp(2)[..., :1],
+        r"not uint8 \[64, 64, 3\]": [*ramp(3), *ramp(1, width=64)],
+    }
+    for message, frames in refused.items():
+        with pytest.raises(ValueError, match=message):
+            write_video(tmp_path / "a.mp4", frames)
     assert no_child_is_left()
 
 

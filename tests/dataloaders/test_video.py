@@ -283,7 +283,7 @@ def test_a_decoder_that_hangs_is_given_up_and_not_tried_again(tmp_path, golden, 
     for _ in range(3):
         with pytest.raises(DataError, match=r"short\.mp4: not decoded within"):
             load_clip(path, 8, 64)
-    assert time.monotonic() - start < 20  # it hangs for 60
+    assert time.monotonic() - start < 3
     assert threading.active_count() == threads + 1
     hanging.set()
 
